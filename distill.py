@@ -286,7 +286,7 @@ def demo_students(seed):
     numbers = [f" {n}" for n in range(200)]
     pieces = pre_tokenizers.Split(Regex(r" ?\d+| ?\w+|\n *| ?[^\w\s]"), "isolated")
     special = ["<unk>", "<pad>", "<eos>"]
-    shape = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 1}
+    shape = {"initializer_range": 0.05, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 1}
     students = []
     for name in ("words", "pieces"):
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>") if name == "words" else models.BPE(unk_token="<unk>"))
@@ -304,14 +304,14 @@ def demo_students(seed):
             model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=96, n_layer=3, n_head=4, n_positions=512,
                                                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape))
         ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in sentences]
-        steps, batch = 500, 32
-        opt = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+        steps, batch, peak = 400, 32, 4e-3
+        opt = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
         for step in tqdm(range(steps), desc=f"warm start of student {len(students)}", unit="step", leave=False):
             rows = [torch.tensor(ids[i]) for i in torch.randint(len(ids), (batch,)).tolist()]
             x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
             loss = F.cross_entropy(model(input_ids=x.clamp(min=0)).logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), ignore_index=-100)
             for group in opt.param_groups:
-                group["lr"] = 3e-3 * lr_scale(step, steps, 0.05)
+                group["lr"] = peak * lr_scale(step, steps, 0.05)
             opt.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

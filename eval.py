@@ -1,9 +1,9 @@
-"""Tasks and evaluation: the student's prompt, answer extraction and grading, readers, generation, tables.
+"""Tasks and evaluation: the student's prompt, reading questions, answer extraction, grading, generation, tables.
 
     python eval.py --students out/student_0 out/student_1 --questions test.jsonl
 
-A row is a flat dict {"id", "task", "question", "answer"} with, where the task has them, "choices" {"A": text, ...}, "level"
-and "prompt" (which overrides the student prompt).
+A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices" {"A": text, ...}, "level" and
+"prompt" (which overrides the student prompt).
 """
 import argparse
 import inspect
@@ -14,18 +14,20 @@ import re
 import sys
 import zlib
 from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
 
 import mpmath
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-# task -> kind of answer: decides the end of the prompt, how an answer is found in a text, and when two answers are equal
+# task -> kind of answer, which decides how a prompt ends, how an answer is found in a text and when two answers are equal
 TASKS = {"gsm8k": "number", "math": "math", "strategyqa": "yesno", "arc": "choice", "commonsense_qa": "choice",
          "anli": "choice", "date": "choice", "demo": "number"}
 ASK = {"number": 'Reason step by step and end with "The answer is N." where N is a number.',
-       "math": 'Reason step by step and end with "The answer is $\\boxed{X}$." where X is the result in LaTeX.',
+       "math": 'Reason step by step and end with "The answer is $\\boxed{X}$." where X is the result.',
        "yesno": 'Reason step by step and end with "The answer is yes." or "The answer is no."',
        "choice": 'Reason step by step and end with "The answer is (X)." where X is the letter of one choice.'}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
@@ -38,9 +40,12 @@ def stop(message):
 
 
 def read_jsonl(path, required=()):
-    """Rows of a JSON Lines file. Stops with FILE:LINE on malformed JSON, a non-object, or a missing or empty required field
-    (required fields are strings). Blank lines are skipped."""
-    rows = []
+    """Rows of a JSON Lines file without its blank lines. Stops with FILE:LINE at malformed JSON, at anything but an object, and
+    where a required field is missing, empty or not a string."""
+    return [row for _, row in numbered_rows(path, required)]
+
+
+def numbered_rows(path, required=()):
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
@@ -48,20 +53,19 @@ def read_jsonl(path, required=()):
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as e:
-                    stop(f"{path}:{number}: not valid JSON ({e.msg}); expected one JSON object a line")
+                except (json.JSONDecodeError, RecursionError) as e:
+                    stop(f"{path}:{number}: not valid JSON ({e}); expected one JSON object a line")
                 if not isinstance(row, dict):
                     stop(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 for key in required:
                     if not isinstance(row.get(key), str) or not row[key].strip():
                         stop(f"{path}:{number}: field {key!r} is missing, empty or not a string")
-                rows.append(row)
+                yield f"{path}:{number}", row
     except (OSError, UnicodeDecodeError) as e:
         stop(f"cannot read {path}: {e}")
-    return rows
 
 
-# ---------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------------------------- prompts
 
 def student_prompt(row):
     """What a student sees of a row, the same in training and at test time (METHOD 8.11)."""
@@ -74,8 +78,8 @@ def student_prompt(row):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: one user turn with generation prompt if the tokenizer has a chat template, else plain text with
-    the tokenizer's own BOS; never a trailing EOS."""
+    """Token ids of a prompt: one user turn and the generation prompt if the tokenizer has a chat template, else the plain text
+    with the tokenizer's own BOS. Never a trailing EOS."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt.strip()}]
         return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
@@ -85,7 +89,7 @@ def encode_prompt(tokenizer, prompt):
 
 def end_token(tokenizer):
     """Id of the token that ends a response: the first special token after the assistant's text in the rendered chat template,
-    else eos_token_id."""
+    else eos_token_id. Stops if there is neither."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "MARK"}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("MARK", 1)[1]
@@ -93,254 +97,659 @@ def end_token(tokenizer):
             if token in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token].special:
                 return token
     if tokenizer.eos_token_id is None:
-        stop(f"{tokenizer.name_or_path}: the tokenizer has no token that ends a response; set its eos_token")
+        stop(f"{tokenizer.name_or_path}: the tokenizer has no token that ends a response; give it an eos_token")
     return tokenizer.eos_token_id
 
 
-# ---------------------------------------------------------------- extraction: text -> canonical prediction or None
+# ------------------------------------------------------------------------------------------------------------- answers
 
-ANSWER = re.compile(r"(?:answer|result)\s*(?:\([^)\n]*\))?\s*(?:choice\s*)?(?:is|was|would be|should be|will be|are|=|:)+\s*:?|####|\\(?:boxed|fbox)\s*(?={)|^\s*A:", re.I | re.M)
-NUMBER = re.compile(r"[-−]?\s?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
-
-
-def braces(text, start):
-    """The content of the balanced {...} that opens at or after `start`; to the end of the text if it never closes."""
-    depth = 0
-    for i in range(text.find("{", start), len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[text.find("{", start) + 1:i]
-    return text[text.find("{", start) + 1:]
-
-
-def to_number(text):
-    text = re.sub(r"[\s$€£,]", "", text.replace("−", "-"))
-    try:
-        return Fraction(text) if len(text) < 60 else None
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def number_in(text):
-    text = text.split("=")[-1] if "=" in text else text
-    for m in NUMBER.finditer(text):
-        value = to_number(m.group())
-        if value is not None:
-            return str(value) if value.denominator == 1 else str(float(value))
-    return None
+# What announces an answer; "the answer is correct" doesn't. `A:` opens the answer in GSM8K, but lists an option elsewhere.
+ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:) | \bfinal\ answer\s*\n
+    | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b \s* (?:\([^()\n]*\)\s*)?
+      (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s*)? (?:choice\b|option\b|letter\b)? \s*
+      (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=] )
+      (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
+NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])  (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
+    (?:(?P<whole>\d+)\ (?=\d+/\d))?  (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
+    (?: [eE](?P<e>[-+]?\d{1,2})\b | \ ?[x×*]\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})\b\}? )?  (?:\ ?/\ ?(?P<under>\d+))?
+    (?!\d|st\b|nd\b|rd\b|th\b)  (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
+OPERATOR = re.compile(r"\(| ?%? ?(?:=|[-*/](?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)|(?:x|of|times|plus|minus)\b)")
+SCALE = {None: 0, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def extract_answer(task, text, choices=None):
-    """The final answer stated in a text in canonical form (a number, LaTeX, a letter of `choices`, "yes" or "no"), or None."""
-    kind = TASKS[task]
-    text = text.replace("**", "").replace("__", "")
-    statements = []
-    for m in ANSWER.finditer(text):
-        if m.group().startswith("\\"):
-            statements.append(braces(text, m.end()))
-        else:
-            statements.append(re.split(r"\n\s*\n|(?<=[^\s.])\.(?=\s|$)", text[m.end():].strip(), maxsplit=1)[0])
-    for statement in reversed(statements):
-        found = read_statement(kind, statement, choices)
-        if found is not None:
-            return found
-    if kind == "number":
-        numbers = [m.group() for m in NUMBER.finditer(text)]
-        return number_in(numbers[-1]) if numbers else None
-    if kind == "yesno":
-        m = re.match(r"\W*(yes|no)\b", text, re.I)
-        return m.group(1).lower() if m and not statements else None
-    if kind == "choice":
-        letters = [c for c in re.findall(r"\(([A-Z])\)", text) if c in (choices or {})]
-        if not letters and text.strip(" ().") in (choices or {}):
-            letters = [text.strip(" ().")]
-        return letters[-1] if letters else None
-    return None
+    """The answer that a text states, in canonical form (a number, LaTeX, a letter of `choices`, "yes" or "no"), else None.
+
+    The last announcement that can be read wins; for yes and no the last one alone ("the answer is dependent on ..." takes back
+    what came before), for math the last \\boxed. Only a text that announces nothing is read from its end. A text that announces
+    an answer and gives none ("the answer is unclear", a text cut off) is unparsed."""
+    kind, choices = TASKS[task], choices or {}
+    text = re.sub(r"(?<![\w)])\*\*(.+?)\*\*", r"\1", text)  # markdown's bold, not Python's power
+    announced = [m for m in ANNOUNCED.finditer(text) if not (m["colon"] and kind == "choice")]
+    if not announced:
+        return read_end(kind, text.strip(), choices)
+    if kind == "math":
+        announced = [m for m in announced if m[0].startswith("\\")] or announced
+    answers = (read_statement(kind, statement_after(text, m), choices) for m in announced[:-20:-1])
+    return next(answers) if kind == "yesno" else next((a for a in answers if a is not None), None)
+
+
+def statement_after(text, m):
+    """What an announcement announces: the braces of \\boxed, the last line of a program's output, else the paragraph."""
+    rest = text[m.end():m.end() + 1000]
+    if m[0].startswith("\\"):
+        return braces(rest)
+    if m[0].startswith("```"):
+        return rest.split("```")[0].strip().rsplit("\n", 1)[-1]
+    return re.split(r"\n\s*\n", re.sub(r"^(?:\s|:|\.(?!\d))+", "", rest), maxsplit=1)[0]
+
+
+def braces(text):
+    """The content of the balanced {...} that a text begins with, all of it if they never close; without any, one word."""
+    text = text.lstrip()
+    if not text.startswith("{"):
+        return re.match(r"[^\s$]*", text)[0]
+    depth = list(accumulate((c == "{") - (c == "}") for c in text))
+    return text[1:depth.index(0)] if 0 in depth else text[1:]
+
+
+def first_sentence(text):
+    return re.split(r"(?<!\\)[.!?](?=\s|$)", text, maxsplit=1)[0]
 
 
 def read_statement(kind, statement, choices):
     if kind == "number":
-        return number_in(statement)
+        statement = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", statement.replace("{,}", ",").replace("\\!", ""))
+        return number_in(first_sentence(statement))
+    if kind == "yesno":  # "most likely No", "technically, yes"
+        m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
+        return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}[m[1].lower()] if m else None
+    if kind == "choice":
+        return letter_in(statement, choices)
+    formulas = re.findall(r"(?s)\$([^$]+)\$|\\[(\[](.+?)\\[)\]]", statement)
+    return ", ".join(a or b for a, b in formulas) or statement.strip() or None
+
+
+def read_end(kind, text, choices):
+    """The answer of a text that announces none: its last number, formula or sentence, if that leaves no doubt."""
+    if kind == "number":
+        return next((n for m in reversed(list(NUMBER.finditer(text))) if (n := canonical(m)) is not None), None)
+    line = text.rsplit("\n", 1)[-1]
     if kind == "math":
-        if "\\boxed" in statement:
-            statement = braces(statement, statement.find("\\boxed"))
-        return statement.strip().strip("$").strip() or None
+        formulas = re.findall(r"\$([^$]+)\$", line) or [m[0] for m in NUMBER.finditer(line)]
+        return formulas[-1].strip() if formulas else None
+    sentence = re.split(r"[.!?]\s+(?=\S)", line)[-1]
     if kind == "yesno":
-        m = re.match(r"\W*(yes|no|true|false)\b", statement, re.I)
-        return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}[m.group(1).lower()] if m else None
-    m = re.match(r"\W*(?:option |choice )?\(?([A-Z])\b", statement)
-    if m and m.group(1) in (choices or {}):
-        return m.group(1)
-    hits = [c for c, t in (choices or {}).items() if t.lower() in statement.lower()]
+        begins = [re.match(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)", s) for s in (sentence, text)]
+        return next((m[1].lower() for m in begins if m), None)
+    letters = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?:option|choice) ([A-Z])\b", sentence)} & set(choices)
+    return letters.pop() if len(letters) == 1 else None if letters else letter_in(sentence, choices)
+
+
+def canonical(m):
+    """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"), None if it has none (a division by zero)."""
+    try:
+        value = Fraction((m["digits"].replace(",", "") or "0") + (m["decimals"] or "")) / int(m["under"] or 1)
+        value = (value + int(m["whole"] or 0)) * Fraction(10) ** (int(m["e"] or m["e10"] or 0) + SCALE[m["scale"]])
+        value = -value if m["minus"] or m["minus2"] else value
+        return str(float(value)) if value.denominator > 1 and Fraction(str(float(value))) == value else str(value)
+    except (ValueError, ArithmeticError):
+        return None
+
+
+def number_in(text):
+    """The number that a statement gives: its first one, or what its last equation comes to. None for open arithmetic."""
+    text = text.replace("−", "-")
+    m = NUMBER.search(text)
+    if not m:
+        return None
+    rest = text[m.end():]
+    operator = OPERATOR.match(rest)
+    if operator and "=" in rest:
+        return number_in(rest.rsplit("=", 1)[1])
+    return canonical(m) if not operator or operator[0].endswith("of") else None
+
+
+def letter_in(statement, choices):
+    """The one choice that a statement names by letter or by text: never the article "a", never what it says it is not."""
+    s = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"'“”]", "", statement).strip()
+    if re.match(r"(?i)(?:not|neither)\b", s):
+        s = "".join(re.split(r"(?i)\b(?:but|rather|instead)\b", s, maxsplit=1)[1:])
+    m = re.match(r"(?:[\s:,-]|\b(?:it|is|most|likely|probably|definitely|clearly|option|choice|letter)\b)*"
+                 r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?!\w)|([a-z])(?=[.,:;)]?\s*$))", s)
+    if m and (letter := (m[1] or m[2] or m[3]).upper()) in choices:
+        rest = s[m.end():]
+        other = re.match(r"\)?\s*(?:or|and|/|&)\s*\(?([A-Z])\b", rest)
+        if other and other[1] in choices:
+            return None
+        if m[2] != "A" or not re.match(r" (?!because|since|as\b|and\b|which|is\b|for\b|with\b)[a-z]", rest):
+            return letter
+    return choice_by_text(s, choices)
+
+
+def choice_by_text(statement, choices):
+    def norm(t):
+        return re.sub(r"\b(?:the|an|a)\b|[^\w/.%$-]+", " ", t.lower()).strip(" .")
+
+    texts = {letter: re.sub(" +", " ", norm(text)) for letter, text in choices.items() if norm(text)}
+    whole, sentence = (re.sub(" +", " ", norm(s)) for s in (statement, first_sentence(statement)))
+    hits = [c for c, t in texts.items() if re.match(re.escape(t) + r"(?!\w)", whole)] or \
+           [c for c, t in texts.items() if re.search(r"(?<!\w)" + re.escape(t) + r"(?!\w)", sentence)]
+    hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]  # "park" in "car park"
     return hits[0] if len(hits) == 1 else None
 
 
 def grade(task, prediction, answer, choices=None):
-    """True if a prediction means the same as the answer. An unparsed prediction (None) is wrong."""
+    """True if a prediction means the same as the answer; None (unparsed) is wrong."""
     if prediction is None:
         return False
-    kind = TASKS[task]
-    if kind == "number":
-        a, b = to_number(str(prediction)), to_number(str(answer))
-        return a is not None and b is not None and abs(a - b) <= abs(b) * Fraction(1, 10**6)
-    return str(prediction).strip().lower() == str(answer).strip().lower()
+    kind, prediction, answer = TASKS[task], str(prediction).strip(), str(answer).strip()
+    if kind == "math":
+        return len(prediction) < 500 and same_math(clean_latex(prediction), clean_latex(answer))
+    if kind != "number":
+        return prediction.strip("() .").lower() == answer.strip("() .").lower()
+    a, b = number_in(prediction), number_in(answer)
+    if a is None or b is None:
+        return False
+    a, b = Fraction(a), Fraction(b)  # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
+    return a == b or (a.denominator > 1 and abs(a - b) <= abs(b) / 10**6)
 
 
-# ---------------------------------------------------------------- readers
+# --------------------------------------------------------------------------------------------- mathematical equality
+# Two formulas are equal if their values agree to 80 digits wherever we put their variables. That needs neither eval() nor
+# a simplifier; the time is bounded by the length of the text, so nothing can hang, in whatever thread.
+
+FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc", "cot": "cot", "arcsin": "asin",
+             "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln", "log": "log10"}
+GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi",
+         "psi", "omega", "infty")
+REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\\\", "\n"), (r"[−–]", "-"), (r"[×·]|\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"÷|\\div(?![a-z])", "/"),
+    (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"√", r"\\sqrt"), (r"\\cup(?![a-z])", "∪"),
+    (r",\s*\\!\s*|\{,\}", ""),  # thousands: 11,\!111 and 11{,}111
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|allowbreak)(?![A-Za-z])|\\[!,;: ]|~", " "),
+    (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\^?\\degree|°|\\[()\[\]]", ""),
+    (r"\\[dtc]frac", r"\\frac"), (r"_\{(\w+)\}", r"_\1"),
+    (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ","), (r",\s*,", ","),
+    (r"\\(?:math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{(\w)\}", r"\1"), (r"\\operatorname\s*\{(\w+)\}", r"\\\1"),
+    (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),  # plain sqrt(2), pi/4
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
+    (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"), (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""))]
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|emph|mathrm|mathbf|bold)\s*\{(?!\s*[ap]\.?m\b)([^{}]*)\}(?:\^\{?\d\}?)?")
+UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+(?:\^\{?\d\}?)?\s*$")
+
+
+def clean_latex(s):
+    """LaTeX or plain mathematics without layout, currency, units and thousands separators."""
+    for pattern, new in REWRITES:
+        s = pattern.sub(new, s)
+    bare = TEXT.sub(" ", s)
+    s = UNITS.sub("", bare if re.search(r"\w", bare) else TEXT.sub(r"\1", s)).strip().rstrip(".").strip()
+    if s[:1] in ("(", "[", "\\"):  # (1,000) is a pair
+        return s
+    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), s)
+
+
+def depths(s):
+    return list(accumulate((c in "([{") - (c in ")]}") for c in s))
+
+
+def split_top(s, separators):
+    """Split at the separators outside of all brackets."""
+    cuts = [i for i, (c, depth) in enumerate(zip(s, depths(s))) if c in separators and depth == 0]
+    return [s[i + 1:j].strip() for i, j in zip([-1] + cuts, cuts + [len(s)])]
+
+
+def structure(s):
+    """(kind, parts) of a formula: a matrix, a union, a set or list, a tuple or interval, or the formula alone."""
+    if m := re.fullmatch(r"(?s)\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}", s):
+        rows = m[2].strip().split("\n")
+        return f"matrix of {len(rows)} rows", [cell.strip() for row in rows for cell in row.split("&")]
+    for kind, separators in (("union", "∪"), ("set", ",;")):
+        if len(parts := split_top(s, separators)) > 1:
+            return kind, [q for p in parts for q in ([p] if "\\pm" not in p else structure(p)[1])]
+    m = re.fullmatch(r"(?s)(\\\{|[(\[])(.*?)(\\\}|[)\]])", s)
+    if m and 0 not in depths(s)[len(m[1]) - 1:-1]:
+        kind, parts = structure(m[2].strip())
+        ordered = kind == "set" and m[1] != "\\{" and len(split_top(m[2], ",;")) > 1
+        return m[1] + m[3] if ordered else kind, parts
+    return ("set", [s.replace("\\pm", "+"), s.replace("\\pm", "-")]) if "\\pm" in s else ("formula", [s])
+
+
+def same_math(a, b):
+    """Equality of two cleaned formulas: sets and lists in any order, tuples, intervals and matrices part by part."""
+    x, y = (re.sub(r"\\text|\s|\.(?!\d)", "", s) for s in (a, b))
+    if x == y or (x.lower() == y.lower() and "\\" not in x and re.search("[A-Za-z]{2}|^[A-Za-z]$", x)):
+        return x != ""
+    (kind, parts), (kind_b, parts_b) = structure(a), structure(b)
+    if kind != kind_b or len(parts) != len(parts_b):
+        return False
+    if kind == "formula":
+        return same_formula(parts[0], parts_b[0])
+    for part in parts:
+        candidates = parts_b if kind in ("set", "union") else parts_b[:1]
+        same = next((i for i, other in enumerate(candidates) if same_math(part, other)), None)
+        if same is None:
+            return False
+        parts_b = parts_b[:same] + parts_b[same + 1:]
+    return True
+
+
+def same_formula(a, b):
+    named = re.compile(r"(?s)([A-Za-z](?:_\w|\([a-z]\))?|\\[a-z]+)\s*=(?:.*=)?([^=]+)")  # x = 5, f(x) = ... = 2x
+    m, n = named.fullmatch(a), named.fullmatch(b)
+    x, y = (values((g[2] if g else s).strip()) for g, s in ((m, a), (n, b)))
+    if x and y and (not m or not n or m[1] == n[1]):
+        return all(close(p, q) for p, q in zip(x, y))
+    if a.count("=") == b.count("=") == 1 and not any(g and v and v[0] == v[1] for g, v in ((m, x), (n, y))):
+        x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))  # equations: equal up to a factor
+        return bool(x and y) and all(p and q and close(p * y[0], q * x[0]) for p, q in zip(x, y))
+    return False
+
+
+def close(x, y):
+    size, tiny = max(abs(x), abs(y)), mpmath.mpf(10) ** -80
+    return abs(x - y) <= size * tiny or (min(abs(x), abs(y)) == 0 and size < tiny)
+
+
+@lru_cache(maxsize=4096)
+def values(formula):
+    """The values of a formula with its variables at three arbitrary points (100 digits), None if it can't be read."""
+    mp = mpmath.MPContext()  # our own: the precision of mpmath.mp is global, threads would share it
+    mp.dps = 100
+    try:
+        return tuple(evaluate_formula(mp, formula, point) for point in range(3))
+    except (ValueError, ArithmeticError, IndexError, RecursionError, TypeError):
+        return None
+
+
+def evaluate_formula(mp, formula, point):
+    """Recursive descent over LaTeX; raises ValueError or IndexError where it can't read on."""
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_\w)?|\S", formula)[::-1]  # a stack
+
+    def take(*expected):
+        return tokens.pop() if tokens and tokens[-1] in expected else None
+
+    def bounded(x):  # nobody computes 9^(9^9)
+        if not abs(x) <= 10**4:
+            raise ValueError("too large")
+        return x
+
+    def argument():  # of a command: {...} or one token, of a number one digit: \frac12
+        if tokens[-1].isdigit():
+            tokens[-1:] = [tokens[-1][1:], tokens[-1][0]] if len(tokens[-1]) > 1 else tokens[-1:]
+        return atom()
+
+    def power(x):
+        return mp.power(x, bounded(power(-atom() if take("-") else atom()))) if take("^") else x
+
+    def atom():
+        token = tokens.pop()
+        if token[-1].isdigit() and token[0] in ".0123456789":
+            return mp.mpf(token)
+        if token in "([{":
+            x = total()
+            if not take(")", "]", "}"):
+                raise ValueError("not closed")
+            return x
+        if token == "\\frac":
+            return argument() / argument()
+        if token == "\\sqrt":
+            n = atom() if tokens[-1] == "[" else 2
+            return mp.power(argument(), 1 / mp.mpf(n))
+        if token[1:] in FUNCTIONS:
+            n = bounded(atom()) if take("^") else 1
+            x = getattr(mp, FUNCTIONS[token[1:]])(bounded(product(of_function=True)))
+            return mp.power(x, n)
+        if token in ("e", "i", "\\pi"):
+            return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
+        if not token[0].isalpha() and token[1:] not in GREEK:
+            raise ValueError(f"unexpected {token}")
+        seed = zlib.crc32(f"{token} {point}".encode())  # a variable
+        return (1 if seed % 2 else -1) * (mp.mpf(seed) / 2**32 + 0.5)
+
+    def factor():
+        x = power(atom())
+        while take("!"):
+            x = power(mp.factorial(bounded(x)))
+        if x and not abs(mp.mag(x)) < 10**5:  # bits; where numbers get that long, sums and logarithms take seconds
+            raise ValueError("too large")
+        return x
+
+    def product(of_function=False):  # also without a sign, 2x(x+1); what a function applies to ends earlier: sin 2x cos x
+        bracket = of_function and tokens[-1] == "("
+        x = -factor() if take("-") else atom() if bracket else factor()
+        while tokens and not bracket:
+            sign = None if of_function else take("*", "/")
+            follows = tokens[-1][0].isalpha() or tokens[-1][1:] in ("frac", "sqrt", "pi", *GREEK)
+            if not sign and not follows and (of_function or not (tokens[-1] in "([{" or tokens[-1][1:] in FUNCTIONS)):
+                break
+            y = -factor() if sign and take("-") else factor()
+            x = x / y if sign == "/" else x * y
+        return x
+
+    def total():
+        x = product()
+        while sign := take("+", "-"):
+            x = x + product() if sign == "+" else x - product()
+        return x
+
+    x = total()
+    if tokens or not mp.isfinite(x):
+        raise ValueError("not a formula to its end")
+    return x
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
 
 def read_questions(path, task=None):
-    """Questions as flat rows from a file in any of the published formats or flat JSONL."""
-    seen, rows = set(), []
-    for row in read_jsonl(path, ("id", "question", "answer")):
-        row = {k: row[k] for k in ("id", "task", "question", "answer", "choices", "level", "prompt") if row.get(k)}
-        row["task"] = task or row.get("task")
-        if row["task"] not in TASKS:
-            stop(f"{path}: unknown task {row['task']!r}; one of {', '.join(TASKS)}")
-        if row["id"] not in seen:
-            seen.add(row["id"])
-            rows.append(row)
-    return rows
+    """Flat rows {"id", "task", "question", "answer", "choices"?, "level"?, "prompt"?} of a file in a published format (GSM8K,
+    MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), in flat JSONL, or of a path pool, each question once. `task`
+    overrides what the file says. Stops, naming the place, at a row that it can't read."""
+    if task not in (None, *TASKS):
+        stop(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    stem, _ = os.path.splitext(os.path.basename(path))
+    records, title = numbered_rows(path), stem
+    if path.endswith(".json"):
+        try:
+            with open(path, encoding="utf-8") as f:
+                data = json.load(f)
+        except (OSError, ValueError) as e:
+            stop(f"cannot read {path}: {e}")
+        title = f"{stem} {data.get('name')}" if isinstance(data, dict) else stem
+        data = data.get("examples") if isinstance(data, dict) else data
+        if not isinstance(data, list):
+            stop(f"{path}: expected a list of questions or an object with 'examples'")
+        records = ((f"{path}, example {i}", record) for i, record in enumerate(data))
+    guess = next((t for t in TASKS if t in title.lower()), None)
+    questions = {}
+    for i, (where, record) in enumerate(records):
+        try:
+            row = flatten(record, guess)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+            stop(f"{where}: not a question in a format that I know ({type(e).__name__}: {e})")
+        row["task"] = task or row["task"]
+        row["id"] = str(next((record[k] for k in ("id", "qid", "uid") if record.get(k) is not None), f"{stem}-{i:05d}"))
+        row = {k: v for k, v in row.items() if v is not None}
+        check_row(row, where)
+        if questions.setdefault(row["id"], row)["question"] != row["question"]:
+            stop(f"{where}: the id {row['id']!r} belongs to another question already; give each question its own")
+    if not questions:
+        stop(f"{path}: no questions in it")
+    return list(questions.values())
 
 
-# ---------------------------------------------------------------- students
+def lettered(texts):
+    return {chr(ord("A") + i): text for i, text in enumerate(texts)}
+
+
+def flatten(r, guess):
+    """A published record as a flat row without id; `guess` is the task that the file's name suggests."""
+    if "problem" in r and "solution" in r:  # MATH
+        answer = braces(r["solution"][list(re.finditer(r"\\(?:boxed|fbox)", r["solution"]))[-1].end():])
+        return {"task": "math", "question": r["problem"], "answer": answer, "level": r.get("level")}
+    if "target_scores" in r:  # BIG-bench, which may list the right choice first: our order hangs on the texts alone
+        scores = r["target_scores"]
+        right = max(scores, key=scores.get)
+        if {t.lower() for t in scores} == {"yes", "no"}:
+            return {"task": guess or "strategyqa", "question": r["input"], "answer": right}
+        choices = lettered(sorted(scores, key=lambda text: zlib.crc32(f"{r['input']} {text}".encode())))
+        return {"task": guess, "question": r["input"], "answer": right, "choices": choices}
+    if "input" in r and "target" in r:  # BIG-Bench Hard
+        question, _, options = r["input"].partition("\nOptions:\n")
+        choices = dict(re.findall(r"\(([A-Z])\) (.+)", options)) or None
+        return {"task": guess, "question": question, "answer": r["target"].strip("()"), "choices": choices}
+    if "hypothesis" in r:  # ANLI
+        answer = {"e": "A", "n": "B", "c": "C", 0: "A", 1: "B", 2: "C"}[r["label"]]
+        question = (f"Premise: {r['premise'] if 'premise' in r else r['context']}\nHypothesis: {r['hypothesis']}\n"
+                    "What is the hypothesis, given the premise?")
+        return {"task": "anli", "question": question, "answer": answer, "choices": ANLI}
+    if "answerKey" in r:  # CommonsenseQA and ARC, as published and as on the Hugging Face hub
+        nested = isinstance(r["question"], dict)
+        choices = r["question"]["choices"] if nested else r["choices"]
+        if isinstance(choices, dict):
+            choices = [{"label": a, "text": b} for a, b in zip(choices["label"], choices["text"])]
+        labels = [c["label"] for c in choices]  # some of ARC's are numbers
+        return {"task": guess or ("commonsense_qa" if "question_concept" in {**r, **(r["question"] if nested else {})} else "arc"),
+                "question": r["question"]["stem"] if nested else r["question"], "choices": lettered(c["text"] for c in choices),
+                "answer": chr(ord("A") + labels.index(r["answerKey"]))}
+    answer = r["answer"]
+    if isinstance(answer, bool):  # StrategyQA
+        answer = "yes" if answer else "no"
+        return {"task": r.get("task") or "strategyqa", "question": r["question"], "answer": answer}
+    if isinstance(answer, str) and "####" in answer:  # GSM8K
+        return {"task": r.get("task") or "gsm8k", "question": r["question"], "answer": answer.rsplit("####", 1)[1].strip()}
+    return {"task": r.get("task") or guess, "answer": str(answer),
+            **{k: r.get(k) for k in ("question", "choices", "level", "prompt")}}
+
+
+def check_row(row, where):
+    """Bring a flat row's answer to canonical form; stop where its task is unknown or its answer can't be one."""
+    if row.get("task") not in TASKS:
+        stop(f"{where}: unknown task {row.get('task')!r}; name one with --task: {', '.join(TASKS)}")
+    kind, answer, choices = TASKS[row["task"]], row["answer"].strip(), row.get("choices")
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        stop(f"{where}: field 'question' is missing, empty or not a string")
+    if kind == "choice":
+        if not isinstance(choices, dict) or len(choices) < 2 or not all(isinstance(t, str) for t in choices.values()):
+            stop(f"{where}: task {row['task']} needs 'choices' as an object of letters and texts")
+        row["answer"] = answer if answer in choices else next((c for c, t in choices.items() if t == answer), None)
+    elif kind == "yesno":
+        row["answer"] = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}.get(answer.lower())
+    elif not answer or (kind == "number" and number_in(answer) is None):
+        row["answer"] = None
+    if row["answer"] is None:
+        stop(f"{where}: {answer!r} is no answer to a question of task {row['task']} ({kind})")
+
+
+# ------------------------------------------------------------------------------------------------------------ students
 
 def load_student(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format, merged."""
-    adapter = os.path.join(name, "adapter_config.json")
-    base = json.load(open(adapter))["base_model_name_or_path"] if os.path.isfile(adapter) else name
+    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format, merged. Stops if there
+    is no such model or if its tokenizer isn't a fast one."""
     try:
-        has_tokenizer = base != name and os.path.isfile(os.path.join(name, "tokenizer.json"))
-        tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base)
+        config_file = os.path.join(name, "adapter_config.json")
+        adapter = None
+        if os.path.isfile(config_file):
+            with open(config_file, encoding="utf-8") as f:
+                adapter = json.load(f)
+        base = adapter["base_model_name_or_path"] if adapter else name
+        own_tokenizer = os.path.isfile(os.path.join(name, "tokenizer_config.json"))
+        tokenizer = AutoTokenizer.from_pretrained(name if own_tokenizer else base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
-    except Exception as e:
-        stop(f"{name}: not a Hugging Face causal LM that can be loaded ({str(e).strip().splitlines()[0]})")
+        if adapter:
+            merge_adapter(model, adapter, load_file(os.path.join(name, "adapter_model.safetensors")))
+    except Exception as e:  # noqa: BLE001 (whatever a folder that is not a model makes the libraries raise)
+        reason = " ".join(str(e).split())[:300]
+        stop(f"{name}: not a causal language model that transformers can load from safetensors ({type(e).__name__}: {reason})")
     if not tokenizer.is_fast:
-        stop(f"{name}: its tokenizer is not a fast one, and character offsets are needed")
-    if base != name:
-        merge_adapter(model, name)
+        stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give character offsets")
     return model.to(device).eval(), tokenizer
 
 
 @torch.no_grad()
-def merge_adapter(model, folder):
-    config = json.load(open(os.path.join(folder, "adapter_config.json")))
-    weights = load_file(os.path.join(folder, "adapter_model.safetensors"))
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    for key, A in weights.items():
-        if key.endswith(".lora_A.weight"):
-            module = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-            delta = scale * weights[key.replace("lora_A", "lora_B")].float() @ A.float()  # (out, in)
-            delta = delta.T if type(module).__name__ == "Conv1D" else delta
-            module.weight.data += delta.to(module.weight)
+def merge_adapter(model, config, weights):
+    """W += scale B A for every module with a LoRA pair; raises ValueError at what is more than plain LoRA."""
+    extra = [k for k in ("use_dora", "alpha_pattern", "modules_to_save") if config.get(k)]
+    if extra or any(".lora_A.weight" not in k and ".lora_B.weight" not in k for k in weights) or not weights:
+        raise ValueError(f"only plain LoRA adapters can be merged {extra or ''}")
+    for key in (k for k in weights if ".lora_A." in k):
+        module = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        A, B = weights[key].float(), weights[key.replace(".lora_A.", ".lora_B.")].float()  # (r, in), (out, r)
+        scale = config["lora_alpha"] / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
+        delta = scale * (B @ A)
+        delta = delta.T if config.get("fan_in_fan_out") else delta  # GPT-2's Conv1D keeps (in, out)
+        module.weight = torch.nn.Parameter((module.weight.float() + delta).to(module.weight.dtype))
 
 
-# ---------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------------------------- generation
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None):
-    """Greedy decoding (one sample and no temperature) or sampling. prompts: lists of token ids. Returns, per prompt, a list of
-    `samples` dicts {"text", "logprob": mean log-probability of the response's tokens (EOS included), "tokens", "stopped"}."""
-    temperature = temperature if temperature is not None else (0.8 if samples > 1 else 0)
-    ends = model.generation_config.eos_token_id
-    ends = {end_token(tokenizer), tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    ends = torch.tensor(sorted(ends), device=model.device)
-    takes = inspect.signature(model.forward).parameters
-    jobs = sorted(((i, k) for i in range(len(prompts)) for k in range(samples)), key=lambda j: -len(prompts[j[0]]))
-    out = [[None] * samples for _ in prompts]
+    """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without the prompt and special
+    tokens, "logprob": mean log-probability of its tokens with the one that ended it, "tokens": their number, "stopped": whether
+    it ended by itself}. Greedy with one sample or temperature 0; several samples default to temperature 0.8. A sample depends
+    on seed and prompt number only, not on the batch around it. A model with a limited context stops at its end."""
+    temperature = temperature if temperature is not None else 0.8 if samples > 1 else 0
+    device = model.device
+    eos = model.generation_config.eos_token_id
+    ends = {end_token(tokenizer), tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    ends = torch.tensor(sorted(ends), device=device)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if prompts and max(map(len, prompts)) >= context:
+        stop(f"a prompt of {max(map(len, prompts))} tokens leaves no room in the model's context of {context}")
+    accepted = inspect.signature(model.forward).parameters
+    # longest first: what does not fit into memory shows at once
+    jobs = sorted(((i, k) for i in range(len(prompts)) for k in range(samples)), key=lambda job: -len(prompts[job[0]]))
+    results = [[None] * samples for _ in prompts]
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(jobs), desc=desc, disable=desc is None, leave=False)
-    try:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start:start + batch_size]
-            width = max(len(prompts[i]) for i, _ in batch)
-            ids = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.ones(len(batch), width + max_new_tokens, dtype=torch.long)
-            noise = torch.zeros(len(batch), max_new_tokens)
-            for b, (i, k) in enumerate(batch):
-                ids[b, width - len(prompts[i]):] = torch.tensor(prompts[i])
-                mask[b, :width - len(prompts[i])] = 0
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
-                noise[b] = torch.rand(max_new_tokens, generator=generator)
-            ids, mask, noise = ids.to(model.device), mask.to(model.device), noise.to(model.device)
-            position = (mask.cumsum(1) - 1).clamp(min=0)
-            rows = torch.arange(len(batch), device=model.device)
-            tokens = torch.zeros(len(batch), max_new_tokens, dtype=torch.long, device=model.device)
-            total = torch.zeros(len(batch), device=model.device)
-            length = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-            stopped = torch.zeros(len(batch), dtype=torch.bool, device=model.device)
-            cache, inputs = None, ids
-            for t in range(max_new_tokens):
-                extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
-                o = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,
-                          **{k: v for k, v in extra.items() if k in takes})
-                cache = o.past_key_values
-                logp = o.logits[:, -1].float().log_softmax(-1)
-                if temperature == 0:
-                    new = logp.argmax(-1)
-                else:
-                    cdf = (logp / temperature).softmax(-1).cumsum(-1)
-                    new = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).squeeze(1).clamp(max=logp.shape[1] - 1)
-                tokens[rows, t] = new
-                total[rows] += logp.gather(1, new[:, None]).squeeze(1)
-                length[rows] += 1
-                done = torch.isin(new, ends)
-                stopped[rows] = done
-                if done.all():
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start:start + batch_size]
+        n, width = len(batch), max(len(prompts[i]) for i, _ in batch)
+        ids = torch.zeros(n, width, dtype=torch.long)
+        mask = torch.ones(n, width + max_new_tokens, dtype=torch.long)
+        noise = torch.zeros(n, max_new_tokens)
+        for b, (i, k) in enumerate(batch):  # left-padded, so that all continue at the right edge
+            ids[b, width - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[b, :width - len(prompts[i])] = 0
+            if temperature:
+                noise[b] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode())))
+        mask, noise, inputs = mask.to(device), noise.to(device), ids.to(device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
+        logprob, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+        stopped = torch.zeros(n, dtype=torch.bool, device=device)
+        rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows of the batch still running
+        for t in range(max_new_tokens):
+            extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
+            out = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,
+                        **{k: v for k, v in extra.items() if k in accepted})
+            logp = out.logits[:, -1].float().log_softmax(-1)  # (rows, V)
+            token = logp.argmax(-1)
+            if temperature:  # the token whose stretch of the cumulated probabilities holds the row's random number
+                cumulated = (logp / temperature).softmax(-1).cumsum(-1)
+                token = torch.searchsorted(cumulated, noise[rows, t, None] * cumulated[:, -1:], right=True).squeeze(1)
+                token = token.clamp(max=logp.shape[1] - 1)
+            tokens[rows, t] = token
+            logprob[rows] += logp.gather(1, token[:, None]).squeeze(1)
+            length[rows] += 1
+            stopped[rows] = torch.isin(token, ends)
+            going = ~stopped[rows] & (position[rows, width + t] < context)
+            if not going.all():  # finished rows leave the batch
+                going = going.nonzero().squeeze(1)
+                bar.update(len(rows) - len(going))
+                rows, token = rows[going], token[going]
+                if not len(rows):
                     break
-                if done.any():
-                    keep = (~done).nonzero().squeeze(1)
-                    cache.batch_select_indices(keep)
-                    rows, new = rows[keep], new[keep]
-                inputs = new[:, None]
-            for b, (i, k) in enumerate(batch):
-                n = int(length[b])
-                response = tokens[b, :n - int(stopped[b])].tolist()
-                out[i][k] = {"text": tokenizer.decode(response, skip_special_tokens=True), "tokens": n,
-                             "logprob": float(total[b]) / max(n, 1), "stopped": bool(stopped[b])}
-            bar.update(len(batch))
-    finally:
-        bar.close()
-        model.train(was_training)
-    return out
+                cache.batch_select_indices(going)
+            inputs = token[:, None]
+        bar.update(len(rows))
+        for b, (i, k) in enumerate(batch):
+            response = tokens[b, :length[b] - stopped[b].long()].tolist()
+            results[i][k] = {"text": tokenizer.decode(response, skip_special_tokens=True), "tokens": int(length[b]),
+                             "logprob": float(logprob[b] / length[b]), "stopped": bool(stopped[b])}
+    bar.close()
+    model.train(was_training)
+    return results
 
 
 def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=None, seed=0):
-    """Accuracy of students [(model, tokenizer), ...] on rows, each alone and together. All fractions in 0..1."""
-    results = []  # [student][question][sample]
+    """Accuracy of students [(model, tokenizer), ...] on rows, all in 0..1. Returns {"questions": n, "accuracy", "unparsed",
+    "stopped": a share of the responses per student, "ensemble": accuracy of one common answer (greedy: of the student that is
+    surest by mean log-probability; with samples: the majority's, ties by log-probability), "upper_bound": share of questions
+    with any right response, "predictions": per question {"id", "answer", "ensemble", "responses": [student][sample]}}."""
+    responses = []  # [student][question][sample]
     for s, (model, tokenizer) in enumerate(students):
         prompts = [encode_prompt(tokenizer, student_prompt(row)) for row in rows]
-        results.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples, temperature,
-                                seed=seed + s, desc=f"student {s}"))
-        for row, outs in zip(rows, results[-1]):
-            for o in outs:
-                o["prediction"] = extract_answer(row["task"], o["text"], row.get("choices"))
-                o["correct"] = grade(row["task"], o["prediction"], row["answer"], row.get("choices"))
+        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples, temperature,
+                                  seed=seed + s, desc=f"student {s} answers"))
+        for row, answers in zip(rows, responses[s]):
+            for r in answers:
+                r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
+                r["correct"] = grade(row["task"], r["prediction"], row["answer"], row.get("choices"))
     predictions = []
     for q, row in enumerate(rows):
         votes = []  # [prediction, number of votes, best log-probability]
-        for o in (o for r in results for o in r[q] if o["prediction"] is not None):
-            for vote in votes:
-                if grade(row["task"], o["prediction"], vote[0], row.get("choices")):
-                    vote[1:] = vote[1] + 1, max(vote[2], o["logprob"])
-                    break
-            else:
-                votes.append([o["prediction"], 1, o["logprob"]])
-        best = max(votes, key=lambda v: (v[1] if samples > 1 else 0, v[2]), default=[None])[0]
-        predictions.append({"id": row["id"], "answer": row["answer"], "students": [r[q] for r in results], "ensemble": best,
-                            "ensemble_correct": grade(row["task"], best, row["answer"], row.get("choices"))})
+        for r in (r for student in responses for r in student[q] if r["prediction"] is not None):
+            vote = next((v for v in votes if grade(row["task"], r["prediction"], v[0], row.get("choices"))), None)
+            if vote is None:
+                votes.append(vote := [r["prediction"], 0, -math.inf])
+            vote[1:] = vote[1] + 1, max(vote[2], r["logprob"])
+        surest = max(votes, key=lambda v: (v[1] if samples > 1 else 0, v[2]), default=[None])[0]
+        predictions.append({"id": row["id"], "answer": row["answer"], "ensemble": surest,
+                            "ensemble_correct": grade(row["task"], surest, row["answer"], row.get("choices")),
+                            "responses": [student[q] for student in responses]})
 
-    def share(values):
-        values = list(values)
-        return sum(values) / max(len(values), 1)
+    def share(flags):
+        flags = list(flags)
+        return sum(flags) / max(len(flags), 1)
+
     return {"questions": len(rows),
-            "accuracy": [share(o["correct"] for outs in r for o in outs) for r in results],
-            "unparsed": [share(o["prediction"] is None for outs in r for o in outs) for r in results],
+            "accuracy": [share(r["correct"] for answers in s for r in answers) for s in responses],
+            "unparsed": [share(r["prediction"] is None for answers in s for r in answers) for s in responses],
+            "stopped": [share(r["stopped"] for answers in s for r in answers) for s in responses],
             "ensemble": share(p["ensemble_correct"] for p in predictions),
-            "upper_bound": share(any(o["correct"] for outs in p["students"] for o in outs) for p in predictions),
-            "stopped": [share(o["stopped"] for outs in r for o in outs) for r in results],
+            "upper_bound": share(any(r["correct"] for s in p["responses"] for r in s) for p in predictions),
             "predictions": predictions}
 
 
+def main():
+    parser = argparse.ArgumentParser(description="Evaluate saved students on a file of questions.")
+    g = parser.add_argument_group("what")
+    g.add_argument("--students", nargs="+", required=True, help="names or folders of students (a PEFT LoRA folder works too)")
+    g.add_argument("--questions", required=True, help="a file in a published format, flat JSONL or a path pool")
+    g.add_argument("--task", help=f"overrides the task that the file names: {', '.join(TASKS)}")
+    g.add_argument("--limit", type=int, help="use only the first N questions")
+    g = parser.add_argument_group("how")
+    g.add_argument("--samples", type=int, default=1, help="responses per student and question; the ensemble takes a majority vote")
+    g.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.8 for several")
+    g.add_argument("--max_new_tokens", type=int, default=300, help="longest response")
+    g.add_argument("--batch_size", type=int, default=16, help="responses generated at a time")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
+    g.add_argument("--seed", type=int, default=0, help="of the sampling")
+    g = parser.add_argument_group("output")
+    g.add_argument("--out", help="write the results and every response to this JSON file")
+    g.add_argument("--show", type=int, default=3, help="responses to print per student")
+    args = parser.parse_args()
+    for flag, low in (("samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("show", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < low:
+            stop(f"--{flag} {getattr(args, flag)} is out of range; pass {low} or more")
+    if args.temperature is not None and not 0 <= args.temperature <= 10:
+        stop(f"--temperature {args.temperature} is out of range; pass a value from 0 (greedy) to 10")
+    if args.samples > 1 and args.temperature == 0:
+        stop(f"--samples {args.samples} would repeat one greedy response at temperature 0; pass a higher --temperature")
+    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
+        stop(f"--out {args.out}: no such folder; make it first")
+    try:
+        torch.empty(0, device=args.device)
+    except RuntimeError as e:
+        stop(f"--device {args.device} can't be used ({str(e).splitlines()[0]})")
+
+    rows = read_questions(args.questions, args.task)[:args.limit]
+    dtype = torch.bfloat16 if args.device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    students = [load_student(name, args.device, dtype) for name in args.students]
+    results = evaluate(students, rows, args.max_new_tokens, args.batch_size, args.samples, args.temperature, args.seed)
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as f:
+            json.dump({"args": vars(args), **results}, f, indent=1)
+    for p in results["predictions"][:args.show]:
+        for name, answers in zip(args.students, p["responses"]):
+            print(f"--- {p['id']}, {name}: {answers[0]['prediction']} (right: {p['answer']})\n{answers[0]['text'].strip()}")
+    print_table(args.students, results)
+
+
+def print_table(names, results):
+    width = max(map(len, (*names, "upper bound (any right)")))
+    print(f"\n{results['questions']} questions".ljust(width + 1) + "  accuracy  (s.e.)  unparsed  stopped by itself")
+    lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
+             ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
+    for name, accuracy, *more in lines:
+        error = math.sqrt(accuracy * (1 - accuracy) / results["questions"])  # binomial
+        print(f"{name:{width}}  {accuracy:8.1%}  ({error:4.1%})" + "".join(f"  {x:8.1%}" for x in more))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    main()

@@ -10,21 +10,13 @@ from collections import Counter
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from test_pool import run, write
+
 import judge
 
 JUDGE = os.path.abspath(judge.__file__)
 ROW = {"id": "q1", "task": "gsm8k", "question": "What is 1 + 1?", "answer": "2", "style": "vanilla", "teacher": "t",
        "path": "1 + 1 = 2.\nThe answer is 2"}
-
-
-def run(*args, cwd):
-    return subprocess.run([sys.executable, JUDGE, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          check=False)
-
-
-def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +31,7 @@ def arithmetic_oracle(question):
     n = [int(x) for x in re.findall(r"\d+", question)]
     for words, solve in (("bags with", lambda a, b, c: a + b * c), ("and finds", lambda p, b, c: p + b - c),
                          ("equal boxes", lambda p, b, c: p / b - c), ("times as many", lambda a, b: a + a * b),
-                         ("each bag", lambda p, a, b, c: (p + a - b) / c), ("packs with", lambda a, b, c, d: a * b + c * d),
+                         ("each bag", lambda p, a, b, c: (p + a - b) / c), ("packs with", lambda a, b, c, d: a * b - c + d),
                          ("each day", lambda a, b, c, d: a * b + c - d)):
         if words in question:
             return solve(*n)
@@ -120,8 +112,8 @@ def test_rule_judge_needs_derived_numbers_in_order(demo):
 
 
 def test_rule_judge_refuses_tasks_it_knows_nothing_about(tmp_path):
-    done = run("--paths", write(tmp_path / "p.jsonl", [ROW]), "--judge", "rule", "--out", "o.jsonl", cwd=tmp_path)
-    assert done.returncode == 2 and "gsm8k" in done.stderr and "Traceback" not in done.stderr
+    pool = write(tmp_path / "p.jsonl", [ROW])
+    assert "gsm8k" in run("--paths", pool, "--judge", "rule", "--out", "o.jsonl", cwd=tmp_path, code=2)[1]
 
 
 # ------------------------------------------------------------------------------------------------ filter
@@ -172,10 +164,12 @@ def test_a_bad_line_ends_with_its_place(tmp_path, capsys, line, names):
 def test_bad_input_on_the_command_line_is_one_sentence_and_code_2(tmp_path):
     pool = write(tmp_path / "p.jsonl", [ROW, "{"])
     for args in (("--paths", pool, "--out", "o.jsonl"), ("--paths", "nowhere.jsonl", "--out", "o.jsonl"),
-                 ("--out", "o.jsonl"), ("--demo", 3, "--judge", "oracle of delphi", "--out", "o.jsonl")):
-        done = run(*args, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert "p.jsonl:2:" in run("--paths", pool, "--out", "o.jsonl", cwd=tmp_path).stderr
+                 ("--out", "o.jsonl"), ("--demo", 3, "--out", "no/folder/o.jsonl")):
+        err = run(*args, cwd=tmp_path, code=2)[1]
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    done = subprocess.run([sys.executable, JUDGE, "--paths", pool, "--out", "o.jsonl"], cwd=tmp_path, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2 and "p.jsonl:2:" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_empty_path_is_data(tmp_path):
@@ -183,15 +177,13 @@ def test_an_empty_path_is_data(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the annotated pool
-def test_command_annotates_every_row_and_continues_a_killed_run(tmp_path):
-    assert run("--demo", 30, "--judge", "rule", "--out", "a.jsonl", cwd=tmp_path).returncode == 0
-    whole = (tmp_path / "a.jsonl").read_bytes()
-    rows = judge.read_pool(tmp_path / "a.jsonl")
-    assert len(rows) == 180 and all({"prediction", "correct", "valid", "verdict"} <= set(row) for row in rows)
-    for cut in (0, 1000, len(whole) // 2, len(whole) - 1, len(whole)):  # torn inside a line, and of its newline only
-        (tmp_path / "b.jsonl").write_bytes(whole[:cut])
-        assert run("--demo", 30, "--judge", "rule", "--out", "b.jsonl", cwd=tmp_path).returncode == 0
-        assert (tmp_path / "b.jsonl").read_bytes() == whole
+def test_command_annotates_every_row_and_may_be_repeated(tmp_path):
+    for judge_name in ("none", "rule", "rule"):
+        run("--demo", 30, "--judge", judge_name, "--out", "a.jsonl", cwd=tmp_path)
+        rows = judge.read_pool(tmp_path / "a.jsonl")
+        assert len(rows) == 180 and all({"prediction", "correct", "valid", "verdict"} <= set(row) for row in rows)
+        assert all((row["valid"] is None) == (judge_name == "none" or not row["correct"]) for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", "a.jsonl.lock"}
 
 
 def test_an_unrelated_file_is_never_written_to(tmp_path):
@@ -199,6 +191,7 @@ def test_an_unrelated_file_is_never_written_to(tmp_path):
     for content in ("my thesis\n", json.dumps(ROW) + "\n", json.dumps({**ROW, "id": "x", "verdict": None}) + "\n",
                     "no newline at its end"):
         (tmp_path / "o.jsonl").write_text(content)
-        done = run("--paths", pool, "--out", "o.jsonl", cwd=tmp_path)
-        assert done.returncode == 2 and (tmp_path / "o.jsonl").read_text() == content, done.stderr
-    assert run("--paths", pool, "--out", pool, cwd=tmp_path).returncode == 2
+        run("--paths", pool, "--out", "o.jsonl", cwd=tmp_path, code=2)
+        run("--paths", pool, "--baseline", "step_by_step", "--out", "o.jsonl", cwd=tmp_path, code=2)
+        assert (tmp_path / "o.jsonl").read_text() == content
+    run("--paths", pool, "--out", pool, cwd=tmp_path, code=2)
