@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
-from transformers import (AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+from transformers import (AutoModel, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 from transformers.pytorch_utils import Conv1D
 
@@ -276,7 +276,7 @@ def check_head(student):
 def demo_students(seed):
     """Two tiny students of different architecture and tokenizer, "pretrained" on plain arithmetic sentences.
 
-    A Llama with whole words and a GPT-2 with BPE pieces, 0.4M parameters each; numbers are one token in both. From
+    A Llama with whole words and a GPT-NeoX with BPE pieces, 0.4M parameters each; numbers are one token in both. From
     scratch nothing is learned in minutes; after this warm start, training them means distilling.
     """
     torch.manual_seed(seed)
@@ -301,8 +301,8 @@ def demo_students(seed):
             model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
                                                  num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **shape))
         else:
-            model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=96, n_layer=3, n_head=4, n_positions=512,
-                                               resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape))
+            model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=3,
+                                                     num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **shape))
         ids = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in sentences]
         steps, batch, peak = 400, 32, 4e-3
         opt = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)

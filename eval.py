@@ -113,7 +113,7 @@ NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])  (?P<minus>(?<![\w).}%]
     (?:(?P<whole>\d+)\ (?=\d+/\d))?  (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
     (?: [eE](?P<e>[-+]?\d{1,2})\b | \ ?[x×*]\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})\b\}? )?  (?:\ ?/\ ?(?P<under>\d+))?
     (?!\d|st\b|nd\b|rd\b|th\b)  (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
-OPERATOR = re.compile(r"\(| ?%? ?(?:=|[-*/](?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)|(?:x|of|times|plus|minus)\b)")
+OPERATOR = re.compile(r"\(| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)|(?:x|of|times|plus|minus)\b)")
 SCALE = {None: 0, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
@@ -178,7 +178,7 @@ def read_end(kind, text, choices):
     if kind == "math":
         formulas = re.findall(r"\$([^$]+)\$", line) or [m[0] for m in NUMBER.finditer(line)]
         return formulas[-1].strip() if formulas else None
-    sentence = re.split(r"[.!?]\s+(?=\S)", line)[-1]
+    sentence = line if re.match(r"\(?[A-Z][).:]", line) else re.split(r"[.!?]\s+(?=\S)", line)[-1]
     if kind == "yesno":
         begins = [re.match(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)", s) for s in (sentence, text)]
         return next((m[1].lower() for m in begins if m), None)
@@ -215,7 +215,7 @@ def letter_in(statement, choices):
     s = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"'“”]", "", statement).strip()
     if re.match(r"(?i)(?:not|neither)\b", s):
         s = "".join(re.split(r"(?i)\b(?:but|rather|instead)\b", s, maxsplit=1)[1:])
-    m = re.match(r"(?:[\s:,-]|\b(?:it|is|most|likely|probably|definitely|clearly|option|choice|letter)\b)*"
+    m = re.match(r"(?:[\s:,-]|\b(?:its?|is|most|likely|probably|definitely|clearly|option|choice|letter)\b)*"
                  r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?!\w)|([a-z])(?=[.,:;)]?\s*$))", s)
     if m and (letter := (m[1] or m[2] or m[3]).upper()) in choices:
         rest = s[m.end():]
@@ -406,8 +406,7 @@ def evaluate_formula(mp, formula, point):
             return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
         if not token[0].isalpha() and token[1:] not in GREEK:
             raise ValueError(f"unexpected {token}")
-        seed = zlib.crc32(f"{token} {point}".encode())  # a variable
-        return (1 if seed % 2 else -1) * (mp.mpf(seed) / 2**32 + 0.5)
+        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5  # a variable, positive: sqrt(1/n) is 1/sqrt(n)
 
     def factor():
         x = power(atom())
@@ -449,6 +448,7 @@ def read_questions(path, task=None):
     overrides what the file says. Stops, naming the place, at a row that it can't read."""
     if task not in (None, *TASKS):
         stop(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    path = str(path)
     stem, _ = os.path.splitext(os.path.basename(path))
     records, title = numbered_rows(path), stem
     if path.endswith(".json"):

@@ -94,8 +94,8 @@ TEMPLATES = (
     ("{n} has {a} {t}. {m} has {b} times as many. How many {t} do {n} and {m} have together?", "a * b, x + a"),
     ("{n} has {p} {t} and gets {a} more. {m} takes {b} {t} away. {n} packs {c} {t} into each bag. How many bags are full?",
      "p + a, x - b, y / c"),
-    ("{n} buys {a} packs with {b} {t} each and loses {c} {t}. {n} then gets {d} {t} from {m}. "
-     "How many {t} does {n} have now?", "a * b, x - c, y + d"),
+    ("{n} buys {a} packs with {b} {t} each and loses {c} {t}. {n} gets {d} from {m}. How many {t} does {n} have now?",
+     "a * b, x - c, y + d"),
     ("{n} gets {a} {t} each day for {b} days. {n} finds {c} more. {n} gives {d} {t} to {m}. How many {t} are left?",
      "a * b, x + c, y - d"),
 )
@@ -403,11 +403,9 @@ def connect(spec, args):
         reply = client.chat_completion([{"role": "user", "content": prompts[0]}], model=model, temperature=temperature,
                                        max_tokens=args.max_new_tokens)
         choice, refusal = reply.choices[0], getattr(reply.choices[0].message, "refusal", None)
-        path, reason = choice.message.content or refusal or "", "refusal" if refusal else choice.finish_reason
-        if not isinstance(path, str) or not isinstance(reason, (str, type(None))):
-            raise TypeError("the reply's content is not a string")
+        path, reason = choice.message.content or refusal or "", "refusal" if refusal else choice.finish_reason or "unknown"
         usage = {k: n for k in ("prompt_tokens", "completion_tokens") if isinstance(n := getattr(reply.usage, k, None), int)}
-        return [{"path": without_key(path, args), "finish_reason": reason, "usage": usage}]
+        return [{"path": without_key(path, args), "finish_reason": without_key(reason, args), "usage": usage}]
     return ask, args.concurrency, 1
 
 
@@ -416,7 +414,7 @@ def api_key(args):
 
 
 def without_key(text, args):
-    return text.replace(api_key(args) or "\0", "***")  # servers quote keys back
+    return str.replace(text, api_key(args) or "\0", "***")  # servers quote keys back; TypeError if this is no text
 
 
 def explain(error, args):
@@ -444,7 +442,7 @@ def back_off(tries):
 
 
 def tokens_of(prompt):
-    return len(prompt.encode("utf-8", "replace")) // 3 + 10  # a high estimate
+    return len(prompt.encode("utf-8", "replace")) // 3 + 32  # a high estimate, with room for a chat template
 
 
 def ask_all(spec, jobs, out, args, spent, temperature, again=None):
@@ -457,7 +455,7 @@ def ask_all(spec, jobs, out, args, spent, temperature, again=None):
         try:
             row = json.loads(line)
             done.add(row_key(row))
-            spent["tokens"] += 0 if out in spent["files"] else sum((row.get("usage") or {}).values())
+            spent["tokens"] += 0 if out in spent["files"] else sum((row.get("usage") or {}).values()) or tokens_of(row["path"])
         except (ValueError, KeyError, TypeError, AttributeError):
             tasks.stop(f"{out}:{number}: not a row of a pool: repair the line, or choose another --out")
     spent["files"].add(out)
@@ -474,33 +472,35 @@ def ask_all(spec, jobs, out, args, spent, temperature, again=None):
     later = []  # heap of (when, counter, batch, failed tries, whether it is asked for once more)
     failed, streak, retries, problem, in_budget, counter = 0, 0, 0, None, True, itertools.count()
     pool, bar = ThreadPoolExecutor(workers), tqdm(total=len(sizes), desc=name, unit="call")
+
+    def interrupt(number, _):  # what is in flight is paid for: wait for it; a second signal ends the program at once
+        nonlocal problem
+        problem = problem or "interrupted"
+        signal.signal(number, handlers[number])
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     while True:
-        try:
-            while not problem and len(flying) < workers:
-                if later and later[0][0] <= time.time():
-                    _, _, batch, tries, second = heapq.heappop(later)
-                elif batch := list(itertools.islice(todo, batch_size)):
-                    tries, second = 0, False
-                else:
-                    break
-                prompts = [prompt() for _, prompt in batch]
-                worst = sum(tokens_of(prompt) + args.max_new_tokens for prompt in prompts)
-                held = spent["tokens"] + worst + sum(f[-1] for f in flying.values())
-                if (args.max_calls is not None and spent["calls"] + len(batch) > args.max_calls
-                        or args.max_tokens_total is not None and held > args.max_tokens_total):
-                    problem, in_budget = "the next call could pass the budget", False
-                    break
-                spent["calls"] += len(batch)
-                flying[pool.submit(ask, prompts, 0.8 if second else temperature)] = batch, tries, second, worst
-            if not flying and (problem or not later):
+        while not problem and len(flying) < workers:
+            if later and later[0][0] <= time.time():
+                _, _, batch, tries, second = heapq.heappop(later)
+            elif batch := list(itertools.islice(todo, batch_size)):
+                tries, second = 0, False
+            else:
                 break
-            pause = max(0, later[0][0] - time.time()) if later and len(flying) < workers else None
-            ready = wait(flying, pause, FIRST_COMPLETED)[0] if flying else time.sleep(pause)
-        except KeyboardInterrupt:  # what is in flight is paid for: wait for it
-            problem = "interrupted"
-            continue
+            prompts = [prompt() for _, prompt in batch]
+            worst = sum(tokens_of(prompt) + args.max_new_tokens for prompt in prompts)
+            held = spent["tokens"] + worst + sum(f[-1] for f in flying.values())
+            if (args.max_calls is not None and spent["calls"] + len(batch) > args.max_calls
+                    or args.max_tokens_total is not None and held > args.max_tokens_total):
+                problem, in_budget = "the next call could pass the budget", False
+                break
+            spent["calls"] += len(batch)
+            flying[pool.submit(ask, prompts, 0.8 if second else temperature)] = batch, tries, second, worst
+        if not flying and (problem or not later):
+            break
+        pause = min(1, max(0.01, later[0][0] - time.time())) if later else 1  # a signal is seen within a second
+        ready = wait(flying, pause, FIRST_COMPLETED)[0] if flying else time.sleep(pause)
         for future in ready or ():
-            batch, tries, second, _ = flying.pop(future)
+            batch, tries, second, worst = flying.pop(future)
             error = future.exception()
             if error:
                 if isinstance(error, SystemExit):
@@ -519,13 +519,15 @@ def ask_all(spec, jobs, out, args, spent, temperature, again=None):
                 continue
             streak = 0
             for job, reply in zip(batch, future.result()):
-                spent["tokens"] += sum(reply["usage"].values())
+                spent["tokens"] += sum(reply["usage"].values()) or worst // len(batch)
                 if again and not second and again(reply):
                     heapq.heappush(later, (0, next(counter), [job], 0, True))
                 else:
                     append(file, {**job[0], **reply})
                     bar.update()
         bar.set_postfix(tokens=spent["tokens"], retries=retries, failed=failed)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     bar.close()
     file.close()
     if not in_budget:
@@ -835,7 +837,6 @@ def main():
     if not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
         tasks.stop(f"the folder of {args.out} does not exist")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a preempted job also saves what is in flight
     with lock(args.out):
         run(args, {"calls": 0, "tokens": 0, "files": set()})
 

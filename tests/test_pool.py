@@ -101,7 +101,6 @@ def start(*args, cwd):
 def run(*args, cwd, key=KEY, code=0):
     """The command in this process -> what it printed (stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["judge.py", *map(str, args)])
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -112,7 +111,6 @@ def run(*args, cwd, key=KEY, code=0):
             done = 0
         except SystemExit as end:
             done = end.code
-    signal.signal(signal.SIGTERM, handler)
     assert done == code, err.getvalue()
     return out.getvalue(), err.getvalue()
 
@@ -254,13 +252,14 @@ def test_two_writers_on_one_file_are_refused(tmp_path, server):
     assert len(read(tmp_path / "p.jsonl")) == 6
 
 
-def test_an_interrupt_saves_what_is_in_flight(tmp_path, server):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_what_is_in_flight(tmp_path, server, number):
     server.fault = lambda server: time.sleep(0.05)
     process = start("--questions", questions(tmp_path / "q.jsonl", 500), "--teacher", f"m@{server.url}", "--out", "p.jsonl",
                     cwd=tmp_path)
     while server.successes < 50:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and "interrupted" in error and "Traceback" not in error
     assert len(read(tmp_path / "p.jsonl")) == server.successes < 500
@@ -521,16 +520,15 @@ def test_new_questions_need_an_answer_that_samples_agree_on_and_never_test(tmp_p
 
 
 # ------------------------------------------------------------------------------------------------ a local model
-def test_a_local_model_samples_and_judges_in_batches(tmp_path):
-    models = os.environ.get("QRD_MODELS", os.path.expanduser("~/.cache/qrd-models"))
-    folder = os.path.join(models, "smollm2")
-    if not os.path.isdir(folder):
-        pytest.skip("needs SmolLM2: set QRD_MODELS to the folder that holds smollm2/")
-    run("--questions", questions(tmp_path / "q.jsonl", 2), "--teacher", folder, "--styles", "vanilla", "--samples", 2,
-        "--max_new_tokens", 12, "--device", "cpu", "--out", "p.jsonl", cwd=tmp_path)
+def test_a_local_model_samples_and_judges_in_batches(tmp_path, models_dir):
+    local = ("--max_new_tokens", 12, "--device", "cpu", "--batch_size", 3)
+    run("--questions", questions(tmp_path / "q.jsonl", 2), "--teacher", models_dir / "smollm2", "--styles", "vanilla",
+        "--samples", 2, *local, "--out", "p.jsonl", cwd=tmp_path)
     rows = read(tmp_path / "p.jsonl")
     assert len(rows) == 4 and {r["teacher"] for r in rows} == {"smollm2"} and len({r["path"] for r in rows}) > 2
-    assert all(r["usage"]["completion_tokens"] <= 12 and r["finish_reason"] in ("stop", "length") for r in rows)
+    assert all(0 < r["usage"]["completion_tokens"] <= 12 and r["finish_reason"] in ("stop", "length") for r in rows)
+    run("--paths", pool(tmp_path / "r.jsonl", 2), "--judge", models_dir / "smollm2", *local, "--out", "o.jsonl", cwd=tmp_path)
+    assert all(r["verdict"]["smollm2"].split(":")[0] in (V, I, U) for r in read(tmp_path / "o.jsonl"))
 
 
 def test_bad_flags_are_one_sentence(tmp_path):

@@ -1,0 +1,644 @@
+import copy
+import json
+import math
+import pathlib
+import random
+import re
+import sys
+import threading
+
+import eval as E
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast)
+
+# ---------------------------------------------------------------------------------------------------- tiny real students
+
+
+def word_tokenizer(size=64, chat=False, bos=False):
+    """w4 ... w63 as words: text and token ids tell the same story."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, size)}}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>",
+                                                             special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                        unk_token="<unk>")
+    if chat:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
+        tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}<turn> {{ m.role }} {{ m.content }} <end> {% endfor %}"
+                                   "{% if add_generation_prompt %}<turn> w9 {% endif %}")
+    return tokenizer
+
+
+SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+             initializer_range=0.4)
+
+
+def tiny_llama():
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SHAPE))
+
+
+def tiny_gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=48, initializer_range=0.4,
+                                      bos_token_id=1, eos_token_id=2))
+
+
+def tiny_gemma3():  # a sliding window shorter than most prompts
+    return Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=4, head_dim=8, sliding_window=6, **SHAPE,
+                                              layer_types=["sliding_attention", "full_attention"] * 2))
+
+
+@pytest.fixture(params=[tiny_llama, tiny_gpt2, tiny_gemma3], ids=lambda make: make.__name__)
+def model(request):
+    torch.manual_seed(0)
+    model = request.param().eval()
+    model.generation_config.eos_token_id = [2, 17, 40]
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(0)
+    return [[rng.randrange(4, 64) for _ in range(rng.randint(1, 14))] for _ in range(12)]
+
+
+def hf_greedy(model, prompt, max_new_tokens, ends):
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                         eos_token_id=ends, pad_token_id=0)
+    return out[0, len(prompt):].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+
+
+def test_batched_greedy_generation_equals_hf_generate_on_single_prompts(model, prompts):
+    tokenizer = word_tokenizer()
+    responses = E.generate(model, tokenizer, prompts, 20, batch_size=5)
+    ends = set()
+    for prompt, [r] in zip(prompts, responses):
+        expected = hf_greedy(model, prompt, 20, [2, 17, 40])
+        stopped = expected[-1] in (2, 17, 40)
+        ends.add(stopped)
+        assert r["text"] == tokenizer.decode(expected[:-1] if stopped else expected, skip_special_tokens=True)
+        assert (r["tokens"], r["stopped"]) == (len(expected), stopped)
+    assert type(model) is not LlamaForCausalLM or ends == {True, False}  # rows did leave the batch
+
+
+def test_logprob_is_the_mean_over_the_response_with_its_end_token(model, prompts):
+    for prompt, [r] in zip(prompts, E.generate(model, word_tokenizer(), prompts, 9, batch_size=4)):
+        expected = hf_greedy(model, prompt, 9, [2, 17, 40])
+        with torch.no_grad():
+            logp = model(torch.tensor([prompt + expected])).logits[0].double().log_softmax(-1)
+        picked = [logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(expected)]
+        assert r["logprob"] == pytest.approx(sum(picked) / len(picked), abs=1e-4)
+
+
+def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(model, prompts):
+    def texts(**kwargs):
+        return [[r["text"] for r in rs] for rs in E.generate(model, word_tokenizer(), prompts, 8, samples=3, **kwargs)]
+
+    assert texts(batch_size=36) == texts(batch_size=2)
+    assert texts(batch_size=36) != texts(batch_size=36, seed=1)
+    assert any(len(set(rs)) == 3 for rs in texts(batch_size=36))
+
+
+def test_sampling_follows_the_model_distribution():
+    torch.manual_seed(0)
+    model, n = tiny_llama(), 3000
+    drawn = E.generate(model, word_tokenizer(), [[5, 6]], 1, batch_size=n, samples=n, temperature=0.7)[0]
+    counts = torch.zeros(64)
+    for r in drawn:
+        counts[int(r["text"][1:]) if r["text"].startswith("w") else 0] += 1
+    with torch.no_grad():
+        p = (model(torch.tensor([[5, 6]])).logits[0, -1] / 0.7).softmax(-1)
+    words = torch.arange(4, 64)
+    error = (p[words] * (1 - p[words]) / n).sqrt()
+    assert ((counts[words] / n - p[words]).abs() < 4.5 * error + 1e-3).all()
+
+
+def test_generation_stops_at_the_end_of_the_context_and_restores_the_mode(prompts):
+    model = tiny_gpt2().train()  # 48 positions
+    long = [list(range(4, 44)), [5]]
+    responses = E.generate(model, word_tokenizer(), long, 60, batch_size=2)
+    assert model.training
+    assert responses[0][0]["tokens"] <= 9 and (responses[0][0]["stopped"] or responses[0][0]["tokens"] == 9)
+    with pytest.raises(SystemExit):
+        E.generate(model, word_tokenizer(), [[5] * 48], 5, batch_size=1)
+
+
+def test_a_response_never_contains_the_prompt(model):
+    [[r]] = E.generate(model, word_tokenizer(), [[50, 51, 52]], 1, batch_size=1)
+    assert "w50 w51" not in r["text"] and len(r["text"].split()) <= 1
+
+
+# --------------------------------------------------------------------------------------------------- prompts and tokens
+
+
+def test_chat_student_gets_one_user_turn_and_ends_at_its_turn_token():
+    tokenizer = word_tokenizer(chat=True)
+    ids = E.encode_prompt(tokenizer, "w5 w6\n")
+    assert tokenizer.decode(ids).split() == "<bos> <turn> <unk> w5 w6 <end> <turn> w9".split()
+    assert tokenizer.decode([E.end_token(tokenizer)]) == "<end>"
+
+
+def test_plain_student_gets_its_own_bos_and_never_a_trailing_eos():
+    assert E.encode_prompt(word_tokenizer(bos=True), "w5 w6") == [1, 5, 6]
+    assert E.encode_prompt(word_tokenizer(), "w5 w6") == [5, 6]
+    assert E.end_token(word_tokenizer()) == 2
+
+
+def test_tokenizer_without_any_end_stops(capsys):
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(SystemExit) as e:
+        E.end_token(tokenizer)
+    assert e.value.code == 2 and "eos_token" in capsys.readouterr().err
+
+
+def test_prompt_shows_question_and_choices_and_says_how_to_answer():
+    row = {"task": "arc", "question": "What melts?", "choices": {"A": "ice", "B": "air"}}
+    prompt = E.student_prompt(row)
+    assert "What melts?\n(A) ice\n(B) air\n" in prompt and "The answer is (X)" in prompt and prompt.endswith("\n")
+    assert E.student_prompt({**row, "prompt": "as given"}) == "as given"
+    assert E.student_prompt({"task": "demo", "question": "2 + 3 ?"}) == "Question: 2 + 3 ?\nAnswer:\n"
+
+
+@pytest.mark.parametrize("task", E.TASKS)
+def test_an_answer_stated_as_the_prompt_asks_is_read(task):
+    choices = {"A": "x", "B": "y"}
+    said = {"number": ("N", "7"), "math": ("X", "\\frac{1}{2}"), "yesno": ("", "yes"), "choice": ("X", "B")}[E.TASKS[task]]
+    phrase = re.search('"(The answer is .*?[.])"', E.ASK[E.TASKS[task]])[1]
+    assert E.extract_answer(task, "So. " + phrase.replace(*said) if said[0] else phrase, choices) == said[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- extraction
+
+NUMBERS = [  # text, the number it states (None: none)
+    ("He makes 9 * 2 = $18.\n#### 18", "18"), ("#### 1,234", "1234"), ("A: 18", "18"), ("The answer is 18", "18"),
+    ("The answer is $18.", "18"), ("The answer is: **$1,234.50**.", "1234.5"), ("**Answer:** 42", "42"),
+    ("**Final Answer**\n\\boxed{42}", "42"), ("Final Answer\n\n42", "42"), ("So \\boxed{\\$1{,}000}", "1000"),
+    ("\\boxed{\\text{18 dollars}}", "18"), ("The answer is 25%.", "25"), ("The answer is 3/4 of a cup.", "0.75"),
+    ("The answer is 2 1/2 hours.", "2.5"), ("The answer is \\frac{3}{4}.", "0.75"), ("The answer is 1/3.", "1/3"),
+    ("The answer is -5.", "-5"), ("The answer is −5 degrees.", "-5"), ("The answer is -$15.", "-15"),
+    ("The answer is .40", "0.4"), ("The answer is 1.5e3", "1500"), ("The answer is 3 x 10^8 m/s", "300000000"),
+    ("The answer is 2.5 million people.", "2500000"), ("The answer is €7 per person.", "7"), ("The answer is 5kg", "5"),
+    ("The answer is $15/hour.", "15"), ("The answer is 36 + 48 = 84", "84"), ("The answer is x = 5.", "5"),
+    ("The answer is $2000 + $2400 + $400 = $4800.", "4800"), ("The answer is 36 + 48", None),
+    ("The answer is 250 minutes left if this month has 30 days.", "250"), ("The answer is 18 (16 + 2 = 18).", "18"),
+    ("Therefore, the answer (arabic numerals) is 42.", "42"), ("Therefore, the answer (arabic numerals) is", None),
+    ("The answer to the question is 12.", "12"), ("The answer would be 12 eggs.", "12"),
+    ("The answer is 5. Check: 5 + 3 = 8, so the answer is correct.", "5"), ("The answer is 3. No: the answer is 4.", "4"),
+    ("```output\n138.0\n```\nShe has \\boxed{138} lines.", "138"), ("print(x)\n```output\n17\n18\n```", "18"),
+    ("The answer is 1,00,000 rupees.", "100000"), ("The answer is 1/0.", None), ("The answer is unclear.", None),
+    ("The answer is 2**3 = 8", "8"), ("He has 13 eggs and sells them for 26 dollars", "26"), ("He came 2nd of 7", "7"),
+    ("The 3rd of them", None), ("no number here", None), ("", None),
+]
+
+
+@pytest.mark.parametrize("text, expected", NUMBERS)
+def test_number_answers(text, expected):
+    assert E.extract_answer("gsm8k", text) == expected
+
+
+LETTERS = {"A": "bank", "B": "library", "C": "department store", "D": "store", "E": "St. Louis"}
+CHOICES = [  # text, letter
+    ("The answer is (B).", "B"), ("The answer is B", "B"), ("The answer is **B**.", "B"), ("Answer: B) library", "B"),
+    ("Therefore, among A through F, the answer is A: bank.", "A"), ("so the answer is \\boxed{\\text{B}}", "B"),
+    ("The answer is (b).", "B"), ("The answer is b.", "B"), ("The answer is a place to read books.", None),
+    ("The answer is A place to read.", None), ("The answer is A because it is safe.", "A"), ("The answer is a.", "A"),
+    ("The answer is a library.", "B"), ("The answer is the department store.", "C"), ("The answer is store", "D"),
+    ("The answer is either the bank or the library", None), ("The answer is A or B.", None), ("The answer is (G).", None),
+    ("The answer is not B.", None), ("The answer is not B but C.", "C"), ("It is not B, the answer is D", "D"),
+    ("Answer: D, not B", "D"), ("The answer is B. Note that A is a common distractor.", "B"),
+    ("Answer seems to be A.\n\nAnswer: C", "C"), ("The correct option is (C).", "C"), ("I think it is (C).", "C"),
+    ("Answer: None of the above", None), ("Answer: I don't know", None), ("The answer is Don't know", None),
+    ("Antwort:\n\nAntwort: C", None), ("B", "B"), ("(B)", "B"), ("B. library", "B"), ("bank", "A"), ("E: St. Louis", "E"),
+    ("The answer is St. Louis.", "E"), ("A revolving door is convenient at a bank.", "A"), ("A door is a door.", None),
+    ("Either (A) or (B) could do.", None), ("The answer is Cars.", None), ("The answer is: it's C, clearly", "C"),
+    ("The answer is dependent on the door.", None), ("", None),
+]
+
+
+@pytest.mark.parametrize("text, expected", CHOICES)
+def test_choice_answers(text, expected):
+    assert E.extract_answer("commonsense_qa", text, LETTERS) == expected
+
+
+YESNO = [
+    ("So the answer is Yes.", "yes"), ("Therefore, the answer (Yes or No) is No.", "no"), ("the answer is most likely No", "no"),
+    ("the answer (Yes or No) is technically Yes, but it is small", "yes"), ("The answer is: \"Yes\".", "yes"),
+    ("The answer is **no**.", "no"), ("\\boxed{\\text{No}}", "no"), ("The answer is true.", "yes"), ("#### yes", "yes"),
+    ("Therefore, the answer (Yes or No) is dependent on whether no one knows", None), ("the answer is not known", None),
+    ("If so, the answer is yes. Therefore, the answer (Yes or No) is: It depends.", None), ("the answer is unknown", None),
+    ("the answer (Yes or No) is Northern", None), ("Therefore, the answer (Yes or No) is", None), ("Yes", "yes"),
+    ("Yes, it would sink.", "yes"), ("It is dense. So no, it would not float.", "no"), ("No one has seen it", None),
+    ("The answer is yes. Checking again, the answer is correct.", "yes"), ("nothing", None),
+]
+
+
+@pytest.mark.parametrize("text, expected", YESNO)
+def test_yes_no_answers(text, expected):
+    assert E.extract_answer("strategyqa", text) == expected
+
+
+MATH_TEXTS = [
+    ("Thus the answer is \\[ \\boxed{42} \\]", "42"), ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
+    ("The answer is $\\frac{3}{4}$.", "\\frac{3}{4}"), ("So \\boxed{840}., but\n**Final Answer**\n\\boxed{840}", "840"),
+    ("$\\boxed{5}$. So our answer is correct.", "5"), ("\\fbox{7}", "7"), ("\\boxed 9", "9"), ("so $x=3$, $y = 4$", "y = 4"),
+    ("The final answer is:\n\n$$x^2 + 1$$", "x^2 + 1"), ("#### 12", "12"), ("\\boxed{}", None), ("I don't know.", None),
+]
+
+
+@pytest.mark.parametrize("text, expected", MATH_TEXTS)
+def test_math_answers(text, expected):
+    assert E.extract_answer("math", text) == expected
+
+
+EQUAL = [  # prediction, answer
+    ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac12"), ("\\dfrac{1}{2}", "\\tfrac12"), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt2}{2}"),
+    ("2/3", "\\frac{2}{3}"), ("sqrt(3)/3", "\\frac{1}{\\sqrt{3}}"), ("11,111,111,100", "11,\\! 111,\\! 111,\\! 100"),
+    ("8880", "8{,}880"), ("\\$15,\\!000", "15000"), ("10 cm", "10\\text{ cm}"), ("440", "440\\text{ cm}^2"), ("45", "45^\\circ"),
+    ("30%", "30\\%"), ("x = 5", "5"), ("5", "x=5"), ("3\\frac12", "7/2"), ("137 1/2", "137 \\frac{1}{2}"), ("\\text{(C)}", "C"),
+    ("evelyn", "\\text{Evelyn}"), ("(x+1)(x+2)", "x^2+3x+2"), ("y^2 + 2xy + x^2", "(x+y)^2"), ("2, 1", "1,2"),
+    ("\\{3, 5\\}", "5, 3"), ("7, -2, and -5", "7, -2, \\text{ and } -5"), ("x=1 or x=2", "1,2"),
+    ("3 + 2\\sqrt{2}, 3 - 2\\sqrt{2}", "3 \\pm 2 \\sqrt{2}"), ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
+    ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)"), ("[0, 1)", "\\left[0,1\\right)"),
+    ("\\begin{pmatrix} 1/2 \\\\ 0 \\end{pmatrix}", "\\begin{bmatrix} \\frac{1}{2} \\\\ 0 \\end{bmatrix}"),
+    ("8x - 10y = -100", "4x-5y=-50"), ("2x - y + 3 = 0", "y = 2x+3"), ("x \\in [-2,7]", "[-2,7]"), ("\\mathbf{46}", "46"),
+    ("\\sqrt{1/n}", "\\frac{1}{\\sqrt{n}}"), ("2\\sin x\\cos x", "\\sin 2x"), ("\\sin^2 x", "1-\\cos^2 x"), ("4210_7", "4210_{7}"),
+    ("e^{i\\pi}", "-1"), ("\\frac{2003!}{2004!}", "\\frac{1}{2004}"), ("2^{10}", "1024"), ("3\\cdot10^{4}", "30000"),
+    ("x**2 + 1", "x^2+1"), ("6 \\div 4", "1.5"), ("\\text{Yes}", "yes"), ("\\overline{CD}", "\\overline{CD}"),
+]
+DIFFERENT = [
+    ("1/2", "1/3"), ("4\\sqrt(2)", "4"), ("\\frac{1}{2006!}", "\\frac{1}{2004!}"), ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"),
+    ("1, 2, 3", "2, 3, 4"), ("n=1,2,3", "n=2,3,4"), ("(0, 1.5)", "(0, 1)"), ("[0,1]", "[0,1)"), ("1728", "1331, 1728"),
+    ("1 + \\frac{1}{\\mathrm{e}}", "1 - \\frac{1}{\\mathrm{e}}"), ("2021", "\\pm 2021"), ("1:00", "12:00"), ("(2,1)", "(1,2)"),
+    ("\\frac{1}{3 \\cdot 2^{2006}}", "\\frac{2^{2005}+1}{3 \\cdot 2^{2006}}"), ("(3, \\frac{2\\pi}{3})", "(3, \\frac{\\pi}{2})"),
+    ("3x + 4y + 14=0", "3x-y+13=0"), ("\\frac{31}{6}", "\\frac{3}{16}"), ("x=5", "y=5"), ("2x=10", "x=5"), ("9 p.m.", "9\\text{ a.m.}"),
+    ("0", "x - 3z = 0"), ("52_9", "52_8"), ("(1,000)", "1000"), ("1.5", "15"), ("\\text{even}", "\\text{odd}"), ("A", "B"),
+    ("1000000000000000000000000000000000000001", "1000000000000000000000000000000000000000"), ("x^2", "x^3"), ("", "0"), ("2y", "2x"),
+    ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("0.33", "\\frac13"), ("3.14", "\\pi"),
+]
+
+
+@pytest.mark.parametrize("prediction, answer", EQUAL)
+def test_equal_mathematics_is_graded_right(prediction, answer):
+    assert E.grade("math", prediction, answer) and E.grade("math", answer, prediction)
+
+
+@pytest.mark.parametrize("prediction, answer", DIFFERENT)
+def test_different_mathematics_is_graded_wrong(prediction, answer):
+    assert not E.grade("math", prediction, answer) and not E.grade("math", answer, prediction)
+
+
+@pytest.mark.parametrize("task, prediction, answer, right", [
+    ("gsm8k", "18.0", "18", True), ("gsm8k", "137.99999999999997", "138", True), ("gsm8k", "1000001", "1000000", False),
+    ("gsm8k", "1/3", "0.3333333333", True), ("gsm8k", "70000", "70,000", True), ("gsm8k", "$5", "5", True), ("gsm8k", None, "5", False),
+    ("gsm8k", "-5", "5", False), ("arc", "B", "B", True), ("arc", "B", "(B)", True), ("arc", "A", "B", False), ("arc", None, "B", False),
+    ("strategyqa", "yes", "Yes", True), ("strategyqa", "no", "yes", False), ("math", None, "", False)])
+def test_grading_compares_canonical_answers(task, prediction, answer, right):
+    assert E.grade(task, prediction, answer) is right
+
+
+HOSTILE = ["9^{9^{9^{9}}}", "9**9**9**9", "99999!", "((9999!)!)!", "(" * 300, "{" * 300 + "}" * 300, "\\frac" * 90, "x^{y^{z^{9999}}}",
+           "\\sqrt" * 99, "\\exp(\\exp(\\exp(99)))", "0^{-1}", "\\ln 0", "\\tan(\\pi/2)", "1" * 450, "__import__('os')", "\\infty^{\\infty}",
+           "\\arctan(\\frac{1}{(9999!)^{9999}}+i)"]
+
+
+def test_hostile_formulas_neither_hang_nor_raise_in_any_thread():
+    verdicts = {}
+
+    def work():
+        verdicts.update({s: (E.grade("math", s, "x+1"), E.grade("math", "2", s)) for s in HOSTILE})
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert verdicts == dict.fromkeys(HOSTILE, (False, False))
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math", "strategyqa", "arc"])
+def test_endless_degenerate_responses_are_read_in_linear_time(task):
+    for piece in ("answer is ", "\\boxed{", "1,", "9", "(", "\n \n", "**", "answer is not ", "a ", "x^", "truly "):
+        E.extract_answer(task, piece * (200_000 // len(piece)), {"A": "x", "B": "y"})
+
+
+# ----------------------------------------------------------------------------------------------------------- real paths
+
+
+def graded(data_dir, name):
+    for row in E.read_jsonl(data_dir / "paths" / f"{name}.jsonl", ("id", "task", "question", "answer", "path")):
+        prediction = E.extract_answer(row["task"], row["path"], row.get("choices"))
+        yield row, E.grade(row["task"], prediction, row["answer"], row.get("choices"))
+
+
+def accuracies(verdicts):
+    by_teacher = {}
+    for row, right in verdicts:
+        by_teacher.setdefault(row["teacher"], []).append(right)
+    return {teacher: sum(v) / len(v) for teacher, v in by_teacher.items()}
+
+
+def test_grader_agrees_with_the_authors_on_all_gpt3_paths_and_with_the_papers_on_the_rest(data_dir):
+    verdicts = list(graded(data_dir, "gsm8k"))
+    judged = [(row["source_correct"], right) for row, right in verdicts if re.match("6b_|175b_", row["teacher"])]
+    assert len(judged) == 5276 and all(theirs == ours for theirs, ours in judged)
+    accuracy = accuracies(verdicts)
+    assert accuracy["human"] == 1
+    assert accuracy["tora-70b"] == pytest.approx(0.843, abs=0.005)  # ToRA, table 2
+    assert accuracy["tora-code-34b"] == pytest.approx(0.807, abs=0.005)
+    assert accuracy["gpt3-xl"] == pytest.approx(0.407, abs=0.03)  # zero-shot CoT, which takes the first number
+
+
+def test_grader_agrees_with_the_papers_on_date_and_strategyqa(data_dir):
+    date, strategyqa = accuracies(graded(data_dir, "date")), accuracies(graded(data_dir, "strategyqa"))
+    assert date["code-davinci-002"] == pytest.approx(0.872, abs=0.01)  # BIG-Bench Hard, table 3
+    assert date["gpt3-xl"] == pytest.approx(0.675, abs=0.01)  # zero-shot CoT, table 1
+    assert strategyqa["gpt3-xl"] == pytest.approx(0.548, abs=0.015)
+    assert strategyqa["human"] == 1
+
+
+def test_every_math_solution_is_right_and_no_other_answer_passes_for_it(data_dir):
+    rows = E.read_questions(data_dir / "original" / "math_test.jsonl")
+    solutions = [r["solution"] for r in E.read_jsonl(data_dir / "original" / "math_test.jsonl")]
+    assert len(rows) == 5000 and all(E.grade("math", E.extract_answer("math", s), r["answer"]) for r, s in zip(rows, solutions))
+    rng = random.Random(0)
+    for row in rng.sample(rows, 400):  # change one digit outside of an index
+        digits = [m.start() for m in re.finditer(r"(?<![_\d{.])\d", row["answer"])]
+        if digits:
+            i = rng.choice(digits)
+            other = row["answer"][:i] + str((int(row["answer"][i]) + rng.randint(1, 8)) % 9 + 1) + row["answer"][i + 1:]
+            assert other == row["answer"] or not E.grade("math", other, row["answer"]), (other, row["answer"])
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+
+PUBLISHED = {  # file name: (content, the row it stands for, without id)
+    "gsm8k.jsonl": ({"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
+    "math.jsonl": ({"problem": "P", "level": "Level 3", "type": "Algebra", "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"},
+                   {"task": "math", "question": "P", "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    "strategyqa_train.json": ([{"qid": "q1", "question": "Q?", "answer": False}], {"task": "strategyqa", "question": "Q?", "answer": "no"}),
+    "sqa.json": ({"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]},
+                 {"task": "strategyqa", "question": "Q?", "answer": "yes"}),
+    "date_bbh.json": ({"examples": [{"input": "Q?\nOptions:\n(A) 1/2\n(B) 3/4", "target": "(B)"}]},
+                      {"task": "date", "question": "Q?", "answer": "B", "choices": {"A": "1/2", "B": "3/4"}}),
+    "csqa.jsonl": ({"answerKey": "B", "id": "x", "question": {"question_concept": "c", "stem": "Q?", "choices": [
+        {"label": "A", "text": "a"}, {"label": "B", "text": "b"}]}},
+        {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
+    "csqa_hub.jsonl": ({"answerKey": "B", "id": "x", "question": "Q?", "question_concept": "c", "choices": {
+        "label": ["A", "B"], "text": ["a", "b"]}}, {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
+    "ARC-Challenge-Test.jsonl": ({"id": "x", "answerKey": "2", "question": {"stem": "Q?", "choices": [
+        {"label": "1", "text": "a"}, {"label": "2", "text": "b"}]}},
+        {"task": "arc", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
+    "arc_hub.jsonl": ({"id": "x", "answerKey": "A", "question": "Q?", "choices": {"label": ["A", "B"], "text": ["a", "b"]}},
+                      {"task": "arc", "question": "Q?", "answer": "A", "choices": {"A": "a", "B": "b"}}),
+    "flat.jsonl": ({"id": "x", "task": "date", "question": "Q?", "answer": "b", "choices": {"A": "a", "B": "b"}},
+                   {"task": "date", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
+}
+
+
+def written(tmp_path, name, *contents):
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps(c) for c in contents), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_formats_become_flat_rows(tmp_path, name):
+    content, expected = PUBLISHED[name]
+    [row] = E.read_questions(written(tmp_path, name, content))
+    assert isinstance(row.pop("id"), str) and row == expected
+
+
+@pytest.mark.parametrize("record, answer", [
+    ({"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, "C"), ({"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, "B")])
+def test_anli_rows_ask_for_the_relation(tmp_path, record, answer):
+    [row] = E.read_questions(written(tmp_path, "r1.jsonl", record))
+    assert (row["id"], row["task"], row["answer"]) == ("u", "anli", answer)
+    assert "P" in row["question"] and "H" in row["question"] and row["choices"][answer] == {"C": "contradiction", "B": "neutral"}[answer]
+
+
+def test_big_bench_choices_do_not_betray_the_answer(data_dir):
+    path = data_dir / "original" / "bigbench_date_understanding.json"
+    rows = E.read_questions(path)
+    assert len(rows) == 369 and rows == E.read_questions(path)
+    share = [sum(r["answer"] == letter for r in rows) / len(rows) for letter in "ABCDEF"]
+    assert max(share) < 0.25
+    right = [max(e["target_scores"], key=e["target_scores"].get) for e in json.loads(path.read_text())["examples"]]
+    assert [r["choices"][r["answer"]] for r in rows] == right
+
+
+@pytest.mark.parametrize("name, n, task", [
+    ("original/gsm8k_test.jsonl", 1319, "gsm8k"), ("original/bigbench_strategyqa.json", 2290, "strategyqa"),
+    ("original/bbh_date_understanding.json", 250, "date"), ("original/commonsense_qa_dev.jsonl", 1221, "commonsense_qa"),
+    ("paths/gsm8k.jsonl", 1319, "gsm8k"), ("paths/date.jsonl", 369, "date"), ("paths/strategyqa.jsonl", 2290, "strategyqa")])
+def test_real_files_are_read_whole_and_each_question_once(data_dir, name, n, task):
+    rows = E.read_questions(data_dir / name)
+    assert len({r["id"] for r in rows}) == len(rows) == n and {r["task"] for r in rows} == {task}
+    assert all(E.grade(task, r["answer"], r["answer"], r.get("choices")) for r in rows)
+
+
+def test_rows_without_ids_get_stable_ones(tmp_path):
+    rows = E.read_questions(written(tmp_path, "gsm8k_test.jsonl", *({"question": f"{i}?", "answer": f"#### {i}"} for i in range(3))))
+    assert [r["id"] for r in rows] == ["gsm8k_test-00000", "gsm8k_test-00001", "gsm8k_test-00002"]
+
+
+GOOD = {"id": "x", "task": "gsm8k", "question": "Q?", "answer": "5"}
+
+
+@pytest.mark.parametrize("line, words", [
+    ("{not json", "q.jsonl:2: not valid JSON"), ("[1]", "q.jsonl:2: expected a JSON object"), ("{}", "q.jsonl:2: not a question"),
+    (json.dumps({**GOOD, "task": "physics"}), "q.jsonl:2: unknown task 'physics'; name one with --task: gsm8k, math, strategyqa"),
+    (json.dumps({**GOOD, "answer": "many"}), "q.jsonl:2: 'many' is no answer"), (json.dumps({**GOOD, "question": 5}), "q.jsonl:2: field 'question'"),
+    (json.dumps({**GOOD, "task": "arc"}), "q.jsonl:2: task arc needs 'choices'"), (json.dumps({**GOOD, "question": "R?"}), "q.jsonl:2: the id 'x'"),
+    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "q.jsonl:2: not a question")])
+def test_bad_rows_stop_with_file_and_line(tmp_path, capsys, line, words):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(SystemExit) as e:
+        E.read_questions(str(path))
+    message = capsys.readouterr().err
+    assert e.value.code == 2 and words in message and message.count("\n") == 1
+
+
+def test_required_fields_are_checked_and_blank_lines_skipped(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"a": "x"}\n\n{"a": " "}\n')
+    with pytest.raises(SystemExit):
+        E.read_jsonl(path, ("a",))
+    assert "p.jsonl:3: field 'a'" in capsys.readouterr().err
+    assert E.read_jsonl(path) == [{"a": "x"}, {"a": " "}]
+    for missing in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(SystemExit):
+            E.read_jsonl(missing)
+
+
+# ------------------------------------------------------------------------------------------------------------- students
+
+
+def peft_model(base, **kwargs):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, peft.LoraConfig(**kwargs))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make, kwargs", [
+    (tiny_llama, dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])),
+    (tiny_llama, dict(r=4, lora_alpha=8, target_modules=["v_proj"], use_rslora=True)),
+    (tiny_gpt2, dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))],
+    ids=["llama", "rslora", "gpt2-conv1d"])
+def test_merged_adapter_gives_the_logits_of_peft(tmp_path, make, kwargs):
+    torch.manual_seed(0)
+    base = make()
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    reference = peft_model(copy.deepcopy(base), **kwargs)
+    reference.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    reference.save_pretrained(tmp_path / "adapter")
+    model, tokenizer = E.load_student(str(tmp_path / "adapter"), "cpu", torch.float32)
+    ids = torch.tensor([[5, 9, 33, 7]])
+    with torch.no_grad():
+        got, expected, without = model(ids).logits, reference(ids).logits, base(ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - without).abs().max() > 1e-2 and tokenizer.is_fast
+
+
+def test_adapters_that_are_more_than_lora_stop(tmp_path, capsys):
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    reference = peft_model(base, r=2, lora_alpha=2, target_modules=["q_proj"], use_dora=True)
+    reference.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    reference.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit):
+        E.load_student(str(tmp_path / "adapter"), "cpu", torch.float32)
+    assert "only plain LoRA" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_students_stop_with_one_sentence(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    tiny_llama().save_pretrained(tmp_path / "pickled")  # weights only as a pickle
+    word_tokenizer().save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(tiny_llama().state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    for folder in ("empty", "pickled"):
+        with pytest.raises(SystemExit) as e:
+            E.load_student(str(tmp_path / folder), "cpu", torch.float32)
+        message = capsys.readouterr().err
+        assert e.value.code == 2 and folder in message and message.count("error:") == 1 and "Traceback" not in message
+
+
+def test_slow_tokenizers_stop(tmp_path, capsys, monkeypatch):
+    class Slow:
+        is_fast = False
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(E.AutoTokenizer, "from_pretrained", lambda *a, **k: Slow())
+    with pytest.raises(SystemExit):
+        E.load_student(str(tmp_path), "cpu", torch.float32)
+    assert "not a fast one" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def scripted(monkeypatch, *students):
+    """Students that say what they are told: per student and question a list of (text, logprob)."""
+    replies = iter(students)
+
+    def generate(model, tokenizer, prompts, *args, **kwargs):
+        return [[{"text": t, "logprob": p, "tokens": 3, "stopped": "." in t} for t, p in answers] for answers in next(replies)]
+    monkeypatch.setattr(E, "generate", generate)
+    monkeypatch.setattr(E, "encode_prompt", lambda tokenizer, prompt: [1])
+    return [(None, None)] * len(students)
+
+
+ROWS = [{"id": str(i), "task": "gsm8k", "question": "Q?", "answer": "18"} for i in range(2)]
+
+
+def test_greedy_ensemble_takes_the_surest_parsed_answer(monkeypatch):
+    students = scripted(monkeypatch, [[("The answer is 18.", -0.1)], [("The answer is 7.", -0.5)]],
+                        [[("The answer is 5.", -0.9)], [("The answer is", -0.1)]])
+    r = E.evaluate(students, ROWS, 10, 2)
+    assert r["accuracy"] == [0.5, 0] and r["ensemble"] == 0.5 and r["upper_bound"] == 0.5 and r["questions"] == 2
+    assert r["unparsed"] == [0, 0.5] and r["stopped"] == [1, 0.5] and [p["ensemble"] for p in r["predictions"]] == ["18", "7"]
+
+
+def test_sampled_ensemble_takes_the_majority_of_equal_answers(monkeypatch):
+    students = scripted(monkeypatch, [[("The answer is 18.", -2), ("The answer is 18.0.", -3)], [("The answer is 7.", -1), ("?", 0)]],
+                        [[("The answer is 5.", -0.1), ("The answer is 6.", -0.2)], [("The answer is 18.", -0.5), ("?", 0)]])
+    r = E.evaluate(students, ROWS, 10, 2, samples=2)
+    assert [p["ensemble"] for p in r["predictions"]] == ["18", "18"] and r["ensemble"] == 1
+    assert r["accuracy"] == [0.5, 0.25] and r["upper_bound"] == 1
+
+
+def test_evaluation_of_real_students_reads_their_own_text_only():
+    torch.manual_seed(0)
+    students = [(tiny_llama(), word_tokenizer()), (tiny_gpt2(), word_tokenizer(bos=True))]
+    rows = [{**row, "prompt": "The answer is 18. w5 w6"} for row in ROWS]
+    r = E.evaluate(students, rows, 5, 2)
+    assert r["accuracy"] == [0, 0] and len(r["predictions"][0]["responses"]) == 2
+    assert all(0 <= x <= 1 for x in (*r["accuracy"], *r["unparsed"], *r["stopped"], r["ensemble"], r["upper_bound"]))
+
+
+def run_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+    E.main()
+
+
+@pytest.fixture
+def student(tmp_path):
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(tmp_path / "student")
+    word_tokenizer().save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def test_command_line_prints_a_table_and_writes_the_responses(tmp_path, monkeypatch, capsys, student):
+    questions = written(tmp_path, "q.jsonl", *({**GOOD, "id": str(i)} for i in range(5)))
+    run_main(monkeypatch, "--students", student, student, "--questions", questions, "--limit", 3, "--max_new_tokens", 4, "--samples", 2,
+             "--device", "cpu", "--out", tmp_path / "r.json", "--show", 1)
+    table = capsys.readouterr().out
+    assert "3 questions" in table and table.count(str(student)) == 4 and "ensemble" in table and "upper bound" in table
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["questions"] == 3 and [len(s) for s in results["predictions"][0]["responses"]] == [2, 2]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--samples", "0"), ("--batch_size", "-1"), ("--max_new_tokens", "0"), ("--limit", "0"), ("--show", "-1"), ("--temperature", "-0.5"),
+    ("--temperature", "nan"), ("--samples", "3", "--temperature", "0"), ("--out", "/no/such/folder/x.json"), ("--device", "abacus"),
+    ("--task", "physics"), ("--questions", "/no/such/file.jsonl")])
+def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, student, flags):
+    questions = written(tmp_path, "q.jsonl", GOOD)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run_main(monkeypatch, "--students", student, "--questions", questions, "--device", "cpu", *flags)
+    message = capsys.readouterr().err
+    assert e.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- real models
+
+
+@pytest.mark.parametrize("name, end", [("smollm2", "<|im_end|>"), ("gemma3", "<eos>")])
+def test_real_students_continue_the_prompt_as_hf_generate_does(models_dir, name, end):
+    model, tokenizer = E.load_student(str(models_dir / name), "cpu", torch.float32)
+    assert tokenizer.decode([E.end_token(tokenizer)]) == end
+    rows = [{"task": "gsm8k", "question": "What is 2 + 3?"}, {"task": "arc", "question": "Ice is?", "choices": {"A": "hot", "B": "cold"}}]
+    prompts = [E.encode_prompt(tokenizer, E.student_prompt(row)) for row in rows]
+    text = tokenizer.decode(prompts[0])
+    assert text.endswith("<|im_start|>assistant\n" if name == "smollm2" else ".\n") and text.count("What is 2 + 3?") == 1
+    assert name != "gemma3" or prompts[0][0] == tokenizer.bos_token_id != prompts[0][1]
+    for prompt, [r] in zip(prompts, E.generate(model, tokenizer, prompts, 12, batch_size=2)):
+        ends = [E.end_token(tokenizer), tokenizer.eos_token_id]
+        expected = hf_greedy(model, prompt, 12, ends)
+        assert r["text"] == tokenizer.decode(expected, skip_special_tokens=True) and r["tokens"] == len(expected)
+        assert math.isfinite(r["logprob"]) and not pathlib.Path(r["text"][:9]).is_absolute()

@@ -1,0 +1,497 @@
+"""Claims about Eq 1 to Eq 8, against brute force in float64 numpy, torch's own functions and closed forms."""
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+import router as qr
+
+ROOT = pathlib.Path(qr.__file__).parent
+QUESTION = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])  # nine paths of three questions
+GATES = (qr.binary_gate, qr.onehot_gate)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, float)))
+
+
+# ---------------------------------------------------------------- Eq 1
+def test_hash_embedding_is_the_same_in_another_process():
+    code = "import router; print(router.hash_embed(['12 + 7 = 19, so it is nineteen']).numpy().tobytes().hex())"
+    here = qr.hash_embed(["12 + 7 = 19, so it is nineteen"]).numpy().tobytes().hex()
+    for seed in "12":  # Python's own hash() depends on it
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True).strip() == here
+
+
+def test_hash_embedding_has_unit_length_and_puts_similar_texts_closer():
+    h = qr.hash_embed(["Tom has 3 apples and buys 4 more, so 7.", "Tom has 5 apples and buys 4 more, so 9.",
+                       "def solve():\n    return x * y", ""])
+    assert torch.allclose(h.norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=1e-6)
+    assert h[0] @ h[1] > 0.5 > h[0] @ h[2] + 0.3
+    assert torch.equal(qr.hash_embed(["a", "b c"])[1], qr.hash_embed(["b c"])[0])  # no text depends on its neighbours
+
+
+def check_encoder(model, tokenizer):
+    pairs = [("one two", "three"), ("four", "five six seven one two three four five"), ("two", "one")]
+    together = qr.encoder_embed(model, tokenizer, pairs)
+    for row, (q, p) in zip(together, pairs):
+        with torch.no_grad():  # alone, so that there is no padding, and without a mask
+            states = model(**tokenizer(q, p, return_tensors="pt")).last_hidden_state[0].double().numpy()
+        assert np.abs(row.numpy() - states.mean(0)).max() < 1e-5
+    cut = qr.encoder_embed(model, tokenizer, [("one", "two " * 500)], max_length=16)
+    assert torch.allclose(cut, qr.encoder_embed(model, tokenizer, [("one", "two " * 900)], max_length=16), atol=1e-6)
+
+
+def test_encoder_averages_real_tokens_only():
+    words = "[PAD] [UNK] one two three four five six seven".split()
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    torch.manual_seed(0)
+    check_encoder(BertModel(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                       intermediate_size=32, initializer_range=0.5)).eval(), tokenizer)
+
+
+def test_a_real_encoder_averages_real_tokens_only(models_dir):
+    check_encoder(AutoModel.from_pretrained(models_dir / "minilm").eval(), AutoTokenizer.from_pretrained(models_dir / "minilm"))
+
+
+# ---------------------------------------------------------------- Eq 2
+def test_router_starts_at_one_half_and_its_logits_are_bounded():
+    for hidden in (0, 8):
+        router, h = qr.Router(5, 3, hidden), randn(7, 5).float()
+        assert torch.equal(router(h), torch.zeros(7, 3))
+        for p in router.parameters():
+            torch.nn.init.normal_(p, std=100, generator=seeded())
+        assert 3.9 < router(h).abs().max() <= 4
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
+def test_gates_open_with_the_probability_of_their_logit_at_every_temperature(tau):
+    logits = torch.tensor([-4.0, -1.0, 0.0, 0.5, 3.0])
+    alpha, soft = qr.binary_gate(logits.expand(100_000, 5), tau, seeded())
+    assert set(alpha.unique().tolist()) == {0.0, 1.0}
+    p = sigmoid(logits)
+    assert (np.abs(alpha.numpy().mean(0) - p) < 4 * np.sqrt(p * (1 - p) / 1e5)).all()
+    for x in (0.2, 0.7):  # the soft value follows the binary concrete distribution: its CDF in closed form
+        cdf = sigmoid(tau * math.log(x / (1 - x)) - logits.numpy())
+        assert np.abs((soft <= x).double().mean(0).numpy() - cdf).max() < 0.01
+    alpha, _ = qr.onehot_gate(logits.expand(100_000, 5), tau, seeded())
+    assert torch.equal(alpha.sum(1), torch.ones(100_000))
+    assert np.abs(alpha.numpy().mean(0) - torch.softmax(logits, 0).numpy()).max() < 0.01
+
+
+def test_straight_through_gradient_is_that_of_the_soft_sample():
+    logits, g, tau = randn(9, 2).requires_grad_(), randn(9, 2, seed=1), 0.7
+    alpha, soft = qr.binary_gate(logits, tau, seeded())
+    closed = g * soft * (1 - soft) / tau
+    assert torch.allclose(torch.autograd.grad((alpha * g).sum(), logits)[0], closed.detach(), atol=1e-12)
+    alpha, soft = qr.onehot_gate(logits, tau, seeded())
+    closed = soft * (g - (soft * g).sum(1, keepdim=True)) / tau
+    assert torch.allclose(torch.autograd.grad((alpha * g).sum(), logits)[0], closed.detach(), atol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.001])  # at the smallest temperature soft values underflow to 0
+def test_every_student_gets_exactly_one_path_of_a_question_whose_gates_are_all_shut(tau):
+    for seed in range(50):
+        logits = torch.full((9, 2), -1.5, requires_grad=True)
+        alpha, soft = qr.binary_gate(logits, tau, seeded(seed))
+        kept = qr.at_least_one(alpha, soft, QUESTION)
+        for q in range(3):
+            for s in range(2):
+                mine = [p for p in range(9) if QUESTION[p] == q]
+                before, after = ([float(x[p, s]) for p in mine] for x in (alpha, kept))
+                if sum(before):
+                    assert after == before
+                else:
+                    assert sum(after) == 1
+                    assert soft[mine[after.index(1)], s] == max(soft[p, s] for p in mine)
+        gradients = [torch.autograd.grad((x * x.detach() + x).sum(), logits, retain_graph=True)[0] for x in (kept, alpha)]
+        assert (gradients[0] >= gradients[1]).all()  # a forced path keeps the gradient of its gate
+        if tau == 1.0:
+            assert (torch.autograd.grad(kept.sum(), logits)[0] > 0).all()
+
+
+# ---------------------------------------------------------------- Eq 3 and Eq 4
+def entropy_by_hand(p, per_student):
+    total, terms = 0.0, 0
+    for q in range(int(QUESTION.max()) + 1):
+        mine = [p[j] for j in range(len(p)) if QUESTION[j] == q]
+        rates = [sum(row[s] for row in mine) / len(mine) for s in range(len(p[0]))]
+        for r in rates if per_student else [sum(rates) / len(rates)]:
+            total, terms = total - sum(x * math.log(x) for x in (r, 1 - r) if x > 0), terms + 1
+    return total / terms
+
+
+def test_entropy_matches_brute_force():
+    for students in (1, 2, 3):
+        p = torch.sigmoid(2 * randn(9, students))
+        for x in (p, (p > 0.5).double()):
+            for per_student in (True, False):
+                assert abs(qr.balance_entropy(x, QUESTION, per_student) - entropy_by_hand(x.tolist(), per_student)) < 3e-5
+
+
+def test_literal_entropy_is_blind_to_one_student_taking_everything():
+    p = torch.tensor([[1.0, 0.0]]).expand(9, 2)
+    assert abs(qr.balance_entropy(p, QUESTION, per_student=False) - math.log(2)) < 1e-6
+    assert qr.balance_entropy(p, QUESTION) < 1e-4
+
+
+def test_onehot_gates_leave_literal_entropy_without_gradient():
+    for students in (2, 3):
+        largest = {}
+        for gate in GATES:
+            logits = (randn(9, students).float() / 2).requires_grad_()
+            alpha, soft = gate(logits, generator=seeded(1))
+            qr.balance_entropy(qr.at_least_one(alpha, soft, QUESTION), QUESTION, per_student=False).backward()
+            largest[gate] = logits.grad.abs().max()
+        assert largest[qr.onehot_gate] < 1e-7 < 1e-3 < largest[qr.binary_gate]
+
+
+def test_literal_entropy_pulls_back_when_every_gate_is_open():
+    alpha = torch.ones(9, 2, requires_grad=True)
+    qr.balance_entropy(alpha, QUESTION, per_student=False).backward()
+    assert (alpha.grad < 0).all()
+
+
+def test_maximising_entropy_balances_an_unbalanced_router():
+    router, h = qr.Router(6, 2), randn(9, 6).float()
+    with torch.no_grad():
+        router.net.bias.copy_(torch.tensor([6.0, -6.0]))  # one student gets nearly everything, the other nearly nothing
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (-qr.balance_entropy(torch.sigmoid(router(h)), QUESTION)).backward()
+        optimizer.step()
+    rate = torch.sigmoid(router(h)).detach().numpy()
+    assert all(np.abs(rate[(QUESTION == q).numpy()].mean(0) - 0.5).max() < 0.05 for q in range(3))
+
+
+# ---------------------------------------------------------------- Eq 9: the gate inside the loss
+def distill_loss_by_hand(alpha, nll, normalize):
+    """sum_s L_distill^(s): the weighted mean loss of a question's paths, mean over questions; or one mean over all."""
+    groups = [[p for p in range(9) if QUESTION[p] == q] for q in range(3)] if normalize == "question" else [range(9)]
+    total = 0.0
+    for s in range(alpha.shape[1]):
+        means = []
+        for paths in groups:
+            weight = sum(alpha[p, s] for p in paths)
+            if weight > 0:
+                means.append(sum(alpha[p, s] * nll[p, s] for p in paths) / weight)
+        total += sum(means) / len(means)
+    return total
+
+
+@pytest.mark.parametrize("normalize", ["question", "batch"])
+def test_path_weights_are_means_over_routed_paths(normalize):
+    nll = randn(9, 2).exp()
+    for seed in range(20):
+        alpha = (torch.rand(9, 2, generator=seeded(seed)) < 0.4).double()
+        weight = qr.path_weights(alpha, QUESTION, normalize)
+        assert torch.allclose(weight.sum(0), torch.ones(2, dtype=torch.float64))
+        assert not weight[alpha == 0].any()
+        assert abs((weight * nll).sum() - distill_loss_by_hand(alpha.numpy(), nll.numpy(), normalize)) < 1e-12
+
+
+@pytest.mark.parametrize("normalize", ["question", "batch"])
+def test_gate_receives_the_full_information_derivative_of_the_student_losses(normalize):
+    nll, alpha, eps = randn(9, 2).exp(), torch.ones(9, 2, dtype=torch.float64, requires_grad=True), 1e-5
+    (qr.path_weights(alpha, QUESTION, normalize) * qr.fill_skipped(nll, alpha, QUESTION, normalize)).sum().backward()
+    for p in range(9):
+        for s in range(2):  # finite differences over a relaxed gate
+            moved = [alpha.detach().numpy().copy() for _ in range(2)]
+            moved[0][p, s] += eps
+            moved[1][p, s] -= eps
+            up, down = (distill_loss_by_hand(a, nll.numpy(), normalize) for a in moved)
+            assert abs(alpha.grad[p, s] - (up - down) / (2 * eps)) < 1e-8
+
+
+@pytest.mark.parametrize("normalize", ["question", "batch"])
+def test_skipped_pairs_get_no_gradient_and_a_path_above_its_peers_loses_rate(normalize):
+    nll, h = randn(9, 2).exp(), torch.eye(9, dtype=torch.float64)
+    router = qr.Router(9, 2).double()
+    alpha, soft = qr.binary_gate(router(h), generator=seeded(3))
+    alpha = qr.at_least_one(alpha, soft, QUESTION)
+    alpha.retain_grad()
+    losses = qr.fill_skipped(torch.where(alpha > 0, nll, math.nan), alpha, QUESTION, normalize)  # skipped: never read
+    (qr.path_weights(alpha, QUESTION, normalize) * losses).sum().backward()
+    on = alpha.detach() > 0
+    assert (~on).any() and alpha.grad[~on].abs().max() < 1e-15
+    torch.optim.SGD(router.parameters(), lr=1.0).step()
+    change = router(h).detach()  # every logit was 0
+    for p, s in on.nonzero().tolist():
+        peers = [float(nll[k, s]) for k in range(9) if on[k, s] and (normalize == "batch" or QUESTION[k] == QUESTION[p])]
+        above = float(nll[p, s]) - sum(peers) / len(peers)
+        assert np.sign(change[p, s]) == -np.sign(above) if abs(above) > 1e-9 else abs(change[p, s]) < 1e-9
+
+
+def test_batch_normalisation_starves_hard_questions_and_question_normalisation_does_not():
+    question = torch.tensor([0] * 6 + [1] * 6)
+    nll = torch.tensor([1.0] * 6 + [3.0] * 6).unsqueeze(1).repeat(1, 2)  # an easy and a hard question
+    nll[[0, 6]] += 0.6  # and in each of them a path worse than its peers
+    rates = {}
+    for normalize in ("question", "batch"):
+        router, generator = qr.Router(12, 2), seeded()
+        optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+        for _ in range(250):
+            alpha, soft = qr.binary_gate(router(torch.eye(12)), generator=generator)
+            alpha = qr.at_least_one(alpha, soft, question)
+            losses = qr.fill_skipped(nll, alpha, question, normalize)
+            optimizer.zero_grad()
+            (qr.path_weights(alpha, question, normalize) * losses).sum().backward()
+            optimizer.step()
+        rates[normalize] = torch.sigmoid(router(torch.eye(12))).detach().reshape(2, 6, 2).mean(2)  # (question, path)
+    assert rates["batch"][1].mean() < 0.15 < 0.6 < rates["batch"][0, 1:].mean()
+    assert (rates["question"][:, 1:].mean(1) > 0.4).all()
+    assert (rates["question"][:, 0] < 0.3).all()
+
+
+# ---------------------------------------------------------------- alignment by characters
+def segments_by_hand(offsets):
+    """Cut between two characters wherever no token of any tokenizer lies across: the finest common segmentation."""
+    length = max(end for spans in offsets for _, end in spans)
+    cuts = [c for c in range(1, length) if not any(start < c < end for spans in offsets for start, end in spans)]
+    return [[sum(c <= start for c in cuts) for start, _ in spans] for spans in offsets], len(cuts) + 1
+
+
+def test_segments_of_hand_made_spans():
+    one, two = [(0, 2), (2, 5), (5, 6)], [(0, 1), (1, 2), (2, 3), (3, 6)]
+    assert qr.shared_segments([one, two]) == ([[0, 1, 1], [0, 0, 1, 1]], 2)
+    assert qr.shared_segments([one, one]) == ([[0, 1, 2], [0, 1, 2]], 3)  # equal tokenizers: token by token
+    assert qr.shared_segments([one, two, [(0, 6)]]) == ([[0, 0, 0], [0, 0, 0, 0], [0]], 1)
+    pieces = [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]  # the second character is an emoji in three byte pieces
+    assert qr.shared_segments([pieces, [(0, 1), (1, 3)]]) == ([[0, 1, 1, 1, 1], [0, 1]], 2)
+    assert qr.shared_segments([pieces, pieces]) == ([[0, 1, 1, 1, 2]] * 2, 3)
+
+
+def test_segments_match_brute_force_on_random_tokenisations():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        offsets = []
+        for _ in range(rng.integers(1, 4)):
+            cuts = [0, *sorted(rng.choice(np.arange(1, 12), rng.integers(0, 11), replace=False).tolist()), 12]
+            spans = []
+            for a, b in zip(cuts, cuts[1:]):  # now and then a character in byte pieces, some across its border
+                spans += [(a, b)] * (int(rng.integers(1, 4)) if b == a + 1 else 1)
+                if b < 12 and rng.random() < 0.1:
+                    spans.append((b - 1, b + 1))
+            offsets.append(spans)
+        assert qr.shared_segments(offsets) == segments_by_hand(offsets), offsets
+
+
+TEXTS = ["Natalia sold 48/2 = 24 clips.\n\nSo 1,234.50 + 9999999 = 10001233.50\n", "   leading\n\n\n\tand    inner   spaces",
+         "family 👩‍👩‍👧‍👦 flag 🏳️‍🌈 thumb 👍🏽🎉", "日本語の文章です。漢字と12個の例", unicodedata.normalize("NFD", "café, niño, Ångström, 한국어"),
+         "rare 𓀀𓁀 𝟙𝟚𝟛 ꙮ", "Ελληνικά, русский, हिन्दी, ไทย, עברית", "a\r\nb\u200dc\u00a0d\u3000e"]
+
+
+def check_segments(text, offsets, ignore=""):
+    segments, n = qr.shared_segments(offsets)
+    owned = []
+    for spans, segment in zip(offsets, segments):
+        assert segment == sorted(segment) and set(segment) == set(range(n))  # monotone, none empty
+        owned.append([{c for (a, b), k in zip(spans, segment) if k == i for c in range(a, b) if text[c] not in ignore} for i in range(n)])
+    assert all(x == owned[0] for x in owned)  # the same characters for every tokenizer
+    assert sorted(c for characters in owned[0] for c in characters) == [c for c, x in enumerate(text) if x not in ignore]
+    return segments, n
+
+
+def test_segments_of_real_tokenizers_hold_the_same_characters(models_dir, data_dir):
+    smollm2, gemma3, minilm = (AutoTokenizer.from_pretrained(models_dir / name) for name in ("smollm2", "gemma3", "minilm"))
+
+    def spans(tokenizer, text):
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+    with open(data_dir / "paths" / "gsm8k.jsonl") as f:
+        paths = [json.loads(next(f))["path"].strip() for _ in range(64)]
+    for text in TEXTS + paths:
+        offsets = [spans(smollm2, text), spans(gemma3, text)]
+        assert check_segments(text, offsets) == segments_by_hand(offsets)
+        check_segments(text, [*offsets, [(i, i + 1) for i in range(len(text))]])  # a third: one token per character
+    check_segments(TEXTS[0], [spans(t, TEXTS[0]) for t in (smollm2, gemma3, minilm)], ignore=" \n")  # WordPiece skips spaces
+    for text in paths:
+        assert qr.shared_segments([spans(smollm2, text)] * 2)[1] == len({end for _, end in spans(smollm2, text)})
+
+
+# ---------------------------------------------------------------- Eq 5 to Eq 8
+def example(students, seed=0):
+    """Three co-routed paths of 5, 1 and 4 segments, as many students: z, segment, path, routed, nll."""
+    rng, path = np.random.default_rng(seed), torch.tensor([0] * 5 + [1] + [2] * 4)
+    segment = [torch.tensor(np.repeat(np.arange(10), rng.integers(1, 4, 10))) for _ in range(students)]
+    z = [randn(len(x), 6 + s, seed=seed + s).requires_grad_() for s, x in enumerate(segment)]
+    routed = torch.ones(3, students, dtype=torch.bool)
+    if students == 3:
+        routed[0, 2] = routed[2, 0] = False
+    return z, segment, path, routed, randn(3, students, seed=9).exp()
+
+
+def collaboration(students, skew=0.5, **options):
+    torch.manual_seed(0)
+    collab = qr.Collaboration([6 + s for s in range(students)], 8, **options).double()
+    with torch.no_grad():
+        collab.w.copy_(skew * randn(students, 8))
+    return collab
+
+
+def collaborate_by_hand(collab, z, segment, path, routed, nll):
+    """Eq 5 to Eq 8 path by path -> L_mutual, L_competence and gamma of each path."""
+    w, rows = collab.w.detach().numpy(), []
+    for c in range(len(routed)):
+        mine, score, zt = [i for i in range(len(path)) if path[i] == c], {}, {}
+        for s in (s for s in range(len(z)) if routed[c, s]):
+            states, matrix = z[s].detach().numpy(), collab.proj[s].weight.detach().numpy()
+            zt[s] = np.stack([np.mean([matrix @ states[t] for t in range(len(states)) if segment[s][t] == i], 0) for i in mine])
+            mean = zt[s].mean(0)
+            score[s] = w[s] @ ((mean - mean.mean()) / np.sqrt(mean.var() + 1e-5))
+            if collab.standardized:
+                zt[s] = (zt[s] - zt[s].mean(0)) / np.sqrt(zt[s].var(0) + 1e-5)
+        gamma, target = ({s: math.exp(x[s]) / sum(map(math.exp, x.values())) for s in x} for x in (score, {s: -float(nll[c, s]) for s in score}))
+        mutual = sum(np.mean([np.mean((zt[s][i] - sum(gamma[k] * zt[k][i] for k in zt)) ** 2) for i in range(len(mine))]) for s in zt)
+        rows.append((mutual, -sum(target[s] * math.log(gamma[s]) for s in zt), [gamma.get(s, 0.0) for s in range(len(z))]))
+    return [np.array(x) for x in zip(*rows)]
+
+
+@pytest.mark.parametrize("standardized", [True, False])
+@pytest.mark.parametrize("students", [1, 2, 3])
+def test_collaboration_matches_brute_force(students, standardized):
+    for competence in ("target", "eq8"):
+        collab, inputs = collaboration(students, standardized=standardized, competence=competence), example(students)
+        mutual, l_competence, gamma, _, _ = collab(*inputs)
+        expected = collaborate_by_hand(collab, *inputs)
+        expected[1] = expected[1] * (competence == "target")
+        for ours, theirs in zip((mutual, l_competence, gamma), expected):
+            assert np.abs(ours.detach().numpy() - theirs).max() < 1e-12
+
+
+def test_a_paths_loss_does_not_depend_on_the_other_paths_of_its_batch():
+    collab, (z, segment, path, routed, nll) = collaboration(3), example(3)
+    whole = collab(z, segment, path, routed, nll)[0]
+    keep = [(s >= 6).nonzero().squeeze(1) for s in segment]  # the third path alone
+    alone = collab([x[i] for x, i in zip(z, keep)], [s[i] - 6 for s, i in zip(segment, keep)], path[6:] - 2, routed[2:], nll[2:])[0]
+    assert torch.allclose(alone, whole[2:], atol=1e-12)
+
+
+def test_equal_tokenizers_give_eq_8_token_by_token():
+    z, tokens, path = [randn(10, 6), randn(10, 7, seed=1)], torch.arange(10), torch.zeros(10, dtype=torch.long)
+    collab = collaboration(2, skew=0.0, standardized=False)
+    mutual = collab(z, [tokens, tokens], path, torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2))[0]
+    zt = [x @ layer.weight.T for x, layer in zip(z, collab.proj)]
+    assert torch.allclose(mutual[0], sum(F.mse_loss(x, (zt[0] + zt[1]) / 2) for x in zt))
+
+
+@pytest.mark.parametrize("competence", ["target", "eq8"])
+def test_unrouted_students_contribute_nothing_and_get_no_gradient(competence):
+    collab, (z, segment, path, routed, nll) = collaboration(3, trained=True, competence=competence), example(3)
+    results = []
+    for factor in (1.0, -50.0):  # whatever the states of the unrouted pairs are
+        inputs = [(x.detach() * torch.where(routed[path[s], k], 1.0, factor)[:, None]).requires_grad_() for k, (x, s) in enumerate(zip(z, segment))]
+        mutual, l_competence, gamma, _, _ = collab(inputs, segment, path, routed, nll)
+        assert not gamma[~routed].any() and torch.allclose(gamma.sum(1), torch.ones(3, dtype=torch.float64))
+        gradients = torch.autograd.grad((mutual + l_competence).sum(), [*inputs, *collab.parameters()])
+        assert all(g.isfinite().all() for g in gradients)
+        for k, s in enumerate(segment):
+            on = routed[path[s], k] & (path[s] != 1)  # the second path is a single segment: standardised to 0
+            assert not gradients[k][~routed[path[s], k]].any() and gradients[k][on].any(1).all()
+        results.append([mutual, l_competence, *gradients[3:]])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results))
+
+
+def test_pull_towards_the_ensemble_has_its_closed_form_for_two_students():
+    for competence in ("target", "eq8"):
+        collab, inputs = collaboration(2, competence=competence), example(2)
+        mutual, _, gamma, _, zt = collab(*inputs)
+        pull = torch.autograd.grad(mutual.sum(), zt)[0]  # (S, N, d)
+        path = inputs[2]
+        difference, scale = zt[0] - zt[1], 2 / (path.bincount()[path] * 8)[:, None]
+        g = gamma[path].T.unsqueeze(-1)
+        # The weaker a student, the more it is pulled; undetached, Eq 8 is (g1^2 + g2^2) ||zt_1 - zt_2||^2 for both.
+        force = 1 - g if competence == "target" else (g**2).sum(0).expand(2, -1, -1)
+        assert torch.allclose(pull, torch.stack([difference, -difference]) * force * scale, atol=1e-12)
+
+
+def train_competence(competence, w, steps=100):
+    z, segment, path, routed, nll = example(2)
+    nll = torch.tensor([0.5, 1.5]).expand(3, 2)  # student 0 is better by one nat
+    collab = collaboration(2, standardized=False, competence=competence)
+    with torch.no_grad():
+        collab.w.copy_(w)
+    optimizer, first = torch.optim.Adam([collab.w], lr=0.03), None
+    for _ in range(steps):
+        mutual, l_competence, gamma, _, _ = collab(z, segment, path, routed, nll)
+        first = gamma.detach() if first is None else first
+        optimizer.zero_grad()
+        (mutual + l_competence).sum().backward()
+        optimizer.step()
+    return first, collab(z, segment, path, routed, nll)[2].detach()
+
+
+def test_competence_follows_the_better_student_with_a_target():
+    _, last = train_competence("target", torch.zeros(2, 8))
+    assert (last[:, 0] - sigmoid(1.0)).abs().max() < 0.05  # the softmax of losses one nat apart
+
+
+def test_competence_goes_to_one_half_with_eq_8_alone():
+    collab, (z, segment, path, *_) = collaboration(2, standardized=False), example(2)
+    raw = collab(z, segment, path, torch.ones(3, 2, dtype=torch.bool), torch.zeros(3, 2))[3][0]
+    w = torch.zeros(2, 8, dtype=torch.float64)
+    w[0] = torch.linalg.lstsq(torch.stack([F.layer_norm(raw[path == c].mean(0), (8,)) for c in range(3)]), torch.full((3, 1), 1.5).double())[0][:, 0]
+    first, last = train_competence("eq8", w.detach())
+    assert torch.allclose(first[:, 0], torch.full((3,), float(sigmoid(1.5))).double(), atol=1e-3)  # .82, for the worse or the better
+    assert (last - 0.5).abs().max() < 0.05
+
+
+# ---------------------------------------------------------------- collapse
+def minimise_mutual(trained, standardized, steps=200):
+    """Fixed states of two students that share some of what they say -> compared states (S, N, d) after training."""
+    latent, path = randn(400, 20).float() * torch.linspace(1, 0.2, 20), torch.arange(400) // 20
+    z = [latent @ randn(20, k, seed=k).float() / 20**0.5 + 0.3 * randn(400, k, seed=k + 1).float() for k in (48, 64)]
+    torch.manual_seed(0)
+    collab = qr.Collaboration([48, 64], 32, trained, standardized)
+    optimizer = torch.optim.Adam([p for p in collab.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps if trained else 0):
+        optimizer.zero_grad()
+        collab(z, [torch.arange(400)] * 2, path, torch.ones(20, 2, dtype=torch.bool), torch.zeros(20, 2))[0].sum().backward()
+        optimizer.step()
+    return collab(z, [torch.arange(400)] * 2, path, torch.ones(20, 2, dtype=torch.bool), torch.zeros(20, 2))[4].detach()
+
+
+def test_trained_projections_vanish_without_standardisation_and_lose_rank_with_it():
+    frozen, vanished, flat = minimise_mutual(False, True), minimise_mutual(True, False), minimise_mutual(True, True)
+    assert minimise_mutual(False, False).std(1).mean() > 0.5 > 0.05 > vanished.std(1).mean()
+    for s in range(2):
+        assert abs(flat[s].std(0).mean() - 1) < 0.01  # the spread looks healthy
+        assert qr.effective_rank(flat[s]) < 0.5 * qr.effective_rank(frozen[s])
+
+
+def test_frozen_projections_are_frozen_and_keep_the_scale_of_a_feature():
+    collab = qr.Collaboration([512], 256)
+    assert not any(p.requires_grad for p in collab.proj.parameters()) and collab.w.requires_grad
+    assert abs(collab.proj[0](randn(100, 512).float()).std() - 1) < 0.05
+
+
+def test_effective_rank_matches_numpy_and_known_cases():
+    x = randn(50, 6) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1, 0.0]) + 7  # an offset is no direction
+    share = np.linalg.eigvalsh(np.cov(x.numpy().T)).clip(1e-300)
+    share = share / share.sum()
+    assert abs(qr.effective_rank(x) - np.exp(-(share * np.log(share)).sum())) < 1e-4
+    assert abs(qr.effective_rank(torch.outer(randn(20)[:20], randn(5, seed=1))) - 1) < 1e-4
+    assert abs(qr.effective_rank(torch.cat([torch.eye(5), -torch.eye(5)])) - 5) < 1e-4
+    assert abs(qr.effective_rank(torch.ones(4, 3)) - 1) < 1e-4
