@@ -2,8 +2,8 @@
 
     python eval.py --students out/student_0 out/student_1 --questions test.jsonl
 
-A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices" {"A": text, ...}, "level" and
-"prompt" (which overrides the student prompt).
+A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices" {"A": text, ...}, "level"
+and "prompt" (which overrides the student prompt).
 """
 import argparse
 import inspect
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-# task -> kind of answer, which decides how a prompt ends, how an answer is found in a text and when two answers are equal
+# task -> kind of answer: how a prompt ends, how an answer is found in a text and when two answers are equal
 TASKS = {"gsm8k": "number", "math": "math", "strategyqa": "yesno", "arc": "choice", "commonsense_qa": "choice",
          "anli": "choice", "date": "choice", "demo": "number"}
 ASK = {"number": 'Reason step by step and end with "The answer is N." where N is a number.',
@@ -40,8 +40,8 @@ def stop(message):
 
 
 def read_jsonl(path, required=()):
-    """Rows of a JSON Lines file without its blank lines. Stops with FILE:LINE at malformed JSON, at anything but an object, and
-    where a required field is missing, empty or not a string."""
+    """Rows of a JSON Lines file; blank lines are skipped. Stops with FILE:LINE at malformed JSON, at anything but an
+    object, and where a required field is missing, empty or not a string."""
     return [row for _, row in numbered_rows(path, required)]
 
 
@@ -65,7 +65,7 @@ def numbered_rows(path, required=()):
         stop(f"cannot read {path}: {e}")
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ----------------------------------------------------------------------------------------------------- prompts
 
 def student_prompt(row):
     """What a student sees of a row, the same in training and at test time (METHOD 8.11)."""
@@ -78,8 +78,8 @@ def student_prompt(row):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: one user turn and the generation prompt if the tokenizer has a chat template, else the plain text
-    with the tokenizer's own BOS. Never a trailing EOS."""
+    """Token ids of a prompt: one user turn and the generation prompt if the tokenizer has a chat template, else the
+    plain text with the tokenizer's own BOS. Never a trailing EOS."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt.strip()}]
         return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
@@ -88,8 +88,8 @@ def encode_prompt(tokenizer, prompt):
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a response: the first special token after the assistant's text in the rendered chat template,
-    else eos_token_id. Stops if there is neither."""
+    """Id of the token that ends a response: the first special token after the assistant's text in the rendered chat
+    template, else eos_token_id. Stops if there is none."""
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "MARK"}]
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("MARK", 1)[1]
@@ -101,9 +101,9 @@ def end_token(tokenizer):
     return tokenizer.eos_token_id
 
 
-# ------------------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------------------------------------- answers
 
-# What announces an answer; "the answer is correct" doesn't. `A:` opens the answer in GSM8K, but lists an option elsewhere.
+# What announces an answer ("the answer is correct" doesn't). `A:` opens GSM8K's answers, but elsewhere an option.
 ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:) | \bfinal\ answer\s*\n
     | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b \s* (?:\([^()\n]*\)\s*)?
       (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s*)? (?:choice\b|option\b|letter\b)? \s*
@@ -113,16 +113,17 @@ NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])  (?P<minus>(?<![\w).}%]
     (?:(?P<whole>\d+)\ (?=\d+/\d))?  (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
     (?: [eE](?P<e>[-+]?\d{1,2})\b | \ ?[x×*]\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})\b\}? )?  (?:\ ?/\ ?(?P<under>\d+))?
     (?!\d|st\b|nd\b|rd\b|th\b)  (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
-OPERATOR = re.compile(r"\(| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)|(?:x|of|times|plus|minus)\b)")
+OPERATOR = re.compile(r"\(| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)"
+                      r"|(?:x|of|times|plus|minus)\b)")
 SCALE = {None: 0, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def extract_answer(task, text, choices=None):
-    """The answer that a text states, in canonical form (a number, LaTeX, a letter of `choices`, "yes" or "no"), else None.
+    """The answer that a text states in canonical form (a number, LaTeX, a letter of `choices`, "yes" or "no"), or None.
 
-    The last announcement that can be read wins; for yes and no the last one alone ("the answer is dependent on ..." takes back
-    what came before), for math the last \\boxed. Only a text that announces nothing is read from its end. A text that announces
-    an answer and gives none ("the answer is unclear", a text cut off) is unparsed."""
+    The last announcement that can be read wins; for yes and no the last one alone ("the answer is dependent on ..."
+    takes back what came before), for math the last \\boxed. Only a text that announces nothing is read from its end:
+    one that announces an answer and gives none ("the answer is unclear", a text cut off) is unparsed."""
     kind, choices = TASKS[task], choices or {}
     text = re.sub(r"(?<![\w)])\*\*(.+?)\*\*", r"\1", text)  # markdown's bold, not Python's power
     announced = [m for m in ANNOUNCED.finditer(text) if not (m["colon"] and kind == "choice")]
@@ -135,7 +136,7 @@ def extract_answer(task, text, choices=None):
 
 
 def statement_after(text, m):
-    """What an announcement announces: the braces of \\boxed, the last line of a program's output, else the paragraph."""
+    """What is announced: the braces of \\boxed, the last line of a program's output, else the paragraph."""
     rest = text[m.end():m.end() + 1000]
     if m[0].startswith("\\"):
         return braces(rest)
@@ -145,7 +146,7 @@ def statement_after(text, m):
 
 
 def braces(text):
-    """The content of the balanced {...} that a text begins with, all of it if they never close; without any, one word."""
+    """The content of the balanced {...} at the start of a text, all of it if they never close; without any, a word."""
     text = text.lstrip()
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
@@ -159,8 +160,8 @@ def first_sentence(text):
 
 def read_statement(kind, statement, choices):
     if kind == "number":
-        statement = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", statement.replace("{,}", ",").replace("\\!", ""))
-        return number_in(first_sentence(statement))
+        s = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", statement.replace("{,}", ",").replace("\\!", ""))
+        return number_in(first_sentence(s))
     if kind == "yesno":  # "most likely No", "technically, yes"
         m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
         return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}[m[1].lower()] if m else None
@@ -180,14 +181,15 @@ def read_end(kind, text, choices):
         return formulas[-1].strip() if formulas else None
     sentence = line if re.match(r"\(?[A-Z][).:]", line) else re.split(r"[.!?]\s+(?=\S)", line)[-1]
     if kind == "yesno":
-        begins = [re.match(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)", s) for s in (sentence, text)]
-        return next((m[1].lower() for m in begins if m), None)
+        starts = re.compile(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)")
+        m = starts.match(sentence) or starts.match(text)
+        return m[1].lower() if m else None
     letters = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?:option|choice) ([A-Z])\b", sentence)} & set(choices)
     return letters.pop() if len(letters) == 1 else None if letters else letter_in(sentence, choices)
 
 
 def canonical(m):
-    """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"), None if it has none (a division by zero)."""
+    """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"); None for a division by zero."""
     try:
         value = Fraction((m["digits"].replace(",", "") or "0") + (m["decimals"] or "")) / int(m["under"] or 1)
         value = (value + int(m["whole"] or 0)) * Fraction(10) ** (int(m["e"] or m["e10"] or 0) + SCALE[m["scale"]])
@@ -198,7 +200,7 @@ def canonical(m):
 
 
 def number_in(text):
-    """The number that a statement gives: its first one, or what its last equation comes to. None for open arithmetic."""
+    """The number that a statement gives: its first, or what its last equation comes to; None for open arithmetic."""
     text = text.replace("−", "-")
     m = NUMBER.search(text)
     if not m:
@@ -211,7 +213,7 @@ def number_in(text):
 
 
 def letter_in(statement, choices):
-    """The one choice that a statement names by letter or by text: never the article "a", never what it says it is not."""
+    """The one choice that a statement names by letter or by text: never the article "a", never a negated one."""
     s = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"'“”]", "", statement).strip()
     if re.match(r"(?i)(?:not|neither)\b", s):
         s = "".join(re.split(r"(?i)\b(?:but|rather|instead)\b", s, maxsplit=1)[1:])
@@ -255,16 +257,17 @@ def grade(task, prediction, answer, choices=None):
     return a == b or (a.denominator > 1 and abs(a - b) <= abs(b) / 10**6)
 
 
-# --------------------------------------------------------------------------------------------- mathematical equality
-# Two formulas are equal if their values agree to 80 digits wherever we put their variables. That needs neither eval() nor
-# a simplifier; the time is bounded by the length of the text, so nothing can hang, in whatever thread.
+# --------------------------------------------------------------------------------------- mathematical equality
+# Two formulas are equal if their values agree to 80 digits wherever we put their variables. That needs neither eval()
+# nor a simplifier, and its time is bounded by the length of the text: nothing can hang, in whatever thread.
 
 FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc", "cot": "cot", "arcsin": "asin",
              "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln", "log": "log10"}
-GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi",
-         "psi", "omega", "infty")
+GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi",
+         "varphi", "psi", "omega", "infty")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\\\", "\n"), (r"[−–]", "-"), (r"[×·]|\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"÷|\\div(?![a-z])", "/"),
+    (r"\\\\", "\n"), (r"[−–]", "-"),  # \\\\ ends the row of a matrix
+    (r"[×·]|\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"÷|\\div(?![a-z])", "/"),
     (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"√", r"\\sqrt"), (r"\\cup(?![a-z])", "∪"),
     (r",\s*\\!\s*|\{,\}", ""),  # thousands: 11,\!111 and 11{,}111
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|allowbreak)(?![A-Za-z])|\\[!,;: ]|~", " "),
@@ -276,7 +279,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
     (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"), (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""))]
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|emph|mathrm|mathbf|bold)\s*\{(?!\s*[ap]\.?m\b)([^{}]*)\}(?:\^\{?\d\}?)?")
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|emph|mathrm|mathbf|bold)\s*\{(?!\s*[ap]\.?m\b)([^{}]*)\}"
+                  r"(?:\^\{?\d\}?)?")
 UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+(?:\^\{?\d\}?)?\s*$")
 
 
@@ -328,11 +332,10 @@ def same_math(a, b):
     if kind == "formula":
         return same_formula(parts[0], parts_b[0])
     for part in parts:
-        candidates = parts_b if kind in ("set", "union") else parts_b[:1]
-        same = next((i for i, other in enumerate(candidates) if same_math(part, other)), None)
-        if same is None:
+        twin = next((p for p in (parts_b if kind in ("set", "union") else parts_b[:1]) if same_math(part, p)), None)
+        if twin is None:
             return False
-        parts_b = parts_b[:same] + parts_b[same + 1:]
+        parts_b.remove(twin)
     return True
 
 
@@ -406,7 +409,7 @@ def evaluate_formula(mp, formula, point):
             return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
         if not token[0].isalpha() and token[1:] not in GREEK:
             raise ValueError(f"unexpected {token}")
-        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5  # a variable, positive: sqrt(1/n) is 1/sqrt(n)
+        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5  # a variable; > 0: sqrt(1/n) is 1/sqrt(n)
 
     def factor():
         x = power(atom())
@@ -416,7 +419,7 @@ def evaluate_formula(mp, formula, point):
             raise ValueError("too large")
         return x
 
-    def product(of_function=False):  # also without a sign, 2x(x+1); what a function applies to ends earlier: sin 2x cos x
+    def product(of_function=False):  # signs may lack, as in 2x(x+1); a function's argument ends early: sin 2x cos x
         bracket = of_function and tokens[-1] == "("
         x = -factor() if take("-") else atom() if bracket else factor()
         while tokens and not bracket:
@@ -440,37 +443,25 @@ def evaluate_formula(mp, formula, point):
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------- readers
+# ----------------------------------------------------------------------------------------------------- readers
 
 def read_questions(path, task=None):
-    """Flat rows {"id", "task", "question", "answer", "choices"?, "level"?, "prompt"?} of a file in a published format (GSM8K,
-    MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), in flat JSONL, or of a path pool, each question once. `task`
-    overrides what the file says. Stops, naming the place, at a row that it can't read."""
+    """Flat rows {"id", "task", "question", "answer", "choices"?, "level"?, "prompt"?}, each question once, of a file in
+    a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), of flat JSONL or of a path
+    pool. `task` overrides what the file says. Stops, naming the place, at a row that is no question."""
     if task not in (None, *TASKS):
         stop(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
-    path = str(path)
-    stem, _ = os.path.splitext(os.path.basename(path))
-    records, title = numbered_rows(path), stem
-    if path.endswith(".json"):
-        try:
-            with open(path, encoding="utf-8") as f:
-                data = json.load(f)
-        except (OSError, ValueError) as e:
-            stop(f"cannot read {path}: {e}")
-        title = f"{stem} {data.get('name')}" if isinstance(data, dict) else stem
-        data = data.get("examples") if isinstance(data, dict) else data
-        if not isinstance(data, list):
-            stop(f"{path}: expected a list of questions or an object with 'examples'")
-        records = ((f"{path}, example {i}", record) for i, record in enumerate(data))
-    guess = next((t for t in TASKS if t in title.lower()), None)
+    stem = os.path.splitext(os.path.basename(path))[0]
+    guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
     questions = {}
-    for i, (where, record) in enumerate(records):
+    for i, (where, record) in enumerate(records(str(path))):
         try:
             row = flatten(record, guess)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
             stop(f"{where}: not a question in a format that I know ({type(e).__name__}: {e})")
         row["task"] = task or row["task"]
-        row["id"] = str(next((record[k] for k in ("id", "qid", "uid") if record.get(k) is not None), f"{stem}-{i:05d}"))
+        given = [record[k] for k in ("id", "qid", "uid") if record.get(k) is not None]
+        row["id"] = str(given[0]) if given else f"{stem}-{i:05d}"
         row = {k: v for k, v in row.items() if v is not None}
         check_row(row, where)
         if questions.setdefault(row["id"], row)["question"] != row["question"]:
@@ -478,6 +469,22 @@ def read_questions(path, task=None):
     if not questions:
         stop(f"{path}: no questions in it")
     return list(questions.values())
+
+
+def records(path):
+    """(place, record) for the lines of a JSONL file, or for a .json file's list or BIG-bench "examples"."""
+    if not path.endswith(".json"):
+        yield from numbered_rows(path)
+        return
+    try:
+        with open(path, encoding="utf-8") as f:
+            data = json.load(f)
+    except (OSError, ValueError) as e:
+        stop(f"cannot read {path}: {e}")
+    data = data.get("examples") if isinstance(data, dict) else data
+    if not isinstance(data, list):
+        stop(f"{path}: expected a list of questions or an object with 'examples'")
+    yield from ((f"{path}, example {i}", record) for i, record in enumerate(data))
 
 
 def lettered(texts):
@@ -506,27 +513,27 @@ def flatten(r, guess):
                     "What is the hypothesis, given the premise?")
         return {"task": "anli", "question": question, "answer": answer, "choices": ANLI}
     if "answerKey" in r:  # CommonsenseQA and ARC, as published and as on the Hugging Face hub
-        nested = isinstance(r["question"], dict)
-        choices = r["question"]["choices"] if nested else r["choices"]
+        question = r["question"] if isinstance(r["question"], dict) else {"stem": r["question"], **r}
+        choices = question["choices"]
         if isinstance(choices, dict):
-            choices = [{"label": a, "text": b} for a, b in zip(choices["label"], choices["text"])]
+            choices = [{"label": label, "text": text} for label, text in zip(choices["label"], choices["text"])]
         labels = [c["label"] for c in choices]  # some of ARC's are numbers
-        return {"task": guess or ("commonsense_qa" if "question_concept" in {**r, **(r["question"] if nested else {})} else "arc"),
-                "question": r["question"]["stem"] if nested else r["question"], "choices": lettered(c["text"] for c in choices),
-                "answer": chr(ord("A") + labels.index(r["answerKey"]))}
-    answer = r["answer"]
+        return {"task": guess or ("commonsense_qa" if "question_concept" in question else "arc"),
+                "question": question["stem"], "answer": chr(ord("A") + labels.index(r["answerKey"])),
+                "choices": lettered(c["text"] for c in choices)}
+    answer, task = r["answer"], r.get("task") or guess
     if isinstance(answer, bool):  # StrategyQA
-        answer = "yes" if answer else "no"
-        return {"task": r.get("task") or "strategyqa", "question": r["question"], "answer": answer}
-    if isinstance(answer, str) and "####" in answer:  # GSM8K
-        return {"task": r.get("task") or "gsm8k", "question": r["question"], "answer": answer.rsplit("####", 1)[1].strip()}
-    return {"task": r.get("task") or guess, "answer": str(answer),
-            **{k: r.get(k) for k in ("question", "choices", "level", "prompt")}}
+        answer, task = "yes" if answer else "no", task or "strategyqa"
+    elif answer is None:
+        raise ValueError("the answer is null")
+    elif "####" in str(answer):  # GSM8K
+        answer, task = answer.rsplit("####", 1)[1].strip(), task or "gsm8k"
+    return {"task": task, "answer": str(answer), **{k: r.get(k) for k in ("question", "choices", "level", "prompt")}}
 
 
 def check_row(row, where):
     """Bring a flat row's answer to canonical form; stop where its task is unknown or its answer can't be one."""
-    if row.get("task") not in TASKS:
+    if str(row.get("task")) not in TASKS:
         stop(f"{where}: unknown task {row.get('task')!r}; name one with --task: {', '.join(TASKS)}")
     kind, answer, choices = TASKS[row["task"]], row["answer"].strip(), row.get("choices")
     if not isinstance(row.get("question"), str) or not row["question"].strip():
@@ -543,11 +550,11 @@ def check_row(row, where):
         stop(f"{where}: {answer!r} is no answer to a question of task {row['task']} ({kind})")
 
 
-# ------------------------------------------------------------------------------------------------------------ students
+# ---------------------------------------------------------------------------------------------------- students
 
 def load_student(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format, merged. Stops if there
-    is no such model or if its tokenizer isn't a fast one."""
+    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format (merged).
+    Stops if there is no such model or if its tokenizer isn't a fast one."""
     try:
         config_file = os.path.join(name, "adapter_config.json")
         adapter = None
@@ -561,8 +568,8 @@ def load_student(name, device="cpu", dtype=torch.float32):
         if adapter:
             merge_adapter(model, adapter, load_file(os.path.join(name, "adapter_model.safetensors")))
     except Exception as e:  # noqa: BLE001 (whatever a folder that is not a model makes the libraries raise)
-        reason = " ".join(str(e).split())[:300]
-        stop(f"{name}: not a causal language model that transformers can load from safetensors ({type(e).__name__}: {reason})")
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        stop(f"{name}: not a causal language model that transformers can load from safetensors ({reason})")
     if not tokenizer.is_fast:
         stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give character offsets")
     return model.to(device).eval(), tokenizer
@@ -583,14 +590,14 @@ def merge_adapter(model, config, weights):
         module.weight = torch.nn.Parameter((module.weight.float() + delta).to(module.weight.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------- generation
+# -------------------------------------------------------------------------------------------------- generation
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None):
-    """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without the prompt and special
-    tokens, "logprob": mean log-probability of its tokens with the one that ended it, "tokens": their number, "stopped": whether
-    it ended by itself}. Greedy with one sample or temperature 0; several samples default to temperature 0.8. A sample depends
-    on seed and prompt number only, not on the batch around it. A model with a limited context stops at its end."""
+    """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without special tokens,
+    "logprob": mean log-probability of its tokens and the one that ended it, "tokens": their number, "stopped": it
+    ended by itself}. Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
+    sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends."""
     temperature = temperature if temperature is not None else 0.8 if samples > 1 else 0
     device = model.device
     eos = model.generation_config.eos_token_id
@@ -600,8 +607,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
     if prompts and max(map(len, prompts)) >= context:
         stop(f"a prompt of {max(map(len, prompts))} tokens leaves no room in the model's context of {context}")
     accepted = inspect.signature(model.forward).parameters
-    # longest first: what does not fit into memory shows at once
-    jobs = sorted(((i, k) for i in range(len(prompts)) for k in range(samples)), key=lambda job: -len(prompts[job[0]]))
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(samples)]
+    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what doesn't fit into memory shows at once
     results = [[None] * samples for _ in prompts]
     was_training = model.training
     model.eval()
@@ -616,13 +623,14 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
             ids[b, width - len(prompts[i]):] = torch.tensor(prompts[i])
             mask[b, :width - len(prompts[i])] = 0
             if temperature:
-                noise[b] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode())))
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
+                noise[b] = torch.rand(max_new_tokens, generator=generator)
         mask, noise, inputs = mask.to(device), noise.to(device), ids.to(device)
         position = (mask.cumsum(1) - 1).clamp(min=0)
         tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
         logprob, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
         stopped = torch.zeros(n, dtype=torch.bool, device=device)
-        rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows of the batch still running
+        rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows: those still running
         for t in range(max_new_tokens):
             extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
             out = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,
@@ -644,7 +652,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
                 rows, token = rows[going], token[going]
                 if not len(rows):
                     break
-                cache.batch_select_indices(going)
+                cache.reorder_cache(going)  # batch_select_indices would forget the states of linear attention
             inputs = token[:, None]
         bar.update(len(rows))
         for b, (i, k) in enumerate(batch):
@@ -657,10 +665,11 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
 
 
 def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=None, seed=0):
-    """Accuracy of students [(model, tokenizer), ...] on rows, all in 0..1. Returns {"questions": n, "accuracy", "unparsed",
-    "stopped": a share of the responses per student, "ensemble": accuracy of one common answer (greedy: of the student that is
-    surest by mean log-probability; with samples: the majority's, ties by log-probability), "upper_bound": share of questions
-    with any right response, "predictions": per question {"id", "answer", "ensemble", "responses": [student][sample]}}."""
+    """Students [(model, tokenizer), ...] on rows, in shares of 1: {"questions": their number, "accuracy", "unparsed",
+    "stopped": per student a share of its responses, "ensemble": accuracy of one common answer (of the parsed response
+    with the highest mean log-probability; with samples the majority's, ties by log-probability), "upper_bound": share
+    of questions with any right response, "predictions": per question {"id", "answer", "ensemble", "ensemble_correct",
+    "responses": [student][sample] with "prediction" and "correct"}}."""
     responses = []  # [student][question][sample]
     for s, (model, tokenizer) in enumerate(students):
         prompts = [encode_prompt(tokenizer, student_prompt(row)) for row in rows]
@@ -699,12 +708,12 @@ def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=
 def main():
     parser = argparse.ArgumentParser(description="Evaluate saved students on a file of questions.")
     g = parser.add_argument_group("what")
-    g.add_argument("--students", nargs="+", required=True, help="names or folders of students (a PEFT LoRA folder works too)")
+    g.add_argument("--students", nargs="+", required=True, help="names or folders of models or PEFT LoRA adapters")
     g.add_argument("--questions", required=True, help="a file in a published format, flat JSONL or a path pool")
     g.add_argument("--task", help=f"overrides the task that the file names: {', '.join(TASKS)}")
     g.add_argument("--limit", type=int, help="use only the first N questions")
     g = parser.add_argument_group("how")
-    g.add_argument("--samples", type=int, default=1, help="responses per student and question; the ensemble takes a majority vote")
+    g.add_argument("--samples", type=int, default=1, help="responses per question; several are put to the vote")
     g.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.8 for several")
     g.add_argument("--max_new_tokens", type=int, default=300, help="longest response")
     g.add_argument("--batch_size", type=int, default=16, help="responses generated at a time")
@@ -737,7 +746,8 @@ def main():
             json.dump({"args": vars(args), **results}, f, indent=1)
     for p in results["predictions"][:args.show]:
         for name, answers in zip(args.students, p["responses"]):
-            print(f"--- {p['id']}, {name}: {answers[0]['prediction']} (right: {p['answer']})\n{answers[0]['text'].strip()}")
+            print(f"--- {p['id']}, {name}: {answers[0]['prediction']} (right: {p['answer']})")
+            print(answers[0]["text"].strip())
     print_table(args.students, results)
 
 

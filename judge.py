@@ -517,15 +517,18 @@ def ask_all(spec, jobs, out, args, spent, temperature, again=None):
                         problem = problem or f"{streak} calls in a row failed in the end, the last with {what}"
                     last = what
                 continue
-            streak = 0
+            streak, repeat = 0, []
             for job, reply in zip(batch, future.result()):
                 spent["tokens"] += sum(reply["usage"].values()) or worst // len(batch)
                 if again and not second and again(reply):
-                    heapq.heappush(later, (0, next(counter), [job], 0, True))
+                    repeat.append(job)
                 else:
                     append(file, {**job[0], **reply})
                     bar.update()
-        bar.set_postfix(tokens=spent["tokens"], retries=retries, failed=failed)
+            if repeat:
+                heapq.heappush(later, (0, next(counter), repeat, 0, True))
+        if ready:
+            bar.set_postfix_str(f"{spent['calls']} calls, {spent['tokens']} tokens, {retries} retried, {failed} failed")
     for number, handler in handlers.items():
         signal.signal(number, handler)
     bar.close()
@@ -639,8 +642,8 @@ def canary_table(judge, rows):
     kinds = ", ".join(f"{kind} {c['valid']}/{sum(c.values())}" for kind, c in counts.items())
     print(f"canaries, {judge}: false accept {bad['valid']}/{sum(bad.values())} ({kinds}), false reject "
           f"{sum(good.values()) - good['valid']}/{sum(good.values())}, of all {bad['unparsed'] + good['unparsed']} unparsed")
-    if bad["valid"] * 2 > sum(bad.values()):
-        print(f"WARNING: {judge} accepts more than half of the paths that are known to be bad: its verdicts mean little")
+    if bad["valid"] * 2 > sum(bad.values()) or good["valid"] * 2 < sum(good.values()):
+        print(f"WARNING: {judge} accepts most paths that are known to be bad or rejects most good ones: it is no judge")
 
 
 def agreement(votes):

@@ -17,8 +17,8 @@ import judge
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--judge", default=os.path.join(os.environ.get("QRD_MODELS", "."), "smollm2"), help="the LLM judge")
-parser.add_argument("--canaries", default="16", help="bad and good paths that it is tested on")
-parser.add_argument("--rows", type=int, default=16, help="real right-answer paths that it judges as well")
+parser.add_argument("--canaries", default="8", help="bad and good paths that it is tested on")
+parser.add_argument("--rows", type=int, default=8, help="real right-answer paths that it judges as well")
 args = parser.parse_args()
 pool = os.path.join(os.environ.get("QRD_DATA", "../shared/data"), "paths", "gsm8k.jsonl")
 
@@ -44,5 +44,5 @@ with tempfile.TemporaryDirectory() as folder:
     with open("real.jsonl", "w", encoding="utf-8") as file:
         some = [row for row in rows if row["correct"]][::max(1, 2000 // args.rows)][:args.rows]
         file.writelines(json.dumps(row) + "\n" for row in some)
-    command("--paths", "real.jsonl", "--judge", args.judge, "--canaries", args.canaries, "--max_new_tokens", "256",
+    command("--paths", "real.jsonl", "--judge", args.judge, "--canaries", args.canaries, "--max_new_tokens", "200",
             "--out", "judged.jsonl")

@@ -1,20 +1,29 @@
 import copy
 import json
 import math
-import pathlib
 import random
 import re
 import sys
 import threading
 
-import eval as E
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
-# ---------------------------------------------------------------------------------------------------- tiny real students
+import eval as E
+
+# ------------------------------------------------------------------------------------------ tiny real students
 
 
 def word_tokenizer(size=64, chat=False, bos=False):
@@ -29,13 +38,14 @@ def word_tokenizer(size=64, chat=False, bos=False):
                                         unk_token="<unk>")
     if chat:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
-        tokenizer.chat_template = ("{{ bos_token }}{% for m in messages %}<turn> {{ m.role }} {{ m.content }} <end> {% endfor %}"
-                                   "{% if add_generation_prompt %}<turn> w9 {% endif %}")
+        tokenizer.chat_template = (
+            "{{ bos_token }}{% for m in messages %}<turn> {{ m.role }} {{ m.content }} <end> {% endfor %}"
+            "{% if add_generation_prompt %}<turn> w9 {% endif %}")
     return tokenizer
 
 
-SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-             initializer_range=0.4)
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "initializer_range": 0.4}
 
 
 def tiny_llama():
@@ -43,8 +53,8 @@ def tiny_llama():
 
 
 def tiny_gpt2():
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=48, initializer_range=0.4,
-                                      bos_token_id=1, eos_token_id=2))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=48,
+                                      initializer_range=0.4, bos_token_id=1, eos_token_id=2))
 
 
 def tiny_gemma3():  # a sliding window shorter than most prompts
@@ -52,7 +62,13 @@ def tiny_gemma3():  # a sliding window shorter than most prompts
                                               layer_types=["sliding_attention", "full_attention"] * 2))
 
 
-@pytest.fixture(params=[tiny_llama, tiny_gpt2, tiny_gemma3], ids=lambda make: make.__name__)
+def tiny_qwen35():  # linear and full attention in turn
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(
+        num_hidden_layers=4, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"] * 2, **SHAPE))
+
+
+@pytest.fixture(params=[tiny_llama, tiny_gpt2, tiny_gemma3, tiny_qwen35], ids=lambda make: make.__name__)
 def model(request):
     torch.manual_seed(0)
     model = request.param().eval()
@@ -73,7 +89,7 @@ def hf_greedy(model, prompt, max_new_tokens, ends):
     return out[0, len(prompt):].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------ generation
+# -------------------------------------------------------------------------------------------------- generation
 
 
 def test_batched_greedy_generation_equals_hf_generate_on_single_prompts(model, prompts):
@@ -136,13 +152,14 @@ def test_a_response_never_contains_the_prompt(model):
     assert "w50 w51" not in r["text"] and len(r["text"].split()) <= 1
 
 
-# --------------------------------------------------------------------------------------------------- prompts and tokens
+# ------------------------------------------------------------------------------------------ prompts and tokens
 
 
 def test_chat_student_gets_one_user_turn_and_ends_at_its_turn_token():
     tokenizer = word_tokenizer(chat=True)
     ids = E.encode_prompt(tokenizer, "w5 w6\n")
-    assert tokenizer.decode(ids).split() == "<bos> <turn> <unk> w5 w6 <end> <turn> w9".split()
+    assert tokenizer.decode(ids).split() == [
+        "<bos>", "<turn>", "<unk>", "w5", "w6", "<end>", "<turn>", "w9"]
     assert tokenizer.decode([E.end_token(tokenizer)]) == "<end>"
 
 
@@ -171,31 +188,36 @@ def test_prompt_shows_question_and_choices_and_says_how_to_answer():
 @pytest.mark.parametrize("task", E.TASKS)
 def test_an_answer_stated_as_the_prompt_asks_is_read(task):
     choices = {"A": "x", "B": "y"}
-    said = {"number": ("N", "7"), "math": ("X", "\\frac{1}{2}"), "yesno": ("", "yes"), "choice": ("X", "B")}[E.TASKS[task]]
+    blank, answer = {"number": ("N", "7"), "math": ("X", "\\frac{1}{2}"), "yesno": ("yes", "yes"),
+                     "choice": ("X", "B")}[E.TASKS[task]]
     phrase = re.search('"(The answer is .*?[.])"', E.ASK[E.TASKS[task]])[1]
-    assert E.extract_answer(task, "So. " + phrase.replace(*said) if said[0] else phrase, choices) == said[1]
+    assert E.extract_answer(task, "So. " + phrase.replace(blank, answer), choices) == answer
 
 
-# ---------------------------------------------------------------------------------------------------------- extraction
+# -------------------------------------------------------------------------------------------------- extraction
 
 NUMBERS = [  # text, the number it states (None: none)
-    ("He makes 9 * 2 = $18.\n#### 18", "18"), ("#### 1,234", "1234"), ("A: 18", "18"), ("The answer is 18", "18"),
-    ("The answer is $18.", "18"), ("The answer is: **$1,234.50**.", "1234.5"), ("**Answer:** 42", "42"),
-    ("**Final Answer**\n\\boxed{42}", "42"), ("Final Answer\n\n42", "42"), ("So \\boxed{\\$1{,}000}", "1000"),
-    ("\\boxed{\\text{18 dollars}}", "18"), ("The answer is 25%.", "25"), ("The answer is 3/4 of a cup.", "0.75"),
-    ("The answer is 2 1/2 hours.", "2.5"), ("The answer is \\frac{3}{4}.", "0.75"), ("The answer is 1/3.", "1/3"),
-    ("The answer is -5.", "-5"), ("The answer is −5 degrees.", "-5"), ("The answer is -$15.", "-15"),
-    ("The answer is .40", "0.4"), ("The answer is 1.5e3", "1500"), ("The answer is 3 x 10^8 m/s", "300000000"),
-    ("The answer is 2.5 million people.", "2500000"), ("The answer is €7 per person.", "7"), ("The answer is 5kg", "5"),
-    ("The answer is $15/hour.", "15"), ("The answer is 36 + 48 = 84", "84"), ("The answer is x = 5.", "5"),
-    ("The answer is $2000 + $2400 + $400 = $4800.", "4800"), ("The answer is 36 + 48", None),
-    ("The answer is 250 minutes left if this month has 30 days.", "250"), ("The answer is 18 (16 + 2 = 18).", "18"),
-    ("Therefore, the answer (arabic numerals) is 42.", "42"), ("Therefore, the answer (arabic numerals) is", None),
-    ("The answer to the question is 12.", "12"), ("The answer would be 12 eggs.", "12"),
-    ("The answer is 5. Check: 5 + 3 = 8, so the answer is correct.", "5"), ("The answer is 3. No: the answer is 4.", "4"),
+    ("He makes 9 * 2 = $18.\n#### 18", "18"), ("#### 1,234", "1234"), ("A: 18", "18"),
+    ("The answer is 18", "18"), ("The answer is $18.", "18"), ("The answer is: **$1,234.50**.", "1234.5"),
+    ("**Answer:** 42", "42"), ("**Final Answer**\n\\boxed{42}", "42"), ("Final Answer\n\n42", "42"),
+    ("So \\boxed{\\$1{,}000}", "1000"), ("\\boxed{\\text{18 dollars}}", "18"), ("The answer is 25%.", "25"),
+    ("The answer is 3/4 of a cup.", "0.75"), ("The answer is 2 1/2 hours.", "2.5"),
+    ("The answer is \\frac{3}{4}.", "0.75"), ("The answer is 1/3.", "1/3"), ("The answer is -5.", "-5"),
+    ("The answer is −5 degrees.", "-5"), ("The answer is -$15.", "-15"), ("The answer is .40", "0.4"),
+    ("The answer is 1.5e3", "1500"), ("The answer is 3 x 10^8 m/s", "300000000"),
+    ("The answer is 2.5 million people.", "2500000"), ("The answer is €7 per person.", "7"),
+    ("The answer is 5kg", "5"), ("The answer is $15/hour.", "15"), ("The answer is 36 + 48 = 84", "84"),
+    ("The answer is x = 5.", "5"), ("The answer is $2000 + $2400 + $400 = $4800.", "4800"),
+    ("The answer is 36 + 48", None), ("The answer is 250 minutes left if this month has 30 days.", "250"),
+    ("The answer is 18 (16 + 2 = 18).", "18"), ("Therefore, the answer (arabic numerals) is 42.", "42"),
+    ("Therefore, the answer (arabic numerals) is", None), ("The answer to the question is 12.", "12"),
+    ("The answer would be 12 eggs.", "12"),
+    ("The answer is 5. Check: 5 + 3 = 8, so the answer is correct.", "5"),
+    ("The answer is 3. No: the answer is 4.", "4"),
     ("```output\n138.0\n```\nShe has \\boxed{138} lines.", "138"), ("print(x)\n```output\n17\n18\n```", "18"),
-    ("The answer is 1,00,000 rupees.", "100000"), ("The answer is 1/0.", None), ("The answer is unclear.", None),
-    ("The answer is 2**3 = 8", "8"), ("He has 13 eggs and sells them for 26 dollars", "26"), ("He came 2nd of 7", "7"),
+    ("The answer is 1,00,000 rupees.", "100000"), ("The answer is 1/0.", None),
+    ("The answer is unclear.", None), ("The answer is 2**3 = 8", "8"),
+    ("He has 13 eggs and sells them for 26 dollars", "26"), ("He came 2nd of 7", "7"),
     ("The 3rd of them", None), ("no number here", None), ("", None),
 ]
 
@@ -207,20 +229,22 @@ def test_number_answers(text, expected):
 
 LETTERS = {"A": "bank", "B": "library", "C": "department store", "D": "store", "E": "St. Louis"}
 CHOICES = [  # text, letter
-    ("The answer is (B).", "B"), ("The answer is B", "B"), ("The answer is **B**.", "B"), ("Answer: B) library", "B"),
-    ("Therefore, among A through F, the answer is A: bank.", "A"), ("so the answer is \\boxed{\\text{B}}", "B"),
-    ("The answer is (b).", "B"), ("The answer is b.", "B"), ("The answer is a place to read books.", None),
-    ("The answer is A place to read.", None), ("The answer is A because it is safe.", "A"), ("The answer is a.", "A"),
-    ("The answer is a library.", "B"), ("The answer is the department store.", "C"), ("The answer is store", "D"),
-    ("The answer is either the bank or the library", None), ("The answer is A or B.", None), ("The answer is (G).", None),
-    ("The answer is not B.", None), ("The answer is not B but C.", "C"), ("It is not B, the answer is D", "D"),
-    ("Answer: D, not B", "D"), ("The answer is B. Note that A is a common distractor.", "B"),
-    ("Answer seems to be A.\n\nAnswer: C", "C"), ("The correct option is (C).", "C"), ("I think it is (C).", "C"),
-    ("Answer: None of the above", None), ("Answer: I don't know", None), ("The answer is Don't know", None),
-    ("Antwort:\n\nAntwort: C", None), ("B", "B"), ("(B)", "B"), ("B. library", "B"), ("bank", "A"), ("E: St. Louis", "E"),
-    ("The answer is St. Louis.", "E"), ("A revolving door is convenient at a bank.", "A"), ("A door is a door.", None),
-    ("Either (A) or (B) could do.", None), ("The answer is Cars.", None), ("The answer is: it's C, clearly", "C"),
-    ("The answer is dependent on the door.", None), ("", None),
+    ("The answer is (B).", "B"), ("The answer is B", "B"), ("The answer is **B**.", "B"),
+    ("Answer: B) library", "B"), ("Therefore, among A through F, the answer is A: bank.", "A"),
+    ("so the answer is \\boxed{\\text{B}}", "B"), ("The answer is (b).", "B"), ("The answer is b.", "B"),
+    ("The answer is a place to read books.", None), ("The answer is A place to read.", None),
+    ("The answer is A because it is safe.", "A"), ("The answer is a.", "A"), ("The answer is a library.", "B"),
+    ("The answer is the department store.", "C"), ("The answer is store", "D"),
+    ("The answer is either the bank or the library", None), ("The answer is A or B.", None),
+    ("The answer is (G).", None), ("The answer is not B.", None), ("The answer is not B but C.", "C"),
+    ("It is not B, the answer is D", "D"), ("Answer: D, not B", "D"),
+    ("The answer is B. Note that A is a common distractor.", "B"), ("Answer seems to be A.\n\nAnswer: C", "C"),
+    ("The correct option is (C).", "C"), ("I think it is (C).", "C"), ("Answer: None of the above", None),
+    ("Answer: I don't know", None), ("The answer is Don't know", None), ("Antwort:\n\nAntwort: C", None),
+    ("B", "B"), ("(B)", "B"), ("B. library", "B"), ("bank", "A"), ("E: St. Louis", "E"),
+    ("The answer is St. Louis.", "E"), ("A revolving door is convenient at a bank.", "A"),
+    ("A door is a door.", None), ("Either (A) or (B) could do.", None), ("The answer is Cars.", None),
+    ("The answer is: it's C, clearly", "C"), ("The answer is dependent on the door.", None), ("", None),
 ]
 
 
@@ -230,13 +254,16 @@ def test_choice_answers(text, expected):
 
 
 YESNO = [
-    ("So the answer is Yes.", "yes"), ("Therefore, the answer (Yes or No) is No.", "no"), ("the answer is most likely No", "no"),
+    ("So the answer is Yes.", "yes"), ("Therefore, the answer (Yes or No) is No.", "no"),
+    ("the answer is most likely No", "no"),
     ("the answer (Yes or No) is technically Yes, but it is small", "yes"), ("The answer is: \"Yes\".", "yes"),
-    ("The answer is **no**.", "no"), ("\\boxed{\\text{No}}", "no"), ("The answer is true.", "yes"), ("#### yes", "yes"),
-    ("Therefore, the answer (Yes or No) is dependent on whether no one knows", None), ("the answer is not known", None),
-    ("If so, the answer is yes. Therefore, the answer (Yes or No) is: It depends.", None), ("the answer is unknown", None),
-    ("the answer (Yes or No) is Northern", None), ("Therefore, the answer (Yes or No) is", None), ("Yes", "yes"),
-    ("Yes, it would sink.", "yes"), ("It is dense. So no, it would not float.", "no"), ("No one has seen it", None),
+    ("The answer is **no**.", "no"), ("\\boxed{\\text{No}}", "no"), ("The answer is true.", "yes"),
+    ("#### yes", "yes"), ("Therefore, the answer (Yes or No) is dependent on whether no one knows", None),
+    ("the answer is not known", None),
+    ("If so, the answer is yes. Therefore, the answer (Yes or No) is: It depends.", None),
+    ("the answer is unknown", None), ("the answer (Yes or No) is Northern", None),
+    ("Therefore, the answer (Yes or No) is", None), ("Yes", "yes"), ("Yes, it would sink.", "yes"),
+    ("It is dense. So no, it would not float.", "no"), ("No one has seen it", None),
     ("The answer is yes. Checking again, the answer is correct.", "yes"), ("nothing", None),
 ]
 
@@ -248,9 +275,11 @@ def test_yes_no_answers(text, expected):
 
 MATH_TEXTS = [
     ("Thus the answer is \\[ \\boxed{42} \\]", "42"), ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
-    ("The answer is $\\frac{3}{4}$.", "\\frac{3}{4}"), ("So \\boxed{840}., but\n**Final Answer**\n\\boxed{840}", "840"),
-    ("$\\boxed{5}$. So our answer is correct.", "5"), ("\\fbox{7}", "7"), ("\\boxed 9", "9"), ("so $x=3$, $y = 4$", "y = 4"),
-    ("The final answer is:\n\n$$x^2 + 1$$", "x^2 + 1"), ("#### 12", "12"), ("\\boxed{}", None), ("I don't know.", None),
+    ("The answer is $\\frac{3}{4}$.", "\\frac{3}{4}"),
+    ("So \\boxed{840}., but\n**Final Answer**\n\\boxed{840}", "840"),
+    ("$\\boxed{5}$. So our answer is correct.", "5"), ("\\fbox{7}", "7"), ("\\boxed 9", "9"),
+    ("so $x=3$, $y = 4$", "y = 4"), ("The final answer is:\n\n$$x^2 + 1$$", "x^2 + 1"), ("#### 12", "12"),
+    ("\\boxed{}", None), ("I don't know.", None),
 ]
 
 
@@ -260,29 +289,37 @@ def test_math_answers(text, expected):
 
 
 EQUAL = [  # prediction, answer
-    ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac12"), ("\\dfrac{1}{2}", "\\tfrac12"), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt2}{2}"),
-    ("2/3", "\\frac{2}{3}"), ("sqrt(3)/3", "\\frac{1}{\\sqrt{3}}"), ("11,111,111,100", "11,\\! 111,\\! 111,\\! 100"),
-    ("8880", "8{,}880"), ("\\$15,\\!000", "15000"), ("10 cm", "10\\text{ cm}"), ("440", "440\\text{ cm}^2"), ("45", "45^\\circ"),
-    ("30%", "30\\%"), ("x = 5", "5"), ("5", "x=5"), ("3\\frac12", "7/2"), ("137 1/2", "137 \\frac{1}{2}"), ("\\text{(C)}", "C"),
-    ("evelyn", "\\text{Evelyn}"), ("(x+1)(x+2)", "x^2+3x+2"), ("y^2 + 2xy + x^2", "(x+y)^2"), ("2, 1", "1,2"),
-    ("\\{3, 5\\}", "5, 3"), ("7, -2, and -5", "7, -2, \\text{ and } -5"), ("x=1 or x=2", "1,2"),
-    ("3 + 2\\sqrt{2}, 3 - 2\\sqrt{2}", "3 \\pm 2 \\sqrt{2}"), ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
+    ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac12"), ("\\dfrac{1}{2}", "\\tfrac12"),
+    ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt2}{2}"), ("2/3", "\\frac{2}{3}"),
+    ("sqrt(3)/3", "\\frac{1}{\\sqrt{3}}"), ("11,111,111,100", "11,\\! 111,\\! 111,\\! 100"),
+    ("8880", "8{,}880"), ("\\$15,\\!000", "15000"), ("10 cm", "10\\text{ cm}"), ("440", "440\\text{ cm}^2"),
+    ("45", "45^\\circ"), ("30%", "30\\%"), ("x = 5", "5"), ("5", "x=5"), ("3\\frac12", "7/2"),
+    ("137 1/2", "137 \\frac{1}{2}"), ("\\text{(C)}", "C"), ("evelyn", "\\text{Evelyn}"),
+    ("(x+1)(x+2)", "x^2+3x+2"), ("y^2 + 2xy + x^2", "(x+y)^2"), ("2, 1", "1,2"), ("\\{3, 5\\}", "5, 3"),
+    ("7, -2, and -5", "7, -2, \\text{ and } -5"), ("x=1 or x=2", "1,2"),
+    ("3 + 2\\sqrt{2}, 3 - 2\\sqrt{2}", "3 \\pm 2 \\sqrt{2}"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
     ("(-\\infty,2)\\cup(3,\\infty)", "(-\\infty, 2) \\cup (3, \\infty)"), ("[0, 1)", "\\left[0,1\\right)"),
     ("\\begin{pmatrix} 1/2 \\\\ 0 \\end{pmatrix}", "\\begin{bmatrix} \\frac{1}{2} \\\\ 0 \\end{bmatrix}"),
-    ("8x - 10y = -100", "4x-5y=-50"), ("2x - y + 3 = 0", "y = 2x+3"), ("x \\in [-2,7]", "[-2,7]"), ("\\mathbf{46}", "46"),
-    ("\\sqrt{1/n}", "\\frac{1}{\\sqrt{n}}"), ("2\\sin x\\cos x", "\\sin 2x"), ("\\sin^2 x", "1-\\cos^2 x"), ("4210_7", "4210_{7}"),
-    ("e^{i\\pi}", "-1"), ("\\frac{2003!}{2004!}", "\\frac{1}{2004}"), ("2^{10}", "1024"), ("3\\cdot10^{4}", "30000"),
+    ("8x - 10y = -100", "4x-5y=-50"), ("2x - y + 3 = 0", "y = 2x+3"), ("x \\in [-2,7]", "[-2,7]"),
+    ("\\mathbf{46}", "46"), ("\\sqrt{1/n}", "\\frac{1}{\\sqrt{n}}"), ("2\\sin x\\cos x", "\\sin 2x"),
+    ("\\sin^2 x", "1-\\cos^2 x"), ("4210_7", "4210_{7}"), ("e^{i\\pi}", "-1"),
+    ("\\frac{2003!}{2004!}", "\\frac{1}{2004}"), ("2^{10}", "1024"), ("3\\cdot10^{4}", "30000"),
     ("x**2 + 1", "x^2+1"), ("6 \\div 4", "1.5"), ("\\text{Yes}", "yes"), ("\\overline{CD}", "\\overline{CD}"),
 ]
 DIFFERENT = [
-    ("1/2", "1/3"), ("4\\sqrt(2)", "4"), ("\\frac{1}{2006!}", "\\frac{1}{2004!}"), ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"),
-    ("1, 2, 3", "2, 3, 4"), ("n=1,2,3", "n=2,3,4"), ("(0, 1.5)", "(0, 1)"), ("[0,1]", "[0,1)"), ("1728", "1331, 1728"),
-    ("1 + \\frac{1}{\\mathrm{e}}", "1 - \\frac{1}{\\mathrm{e}}"), ("2021", "\\pm 2021"), ("1:00", "12:00"), ("(2,1)", "(1,2)"),
-    ("\\frac{1}{3 \\cdot 2^{2006}}", "\\frac{2^{2005}+1}{3 \\cdot 2^{2006}}"), ("(3, \\frac{2\\pi}{3})", "(3, \\frac{\\pi}{2})"),
-    ("3x + 4y + 14=0", "3x-y+13=0"), ("\\frac{31}{6}", "\\frac{3}{16}"), ("x=5", "y=5"), ("2x=10", "x=5"), ("9 p.m.", "9\\text{ a.m.}"),
-    ("0", "x - 3z = 0"), ("52_9", "52_8"), ("(1,000)", "1000"), ("1.5", "15"), ("\\text{even}", "\\text{odd}"), ("A", "B"),
-    ("1000000000000000000000000000000000000001", "1000000000000000000000000000000000000000"), ("x^2", "x^3"), ("", "0"), ("2y", "2x"),
-    ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("0.33", "\\frac13"), ("3.14", "\\pi"),
+    ("1/2", "1/3"), ("4\\sqrt(2)", "4"), ("\\frac{1}{2006!}", "\\frac{1}{2004!}"),
+    ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"), ("1, 2, 3", "2, 3, 4"), ("n=1,2,3", "n=2,3,4"),
+    ("(0, 1.5)", "(0, 1)"), ("[0,1]", "[0,1)"), ("1728", "1331, 1728"),
+    ("1 + \\frac{1}{\\mathrm{e}}", "1 - \\frac{1}{\\mathrm{e}}"), ("2021", "\\pm 2021"), ("1:00", "12:00"),
+    ("(2,1)", "(1,2)"), ("\\frac{1}{3 \\cdot 2^{2006}}", "\\frac{2^{2005}+1}{3 \\cdot 2^{2006}}"),
+    ("(3, \\frac{2\\pi}{3})", "(3, \\frac{\\pi}{2})"), ("3x + 4y + 14=0", "3x-y+13=0"),
+    ("\\frac{31}{6}", "\\frac{3}{16}"), ("x=5", "y=5"), ("2x=10", "x=5"), ("9 p.m.", "9\\text{ a.m.}"),
+    ("0", "x - 3z = 0"), ("52_9", "52_8"), ("(1,000)", "1000"), ("1.5", "15"), ("\\text{even}", "\\text{odd}"),
+    ("A", "B"), ("1000000000000000000000000000000000000001", "1000000000000000000000000000000000000000"),
+    ("x^2", "x^3"), ("", "0"), ("2y", "2x"),
+    ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("0.33", "\\frac13"),
+    ("3.14", "\\pi"),
 ]
 
 
@@ -297,17 +334,20 @@ def test_different_mathematics_is_graded_wrong(prediction, answer):
 
 
 @pytest.mark.parametrize("task, prediction, answer, right", [
-    ("gsm8k", "18.0", "18", True), ("gsm8k", "137.99999999999997", "138", True), ("gsm8k", "1000001", "1000000", False),
-    ("gsm8k", "1/3", "0.3333333333", True), ("gsm8k", "70000", "70,000", True), ("gsm8k", "$5", "5", True), ("gsm8k", None, "5", False),
-    ("gsm8k", "-5", "5", False), ("arc", "B", "B", True), ("arc", "B", "(B)", True), ("arc", "A", "B", False), ("arc", None, "B", False),
-    ("strategyqa", "yes", "Yes", True), ("strategyqa", "no", "yes", False), ("math", None, "", False)])
+    ("gsm8k", "18.0", "18", True), ("gsm8k", "137.99999999999997", "138", True), ("gsm8k", "$5", "5", True),
+    ("gsm8k", "1000001", "1000000", False), ("gsm8k", "1/3", "0.3333333333", True), ("gsm8k", None, "5", False),
+    ("gsm8k", "70000", "70,000", True), ("gsm8k", "-5", "5", False), ("arc", "B", "B", True), ("arc", "B", "(B)", True),
+    ("arc", "A", "B", False), ("arc", None, "B", False), ("strategyqa", "yes", "Yes", True), ("math", None, "", False),
+    ("strategyqa", "no", "yes", False)])
 def test_grading_compares_canonical_answers(task, prediction, answer, right):
     assert E.grade(task, prediction, answer) is right
 
 
-HOSTILE = ["9^{9^{9^{9}}}", "9**9**9**9", "99999!", "((9999!)!)!", "(" * 300, "{" * 300 + "}" * 300, "\\frac" * 90, "x^{y^{z^{9999}}}",
-           "\\sqrt" * 99, "\\exp(\\exp(\\exp(99)))", "0^{-1}", "\\ln 0", "\\tan(\\pi/2)", "1" * 450, "__import__('os')", "\\infty^{\\infty}",
-           "\\arctan(\\frac{1}{(9999!)^{9999}}+i)"]
+HOSTILE = [
+    "9^{9^{9^{9}}}", "9**9**9**9", "99999!", "((9999!)!)!", "(" * 300, "{" * 300 + "}" * 300, "\\frac" * 90,
+    "x^{y^{z^{9999}}}", "\\sqrt" * 99, "\\exp(\\exp(\\exp(99)))", "0^{-1}", "\\ln 0", "\\tan(\\pi/2)",
+    "1" * 450, "__import__('os')", "\\infty^{\\infty}", "\\arctan(\\frac{1}{(9999!)^{9999}}+i)",
+]
 
 
 def test_hostile_formulas_neither_hang_nor_raise_in_any_thread():
@@ -328,7 +368,7 @@ def test_endless_degenerate_responses_are_read_in_linear_time(task):
         E.extract_answer(task, piece * (200_000 // len(piece)), {"A": "x", "B": "y"})
 
 
-# ----------------------------------------------------------------------------------------------------------- real paths
+# -------------------------------------------------------------------------------------------------- real paths
 
 
 def graded(data_dir, name):
@@ -366,7 +406,8 @@ def test_grader_agrees_with_the_papers_on_date_and_strategyqa(data_dir):
 def test_every_math_solution_is_right_and_no_other_answer_passes_for_it(data_dir):
     rows = E.read_questions(data_dir / "original" / "math_test.jsonl")
     solutions = [r["solution"] for r in E.read_jsonl(data_dir / "original" / "math_test.jsonl")]
-    assert len(rows) == 5000 and all(E.grade("math", E.extract_answer("math", s), r["answer"]) for r, s in zip(rows, solutions))
+    assert len(rows) == len(solutions) == 5000
+    assert all(E.grade("math", E.extract_answer("math", s), r["answer"]) for r, s in zip(rows, solutions))
     rng = random.Random(0)
     for row in rng.sample(rows, 400):  # change one digit outside of an index
         digits = [m.start() for m in re.finditer(r"(?<![_\d{.])\d", row["answer"])]
@@ -376,30 +417,35 @@ def test_every_math_solution_is_right_and_no_other_answer_passes_for_it(data_dir
             assert other == row["answer"] or not E.grade("math", other, row["answer"]), (other, row["answer"])
 
 
-# -------------------------------------------------------------------------------------------------------------- readers
+# ----------------------------------------------------------------------------------------------------- readers
 
-PUBLISHED = {  # file name: (content, the row it stands for, without id)
-    "gsm8k.jsonl": ({"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
-    "math.jsonl": ({"problem": "P", "level": "Level 3", "type": "Algebra", "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"},
-                   {"task": "math", "question": "P", "answer": "\\frac{1}{2}", "level": "Level 3"}),
-    "strategyqa_train.json": ([{"qid": "q1", "question": "Q?", "answer": False}], {"task": "strategyqa", "question": "Q?", "answer": "no"}),
-    "sqa.json": ({"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]},
-                 {"task": "strategyqa", "question": "Q?", "answer": "yes"}),
-    "date_bbh.json": ({"examples": [{"input": "Q?\nOptions:\n(A) 1/2\n(B) 3/4", "target": "(B)"}]},
-                      {"task": "date", "question": "Q?", "answer": "B", "choices": {"A": "1/2", "B": "3/4"}}),
-    "csqa.jsonl": ({"answerKey": "B", "id": "x", "question": {"question_concept": "c", "stem": "Q?", "choices": [
-        {"label": "A", "text": "a"}, {"label": "B", "text": "b"}]}},
-        {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
-    "csqa_hub.jsonl": ({"answerKey": "B", "id": "x", "question": "Q?", "question_concept": "c", "choices": {
-        "label": ["A", "B"], "text": ["a", "b"]}}, {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
-    "ARC-Challenge-Test.jsonl": ({"id": "x", "answerKey": "2", "question": {"stem": "Q?", "choices": [
+AB = {"A": "a", "B": "b"}
+AB_LIST = [{"label": "A", "text": "a"}, {"label": "B", "text": "b"}]
+AB_HUB = {"label": ["A", "B"], "text": ["a", "b"]}
+PUBLISHED = [  # file name, content, the row it stands for (without id)
+    ("gsm8k.jsonl", {"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"},
+     {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
+    ("math.jsonl", {"problem": "P", "level": "Level 3", "type": "Algebra",
+                    "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"},
+     {"task": "math", "question": "P", "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}],
+     {"task": "strategyqa", "question": "Q?", "answer": "no"}),
+    ("sqa.json", {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]},
+     {"task": "strategyqa", "question": "Q?", "answer": "yes"}),
+    ("date_bbh.json", {"examples": [{"input": "Q?\nOptions:\n(A) a\n(B) b", "target": "(B)"}]},
+     {"task": "date", "question": "Q?", "answer": "B", "choices": AB}),
+    ("csqa.jsonl", {"answerKey": "B", "id": 7, "question": {"question_concept": "", "stem": "Q?", "choices": AB_LIST}},
+     {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": AB}),
+    ("csqa_hub.jsonl", {"answerKey": "B", "id": "x", "question": "Q?", "question_concept": "c", "choices": AB_HUB},
+     {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": AB}),
+    ("ARC-Challenge-Test.jsonl", {"id": "x", "answerKey": "2", "question": {"stem": "Q?", "choices": [
         {"label": "1", "text": "a"}, {"label": "2", "text": "b"}]}},
-        {"task": "arc", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
-    "arc_hub.jsonl": ({"id": "x", "answerKey": "A", "question": "Q?", "choices": {"label": ["A", "B"], "text": ["a", "b"]}},
-                      {"task": "arc", "question": "Q?", "answer": "A", "choices": {"A": "a", "B": "b"}}),
-    "flat.jsonl": ({"id": "x", "task": "date", "question": "Q?", "answer": "b", "choices": {"A": "a", "B": "b"}},
-                   {"task": "date", "question": "Q?", "answer": "B", "choices": {"A": "a", "B": "b"}}),
-}
+     {"task": "arc", "question": "Q?", "answer": "B", "choices": AB}),
+    ("arc_hub.jsonl", {"id": "x", "answerKey": "A", "question": "Q?", "choices": AB_HUB},
+     {"task": "arc", "question": "Q?", "answer": "A", "choices": AB}),
+    ("flat.jsonl", {"id": "x", "task": "date", "question": "Q?", "answer": "b", "choices": AB, "prompt": "Just Q?"},
+     {"task": "date", "question": "Q?", "answer": "B", "choices": AB, "prompt": "Just Q?"}),
+]
 
 
 def written(tmp_path, name, *contents):
@@ -408,19 +454,20 @@ def written(tmp_path, name, *contents):
     return str(path)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_formats_become_flat_rows(tmp_path, name):
-    content, expected = PUBLISHED[name]
+@pytest.mark.parametrize("name, content, expected", PUBLISHED)
+def test_published_formats_become_flat_rows(tmp_path, name, content, expected):
     [row] = E.read_questions(written(tmp_path, name, content))
     assert isinstance(row.pop("id"), str) and row == expected
 
 
 @pytest.mark.parametrize("record, answer", [
-    ({"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, "C"), ({"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, "B")])
+    ({"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, "C"),
+    ({"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, "B")])
 def test_anli_rows_ask_for_the_relation(tmp_path, record, answer):
     [row] = E.read_questions(written(tmp_path, "r1.jsonl", record))
     assert (row["id"], row["task"], row["answer"]) == ("u", "anli", answer)
-    assert "P" in row["question"] and "H" in row["question"] and row["choices"][answer] == {"C": "contradiction", "B": "neutral"}[answer]
+    assert "P" in row["question"] and "H" in row["question"]
+    assert row["choices"] == {"A": "entailment", "B": "neutral", "C": "contradiction"}
 
 
 def test_big_bench_choices_do_not_betray_the_answer(data_dir):
@@ -435,8 +482,9 @@ def test_big_bench_choices_do_not_betray_the_answer(data_dir):
 
 @pytest.mark.parametrize("name, n, task", [
     ("original/gsm8k_test.jsonl", 1319, "gsm8k"), ("original/bigbench_strategyqa.json", 2290, "strategyqa"),
-    ("original/bbh_date_understanding.json", 250, "date"), ("original/commonsense_qa_dev.jsonl", 1221, "commonsense_qa"),
-    ("paths/gsm8k.jsonl", 1319, "gsm8k"), ("paths/date.jsonl", 369, "date"), ("paths/strategyqa.jsonl", 2290, "strategyqa")])
+    ("original/bbh_date_understanding.json", 250, "date"), ("paths/date.jsonl", 369, "date"),
+    ("original/commonsense_qa_dev.jsonl", 1221, "commonsense_qa"), ("paths/gsm8k.jsonl", 1319, "gsm8k"),
+    ("paths/strategyqa.jsonl", 2290, "strategyqa")])
 def test_real_files_are_read_whole_and_each_question_once(data_dir, name, n, task):
     rows = E.read_questions(data_dir / name)
     assert len({r["id"] for r in rows}) == len(rows) == n and {r["task"] for r in rows} == {task}
@@ -444,7 +492,8 @@ def test_real_files_are_read_whole_and_each_question_once(data_dir, name, n, tas
 
 
 def test_rows_without_ids_get_stable_ones(tmp_path):
-    rows = E.read_questions(written(tmp_path, "gsm8k_test.jsonl", *({"question": f"{i}?", "answer": f"#### {i}"} for i in range(3))))
+    records = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+    rows = E.read_questions(written(tmp_path, "gsm8k_test.jsonl", *records))
     assert [r["id"] for r in rows] == ["gsm8k_test-00000", "gsm8k_test-00001", "gsm8k_test-00002"]
 
 
@@ -452,18 +501,21 @@ GOOD = {"id": "x", "task": "gsm8k", "question": "Q?", "answer": "5"}
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{not json", "q.jsonl:2: not valid JSON"), ("[1]", "q.jsonl:2: expected a JSON object"), ("{}", "q.jsonl:2: not a question"),
-    (json.dumps({**GOOD, "task": "physics"}), "q.jsonl:2: unknown task 'physics'; name one with --task: gsm8k, math, strategyqa"),
-    (json.dumps({**GOOD, "answer": "many"}), "q.jsonl:2: 'many' is no answer"), (json.dumps({**GOOD, "question": 5}), "q.jsonl:2: field 'question'"),
-    (json.dumps({**GOOD, "task": "arc"}), "q.jsonl:2: task arc needs 'choices'"), (json.dumps({**GOOD, "question": "R?"}), "q.jsonl:2: the id 'x'"),
-    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "q.jsonl:2: not a question")])
+    ("{not json", "not valid JSON"), ("[1]", "expected a JSON object"), ("{}", "not a question"),
+    (json.dumps({**GOOD, "task": "physics"}), "unknown task 'physics'; name one with --task: gsm8k, math, strategyqa"),
+    (json.dumps({**GOOD, "answer": "many"}), "'many' is no answer"),
+    (json.dumps({**GOOD, "question": 5}), "field 'question'"),
+    (json.dumps({**GOOD, "task": "arc"}), "task arc needs 'choices'"),
+    (json.dumps({**GOOD, "question": "R?"}), "the id 'x'"), (json.dumps({**GOOD, "task": ["arc"]}), "unknown task"),
+    (json.dumps({**GOOD, "answer": None}), "not a question"),
+    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "not a question")])
 def test_bad_rows_stop_with_file_and_line(tmp_path, capsys, line, words):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(SystemExit) as e:
         E.read_questions(str(path))
     message = capsys.readouterr().err
-    assert e.value.code == 2 and words in message and message.count("\n") == 1
+    assert e.value.code == 2 and f"q.jsonl:2: {words}" in message and message.count("\n") == 1
 
 
 def test_required_fields_are_checked_and_blank_lines_skipped(tmp_path, capsys):
@@ -478,7 +530,7 @@ def test_required_fields_are_checked_and_blank_lines_skipped(tmp_path, capsys):
             E.read_jsonl(missing)
 
 
-# ------------------------------------------------------------------------------------------------------------- students
+# ---------------------------------------------------------------------------------------------------- students
 
 
 def peft_model(base, **kwargs):
@@ -492,9 +544,9 @@ def peft_model(base, **kwargs):
 
 
 @pytest.mark.parametrize("make, kwargs", [
-    (tiny_llama, dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])),
-    (tiny_llama, dict(r=4, lora_alpha=8, target_modules=["v_proj"], use_rslora=True)),
-    (tiny_gpt2, dict(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True))],
+    (tiny_llama, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}),
+    (tiny_llama, {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj"], "use_rslora": True}),
+    (tiny_gpt2, {"r": 3, "lora_alpha": 5, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})],
     ids=["llama", "rslora", "gpt2-conv1d"])
 def test_merged_adapter_gives_the_logits_of_peft(tmp_path, make, kwargs):
     torch.manual_seed(0)
@@ -547,7 +599,7 @@ def test_slow_tokenizers_stop(tmp_path, capsys, monkeypatch):
     assert "not a fast one" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------------------- evaluation
 
 
 def scripted(monkeypatch, *students):
@@ -555,7 +607,9 @@ def scripted(monkeypatch, *students):
     replies = iter(students)
 
     def generate(model, tokenizer, prompts, *args, **kwargs):
-        return [[{"text": t, "logprob": p, "tokens": 3, "stopped": "." in t} for t, p in answers] for answers in next(replies)]
+        return [[{"text": text, "logprob": logprob, "tokens": 3, "stopped": "." in text} for text, logprob in answers]
+                for answers in next(replies)]
+
     monkeypatch.setattr(E, "generate", generate)
     monkeypatch.setattr(E, "encode_prompt", lambda tokenizer, prompt: [1])
     return [(None, None)] * len(students)
@@ -569,12 +623,14 @@ def test_greedy_ensemble_takes_the_surest_parsed_answer(monkeypatch):
                         [[("The answer is 5.", -0.9)], [("The answer is", -0.1)]])
     r = E.evaluate(students, ROWS, 10, 2)
     assert r["accuracy"] == [0.5, 0] and r["ensemble"] == 0.5 and r["upper_bound"] == 0.5 and r["questions"] == 2
-    assert r["unparsed"] == [0, 0.5] and r["stopped"] == [1, 0.5] and [p["ensemble"] for p in r["predictions"]] == ["18", "7"]
+    assert r["unparsed"] == [0, 0.5] and r["stopped"] == [1, 0.5]
+    assert [p["ensemble"] for p in r["predictions"]] == ["18", "7"]
 
 
 def test_sampled_ensemble_takes_the_majority_of_equal_answers(monkeypatch):
-    students = scripted(monkeypatch, [[("The answer is 18.", -2), ("The answer is 18.0.", -3)], [("The answer is 7.", -1), ("?", 0)]],
-                        [[("The answer is 5.", -0.1), ("The answer is 6.", -0.2)], [("The answer is 18.", -0.5), ("?", 0)]])
+    students = scripted(
+        monkeypatch, [[("The answer is 18.", -2), ("The answer is 18.0.", -3)], [("The answer is 7.", -1), ("?", 0)]],
+        [[("The answer is 5.", -0.1), ("The answer is 6.", -0.2)], [("The answer is 18.", -0.5), ("?", 0)]])
     r = E.evaluate(students, ROWS, 10, 2, samples=2)
     assert [p["ensemble"] for p in r["predictions"]] == ["18", "18"] and r["ensemble"] == 1
     assert r["accuracy"] == [0.5, 0.25] and r["upper_bound"] == 1
@@ -604,8 +660,8 @@ def student(tmp_path):
 
 def test_command_line_prints_a_table_and_writes_the_responses(tmp_path, monkeypatch, capsys, student):
     questions = written(tmp_path, "q.jsonl", *({**GOOD, "id": str(i)} for i in range(5)))
-    run_main(monkeypatch, "--students", student, student, "--questions", questions, "--limit", 3, "--max_new_tokens", 4, "--samples", 2,
-             "--device", "cpu", "--out", tmp_path / "r.json", "--show", 1)
+    run_main(monkeypatch, "--students", student, student, "--questions", questions, "--limit", 3, "--samples", 2,
+             "--max_new_tokens", 4, "--device", "cpu", "--out", tmp_path / "r.json", "--show", 1)
     table = capsys.readouterr().out
     assert "3 questions" in table and table.count(str(student)) == 4 and "ensemble" in table and "upper bound" in table
     results = json.loads((tmp_path / "r.json").read_text())
@@ -613,9 +669,10 @@ def test_command_line_prints_a_table_and_writes_the_responses(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("flags", [
-    ("--samples", "0"), ("--batch_size", "-1"), ("--max_new_tokens", "0"), ("--limit", "0"), ("--show", "-1"), ("--temperature", "-0.5"),
-    ("--temperature", "nan"), ("--samples", "3", "--temperature", "0"), ("--out", "/no/such/folder/x.json"), ("--device", "abacus"),
-    ("--task", "physics"), ("--questions", "/no/such/file.jsonl")])
+    ("--samples", "0"), ("--batch_size", "-1"), ("--max_new_tokens", "0"), ("--limit", "0"), ("--show", "-1"),
+    ("--temperature", "-0.5"), ("--temperature", "nan"), ("--samples", "3", "--temperature", "0"),
+    ("--out", "/no/such/folder/x.json"), ("--device", "abacus"), ("--task", "physics"),
+    ("--questions", "/no/such/file.jsonl")])
 def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, student, flags):
     questions = written(tmp_path, "q.jsonl", GOOD)
     capsys.readouterr()
@@ -625,20 +682,21 @@ def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsy
     assert e.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------- real models
+# ------------------------------------------------------------------------------------------------- real models
 
 
 @pytest.mark.parametrize("name, end", [("smollm2", "<|im_end|>"), ("gemma3", "<eos>")])
 def test_real_students_continue_the_prompt_as_hf_generate_does(models_dir, name, end):
     model, tokenizer = E.load_student(str(models_dir / name), "cpu", torch.float32)
     assert tokenizer.decode([E.end_token(tokenizer)]) == end
-    rows = [{"task": "gsm8k", "question": "What is 2 + 3?"}, {"task": "arc", "question": "Ice is?", "choices": {"A": "hot", "B": "cold"}}]
+    rows = [{"task": "gsm8k", "question": "What is 2 + 3?"},
+            {"task": "arc", "question": "Ice is?", "choices": {"A": "hot", "B": "cold"}}]
     prompts = [E.encode_prompt(tokenizer, E.student_prompt(row)) for row in rows]
     text = tokenizer.decode(prompts[0])
-    assert text.endswith("<|im_start|>assistant\n" if name == "smollm2" else ".\n") and text.count("What is 2 + 3?") == 1
+    assert text.endswith("<|im_start|>assistant\n" if name == "smollm2" else ".\n") and text.count("2 + 3?") == 1
     assert name != "gemma3" or prompts[0][0] == tokenizer.bos_token_id != prompts[0][1]
     for prompt, [r] in zip(prompts, E.generate(model, tokenizer, prompts, 12, batch_size=2)):
         ends = [E.end_token(tokenizer), tokenizer.eos_token_id]
         expected = hf_greedy(model, prompt, 12, ends)
         assert r["text"] == tokenizer.decode(expected, skip_special_tokens=True) and r["tokens"] == len(expected)
-        assert math.isfinite(r["logprob"]) and not pathlib.Path(r["text"][:9]).is_absolute()
+        assert math.isfinite(r["logprob"])

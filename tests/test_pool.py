@@ -438,7 +438,7 @@ def test_a_judge_that_accepts_or_rejects_everything_is_visible(tmp_path, server)
         done = run("--paths", pool(tmp_path / "p.jsonl"), "--judge", f"{model}@{server.url}", "--canaries", 8, "--out",
                    f"{model}.jsonl", cwd=tmp_path)
         assert f"false accept {accepted}" in done[0] and f"false reject {rejected}" in done[0]
-        assert ("WARNING" in done[0]) == (model == "valid")
+        assert "WARNING" in done[0]
         assert len(read(tmp_path / f"{model}.jsonl")) == 6  # canaries never enter the pool
 
 
@@ -449,9 +449,10 @@ def test_canaries_known_to_be_bad_are_bad_and_good_are_good():
                                                      "injection": 50, "good": 200}
     assert planted == list(judge.canaries(rows, 200, 0))
     texts = {(r["question"], r["path"]) for r in rows}
-    passed = Counter(row["canary"] for row in planted if judge.rule_judge(row)[0])
-    assert passed.pop("another question", 0) <= 2  # another question may happen to use the same numbers
-    assert passed == {"good": 200}
+    passed = [row for row in planted if judge.rule_judge(row)[0]]  # another question may happen to use the same numbers:
+    assert {row["canary"] for row in passed} <= {"good", "another question"} and len(passed) < 215
+    assert all(row["correct"] == (row["canary"] == "good") for row in judge.grade_paths(passed))  # its answer differs
+    assert sum(row["canary"] == "good" for row in passed) == 200
     assert all(row["canary"] == "good" or (row["question"], row["path"]) not in texts for row in planted)
 
 
