@@ -92,7 +92,7 @@ def parse_args(argv=None):
     g.add_argument("--router_lr", type=weight, default=1e-3, help="learning rate of router and collaboration (1e-3)")
     g.add_argument("--gate", default="binary", choices=["binary", "onehot"],
                    help="Eq 2: one gate per student, or the one-hot form that leaves Eq 4 without gradient (binary)")
-    g.add_argument("--tau", type=within(float, 1e-3), default=1.0, help="Eq 2: Gumbel temperature (1)")
+    g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
                    help="Eq 3: a rate for each student, or one for all as printed (student)")
@@ -672,8 +672,9 @@ def main(argv=None):
                 for name, value in (("mutual", mutual), ("gamma", gamma), ("segment_chars", chars / segments[co])):
                     logged[name].append(value.detach())
                 if q == 0:  # so that neither collapse goes unseen (METHOD 8.8)
-                    logged["spread"].append(torch.stack([x.detach().std(0).mean() for x in raw])[None])
-                    logged["rank"].append(torch.stack([qr.effective_rank(x.detach()) for x in zt])[None])
+                    on = routed[here[co]][path.cpu()].to(device)  # (N, S)
+                    logged["spread"].append(torch.stack([raw[s, on[:, s]].detach().std(0, correction=0).mean() for s in range(S)])[None])
+                    logged["rank"].append(torch.stack([qr.effective_rank(zt[s, on[:, s]].detach()) for s in range(S)])[None])
             if loss.requires_grad:
                 scaler.scale(loss).backward()
 
@@ -681,8 +682,9 @@ def main(argv=None):
         nll = torch.zeros(len(index), S)
         for where, s, mean in losses:
             nll[where, s] = mean.cpu()
-        p_or_alpha = torch.sigmoid(logits) if args.entropy == "student" else alpha
-        entropy = qr.balance_entropy(p_or_alpha, question, args.entropy == "student")  # Eq 3 and Eq 4
+        p = torch.sigmoid(logits) if args.gate == "binary" else torch.softmax(logits, -1)
+        per_student = args.entropy == "student"
+        entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)  # Eq 3 and Eq 4
         if args.route == "learned":
             l_distill = (weight * qr.fill_skipped(nll, alpha, question, args.normalize)).sum()
             (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted

@@ -497,7 +497,8 @@ def ask_all(spec, jobs, out, args, spent, temperature, again=None):
             flying[pool.submit(ask, prompts, 0.8 if second else temperature)] = batch, tries, second, worst
         if not flying and (problem or not later):
             break
-        pause = min(1, max(0.01, later[0][0] - time.time())) if later else 1  # a signal is seen within a second
+        soon = later[0][0] - time.time() if later and len(flying) < workers else 1
+        pause = min(1, max(0.01, soon))  # a signal is seen within a second
         ready = wait(flying, pause, FIRST_COMPLETED)[0] if flying else time.sleep(pause)
         for future in ready or ():
             batch, tries, second, worst = flying.pop(future)

@@ -116,7 +116,7 @@ def balance_entropy(p, question, per_student=True):
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
     if not per_student:
         rate = rate.mean(1, keepdim=True)
-    rate = rate.clamp(1e-6, 1 - 1e-6)
+    rate = 1e-6 + (1 - 2e-6) * rate  # finite at 0 and 1, where a clamp would take the gradient away
     return -(rate * rate.log() + (1 - rate) * (1 - rate).log()).mean()  # Eq 4
 
 
@@ -139,7 +139,7 @@ def fill_skipped(nll, alpha, question, normalize="question"):
     """Losses (P, S) with the skipped pairs filled in by the mean that the routed ones have.
 
     A pair that was not routed was not run, so its loss is unknown. Under this estimate its gate's gradient,
-    (nll_ij - mean_i) / n_i, is exactly zero; and a routed path is judged against its question's other routed paths.
+    (nll_ij - mean_i) / n_i, is zero; and a routed path is judged against its question's other routed paths.
     """
     alpha = alpha.detach()
     if normalize == "batch":
@@ -154,8 +154,7 @@ def shared_segments(offsets):
 
     offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for each student a
     list of T_s segment numbers 0..n-1. Equal tokenizers give one segment per token, and Eq 8 is token by token.
-    A token that ends inside a character (byte-level pieces of an emoji) ends no segment: the next one starts
-    before its end.
+    Only the byte pieces of one character (an emoji) share a segment: a token ends one if the next starts after it.
     """
     clean = [{end for (_, end), (start, _) in itertools.pairwise(spans) if start >= end} for spans in offsets]
     cuts = sorted(set.intersection(*clean))
@@ -196,13 +195,15 @@ class Collaboration(nn.Module):
         super().__init__()
         self.proj = nn.ModuleList(nn.Linear(k, d, bias=False) for k in dims)
         for layer in self.proj:
-            nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)  # keeps lengths on average
+            nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)  # keeps the scale of a feature
             layer.requires_grad_(trained)
         self.w = nn.Parameter(torch.zeros(len(dims), d))  # Eq 6 regressor, one row per student
         self.standardized, self.competence = standardized, competence
 
     def forward(self, z, segment, path, routed, nll):
-        """-> L_mutual (C,) per path, L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as compared.
+        """Eq 8 departs: a mean over features and segments, so that --mutual_weight does not hang on d and length.
+
+        -> L_mutual (C,) per path, L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as compared.
 
         z: per student (T_s, d_s) states on the tokens of all co-routed paths it got; segment: per student (T_s,)
         in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S) bool; nll (C, S): nats per segment.
@@ -228,7 +229,7 @@ class Collaboration(nn.Module):
 
 
 def effective_rank(x):
-    """exp of the entropy of the normalised squared singular values of x (N, d), centred (Roy and Vetterli, 2007)."""
+    """exp of the entropy of x's share of variance per direction, x (N, d) centred (after Roy and Vetterli, 2007)."""
     s = torch.linalg.svdvals((x - x.mean(0)).float()).square()
     p = s / s.sum().clamp(min=1e-12)
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())

@@ -29,7 +29,7 @@ def command(*argv):
     judge.main()
 
 
-rows = judge.grade_paths([row for row in judge.read_pool(pool) if "source_correct" in row])
+rows = judge.grade_paths([row for row in judge.read_pool(pool) if row.get("source_correct") is not None])
 counts = Counter((row["correct"], row["source_correct"]) for row in rows)
 print(f"step 1 against source_correct on {len(rows)} paths: both right {counts[True, True]}, both wrong {counts[False, False]}, "
       f"wrongly kept {counts[True, False]}, wrongly dropped {counts[False, True]}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, GPT2Config,
-                          GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedTokenizerFast)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+)
 
 import distill
 import eval as tasks
@@ -118,7 +129,8 @@ def train(world, tmp_path, monkeypatch):
 
 
 def flags_of(world, out, *flags, students=("words", "pieces")):
-    return [*"--lora_rank 0 --lr 1e-2 --max_steps 3 --batch_size 4 --warmup 0 --eval_limit 3 --eval_max_new_tokens 3 --device cpu".split(),
+    return ["--lora_rank", "0", "--lr", "1e-2", "--max_steps", "3", "--batch_size", "4", "--warmup", "0", "--eval_limit", "3",
+            "--eval_max_new_tokens", "3", "--device", "cpu",
             "--paths", world.pool, "--students", *(world.students.get(s, s) for s in students), "--out_dir", str(out), *map(str, flags)]
 
 
@@ -150,17 +162,24 @@ def loss_and_gradients(nll, h, weight, bias, g):
     return [nll.detach()] + [x.grad for x in (h, weight, bias) if x is not None and x.grad is not None]
 
 
+def in_chunks(monkeypatch, size=None):
+    """Chunks of `size` positions instead of at least 16 -> a list that gets the positions of each chunk's logits."""
+    if size:
+        monkeypatch.setattr(distill, "max", lambda *a: size, raising=False)
+    linear, seen = F.linear, []
+    monkeypatch.setattr(F, "linear", lambda x, *a: seen.append(len(x)) or linear(x, *a))
+    return seen
+
+
 @pytest.mark.parametrize("n", [1, 6, 7, 8, 14, 15])  # around chunks of 7
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(monkeypatch, n, softcap, bias, trained):
-    monkeypatch.setattr(distill, "max", lambda *a: 7, raising=False)  # the chunk size, else never below 16
+    chunks = in_chunks(monkeypatch, 7)
     r = torch.Generator().manual_seed(n)
     h, weight, b, g = (torch.randn(*shape, generator=r) for shape in ((n, 5), (11, 5), (11,), (n,)))
     target = torch.randint(11, (n,), generator=r)
-    chunks = [(a, z) for a, z, *_ in distill.ChunkedNLL.chunks(h, weight, None, target, softcap, torch.empty(n))]
-    assert chunks == [(a, min(a + 7, n)) for a in range(0, n, 7)]
 
     def leaves(dtype):
         return (h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trained),
@@ -168,6 +187,7 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(monkeypatch, n,
 
     ours = leaves(torch.float32)
     got = loss_and_gradients(distill.ChunkedNLL.apply(*ours, target, softcap), *ours, g)
+    assert chunks == [min(7, n - a) for a in range(0, n, 7)] * (1 + trained)  # a trained head computes its logits twice
     theirs = leaves(torch.float64)
     logits = F.linear(*theirs)
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -186,14 +206,15 @@ def test_chunked_loss_in_float64_is_as_exact_as_its_float32_logits():
     assert all(x.dtype == torch.float64 and torch.allclose(x, y, rtol=1e-6, atol=1e-6) for x, y in zip(ours, theirs))
 
 
-def test_a_vocabulary_of_262k_takes_several_chunks_and_still_equals_cross_entropy():
+def test_a_vocabulary_of_262k_takes_several_chunks_and_still_equals_cross_entropy(monkeypatch):
     r = torch.Generator().manual_seed(0)
     h, weight = torch.randn(130, 2, generator=r), torch.randn(262_144, 2, generator=r)
     target = torch.randint(262_144, (130,), generator=r)
-    assert len(list(distill.ChunkedNLL.chunks(h, weight, None, target, None, torch.empty(130)))) > 1
+    chunks = in_chunks(monkeypatch)
     h.requires_grad_()
     nll = distill.ChunkedNLL.apply(h, weight, None, target, None)
     nll.sum().backward()
+    assert len(chunks) > 1 and sum(chunks) == 130
     for i in (0, 1, 126, 127, 128, 129):
         x = h[i].detach().requires_grad_()
         expected = F.cross_entropy((weight @ x)[None], target[i:i + 1])
@@ -203,7 +224,7 @@ def test_a_vocabulary_of_262k_takes_several_chunks_and_still_equals_cross_entrop
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_no_tensor_ever_holds_all_logits(monkeypatch, trained):
-    monkeypatch.setattr(distill, "max", lambda *a: 7, raising=False)
+    in_chunks(monkeypatch, 7)
     sizes = []
 
     class Watch(TorchDispatchMode):
@@ -215,7 +236,7 @@ def test_no_tensor_ever_holds_all_logits(monkeypatch, trained):
     h, weight = torch.randn(70, 3, requires_grad=True), torch.randn(90, 3, requires_grad=trained)
     with Watch():
         distill.ChunkedNLL.apply(h, weight, None, torch.arange(70), None).sum().backward()
-    assert 7 * 90 == max(sizes) and 70 * 90 not in sizes
+    assert max(sizes) == 7 * 90
 
 
 def fake_rows(lengths, vocab, students=1):
@@ -467,12 +488,15 @@ def watch_forwards(monkeypatch, world, run_flags, train, students=("words", "pie
     """-> the run, and for each student the (id, style) of every path that went through its blocks in training."""
     load, seen = distill.load_students, []
 
+    def note(into, module, args, kwargs):
+        if module.training:
+            into.extend(kwargs["input_ids"].tolist())
+
     def load_and_watch(*a):
         loaded = load(*a)
         for s in loaded:
             seen.append([])
-            s.model.base_model.register_forward_pre_hook(
-                lambda m, args, kwargs, into=seen[-1]: m.training and into.extend(kwargs["input_ids"].tolist()), with_kwargs=True)
+            s.model.base_model.register_forward_pre_hook(partial(note, seen[-1]), with_kwargs=True)
         return loaded
 
     monkeypatch.setattr(distill, "load_students", load_and_watch)
@@ -521,7 +545,7 @@ def test_route_all_runs_every_path_of_every_student(monkeypatch, world, train):
 def test_micro_batches_change_nothing(train):
     runs = [train("--mutual_weight", 0.5, "--micro_batch_size", n, "--batch_size", 5, "--lr", 1e-3, name=f"micro{n}",
                   students=("words", "pieces", "pad_is_eos")) for n in (1, 2, 5)]
-    start = train("--max_steps", 1, "--lr", 1e-12, "--weight_decay", 0, name="start", students=("words", "pieces", "pad_is_eos"))
+    start = train("--max_steps", 1, "--lr", 1e-9, "--weight_decay", 0, name="start", students=("words", "pieces", "pad_is_eos"))
     for run in runs[:2]:
         for a, b in zip(run.log, runs[2].log):
             for key in ("loss", "rate", "mutual", "gamma", "entropy", "grad_norm", "router_grad_norm", "co_routed"):
@@ -536,7 +560,8 @@ def test_micro_batches_change_nothing(train):
 def test_loss_of_a_step_is_the_mean_over_questions_of_the_mean_over_their_routed_paths(monkeypatch, world, train):
     """Eq 9 as one number: SGD with lr 1 moves the weights by minus the gradient of the loss that we write down here."""
     monkeypatch.setattr(distill.torch.optim, "AdamW", lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr))
-    flags = "--mutual_weight 0 --route all --filter none --max_steps 1 --batch_size 50 --lr 1 --clip 1e9 --train_frac 0.2".split()
+    flags = ("--mutual_weight", 0, "--route", "all", "--filter", "none", "--max_steps", 1, "--batch_size", 50, "--lr", 1,
+             "--clip", 1e9, "--train_frac", 0.2)
     run, ran = watch_forwards(monkeypatch, world, flags, train, students=("words",))
     model, tokenizer = tasks.load_student(world.students["words"])
     loss, per_question = 0, Counter(i for i, _ in ran[0])
@@ -715,7 +740,7 @@ def router_weight(run):
 def test_learned_router_feels_the_students_losses_from_the_first_steps(train, gate):
     run = train("--entropy_weight", 0, "--gate", gate, "--router_lr", 0.01)
     assert all(line["router_grad_norm"] > 1e-4 for line in run.log)
-    assert router_weight(run).abs().min(1).values.max() > 0
+    assert (router_weight(run).abs().amax(1) > 1e-3).all()  # zero at birth
 
 
 def test_router_gets_no_gradient_from_the_students_in_all_and_random(train):
@@ -865,7 +890,7 @@ def test_annotated_pool_is_believed_and_a_partly_annotated_one_keeps_its_verdict
 def test_run_says_once_that_no_judge_has_seen_the_pool(world, tmp_path, data_of, capsys):
     pool = write_jsonl(tmp_path / "gsm.jsonl", [{**r, "task": "gsm8k"} for r in world.rows])
     data_of(pool=pool)
-    assert capsys.readouterr().out.count("step 2 (a judge) was not run") == 1
+    assert capsys.readouterr().out.count("step 2 was not run") == 1
     data_of("--filter", "answer", pool=pool)
     assert "step 2" not in capsys.readouterr().out
 
@@ -1014,6 +1039,6 @@ def test_resume_refuses_other_flags_other_data_and_folders_that_are_no_run(world
 
 def test_bad_input_from_the_command_line_has_no_traceback(world, tmp_path):
     command = [sys.executable, ROOT / "distill.py", *flags_of(world, tmp_path / "run", "--paths", spoiled(world, tmp_path, 3, "{"))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stdout == ""
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1 and "spoiled.jsonl:3" in done.stderr
