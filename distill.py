@@ -332,7 +332,7 @@ def load_data(args):
         rows = judge.demo_paths(judge.demo_questions(300, args.seed), args.seed)
         test = test or judge.demo_questions(300, args.seed + 1)
     if not all("correct" in row for row in rows):
-        rows = judge.grade_paths(tqdm(rows, desc="grade paths", unit="path", leave=False))
+        judge.grade_paths(tqdm(rows, desc="grade paths", unit="path", leave=False))
         for row in rows:
             row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
             row["verdict"] = verdict and {"rule": verdict}

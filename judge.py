@@ -529,7 +529,7 @@ def ask_all(spec, jobs, out, args, spent, temperature, again=None):
             if repeat:
                 heapq.heappush(later, (0, next(counter), repeat, 0, True))
         if ready:
-            bar.set_postfix_str(f"{spent['calls']} calls, {spent['tokens']} tokens, {retries} retried, {failed} failed")
+            bar.set_postfix_str(f"{spent['calls']} calls, {spent['tokens']} tokens, {retries} retried, {failed} failed", False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     bar.close()

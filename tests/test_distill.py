@@ -1,4 +1,4 @@
-"""Claims about the training run, against F.cross_entropy, Hugging Face's own loss, PEFT and the run that nobody killed."""
+"""Claims about the training run, against F.cross_entropy, Hugging Face's loss, PEFT and the run that nobody killed."""
 import copy
 import json
 import os
@@ -56,20 +56,27 @@ def one_thread():
 
 
 # ---------------------------------------------------------------- tiny students and a pool
-def tiny_model(kind, vocab=60, **more):
+def tiny_model(kind, vocab=60, n_positions=1024, **more):
     """A random causal LM with weights large enough that its logits are far from uniform."""
     torch.manual_seed(len(kind))
-    small = {"vocab_size": vocab, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-             "max_position_embeddings": 1024, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 2}
+    small = {
+        "vocab_size": vocab, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 1024, "initializer_range": 0.3, "bos_token_id": None,
+        "eos_token_id": 1, "pad_token_id": 2,
+    }
     grouped = {"num_key_value_heads": 1, "head_dim": 8}
-    config = {"llama": lambda: LlamaConfig(**small, **grouped, tie_word_embeddings=True, **more),
-              "untied": lambda: LlamaConfig(**small, **grouped, tie_word_embeddings=False, **more),
-              "neox": lambda: GPTNeoXConfig(**small, attention_bias=False, tie_word_embeddings=False, **more),
-              "gpt2": lambda: GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=1024, initializer_range=0.3,
-                                         bos_token_id=None, eos_token_id=1, pad_token_id=2, **more),
-              "gemma2": lambda: Gemma2Config(**small, **grouped, final_logit_softcapping=2.0, sliding_window=8, **more),
-              "gemma3": lambda: Gemma3TextConfig(**small, **grouped, sliding_window=8, **more),
-              "phi": lambda: PhiConfig(**small, **more)}[kind]()
+    config = {
+        "llama": lambda: LlamaConfig(**small, **grouped, tie_word_embeddings=True, **more),
+        "untied": lambda: LlamaConfig(**small, **grouped, tie_word_embeddings=False, **more),
+        "neox": lambda: GPTNeoXConfig(**small, attention_bias=False, tie_word_embeddings=False, **more),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=n_positions, initializer_range=0.3,
+            bos_token_id=None, eos_token_id=1, pad_token_id=2, **more,
+        ),
+        "gemma2": lambda: Gemma2Config(**small, **grouped, final_logit_softcapping=2.0, sliding_window=8, **more),
+        "gemma3": lambda: Gemma3TextConfig(**small, **grouped, sliding_window=8, **more),
+        "phi": lambda: PhiConfig(**small, **more),
+    }[kind]()
     model = AutoModelForCausalLM.from_config(config)
     for name, p in model.named_parameters():
         if name.endswith("bias"):
@@ -81,7 +88,9 @@ def tiny_tokenizer(corpus, pattern=WORDS, template=None, pad="<pad>"):
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex(pattern), "isolated"), decoders.Fuse()
     special = ["<unk>", "<eos>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(corpus, trainers.WordLevelTrainer(vocab_size=9999, special_tokens=special, show_progress=False))
+    tokenizer.train_from_iterator(
+        corpus, trainers.WordLevelTrainer(vocab_size=9999, special_tokens=special, show_progress=False)
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token=pad,
                                         additional_special_tokens=special[3:])
     tokenizer.chat_template = template
@@ -98,11 +107,16 @@ def world(tmp_path_factory):
     """A pool of 24 demo questions with six paths each and, by name, the folders of five tiny random students."""
     folder = tmp_path_factory.mktemp("world")
     rows = judge.demo_paths(judge.demo_questions(24, 0), 0)
-    corpus = [text for row in rows for text in (tasks.student_prompt(row), row["path"])] + ["user\n", "assistant\n", "Q", "MARK", "\n"]
+    corpus = [text for row in rows for text in (tasks.student_prompt(row), row["path"])] + [
+        "user\n", "assistant\n", "Q", "MARK", "\n",
+    ]
     students = {}
-    for name, kind, tokenizer in (("words", "llama", tiny_tokenizer(corpus)), ("pieces", "neox", tiny_tokenizer(corpus, PIECES)),
-                                  ("dropout", "gpt2", tiny_tokenizer(corpus, PIECES)), ("chat", "gemma3", tiny_tokenizer(corpus, WORDS, CHATML)),
-                                  ("pad_is_eos", "untied", tiny_tokenizer(corpus, WORDS, None, "<eos>"))):
+    for name, kind, tokenizer in (
+        ("words", "llama", tiny_tokenizer(corpus)), ("pieces", "neox", tiny_tokenizer(corpus, PIECES)),
+        ("dropout", "gpt2", tiny_tokenizer(corpus, PIECES)),
+        ("chat", "gemma3", tiny_tokenizer(corpus, WORDS, CHATML)),
+        ("pad_is_eos", "untied", tiny_tokenizer(corpus, WORDS, None, "<eos>")),
+    ):
         students[name] = str(folder / name)
         tiny_model(kind, len(tokenizer)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -124,14 +138,15 @@ def train(world, tmp_path, monkeypatch):
         distill.main(flags_of(world, tmp_path / name, *flags, students=students))
         return SimpleNamespace(out=tmp_path / name, students=list(memory), **files_of(tmp_path / name))
 
-    run.folder, run.memory = tmp_path, memory
     return run
 
 
 def flags_of(world, out, *flags, students=("words", "pieces")):
-    return ["--lora_rank", "0", "--lr", "1e-2", "--max_steps", "3", "--batch_size", "4", "--warmup", "0", "--eval_limit", "3",
-            "--eval_max_new_tokens", "3", "--device", "cpu",
-            "--paths", world.pool, "--students", *(world.students.get(s, s) for s in students), "--out_dir", str(out), *map(str, flags)]
+    return [
+        "--lora_rank", "0", "--lr", "1e-2", "--max_steps", "3", "--batch_size", "4", "--warmup", "0", "--eval_limit",
+        "3", "--eval_max_new_tokens", "3", "--device", "cpu", "--paths", world.pool, "--students",
+        *(world.students.get(s, s) for s in students), "--out_dir", str(out), *map(str, flags),
+    ]
 
 
 def files_of(out):
@@ -182,8 +197,8 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(monkeypatch, n,
     target = torch.randint(11, (n,), generator=r)
 
     def leaves(dtype):
-        return (h.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trained),
-                b.to(dtype).requires_grad_(trained) if bias else None)
+        return (h.detach().to(dtype, copy=True).requires_grad_(), weight.to(dtype, copy=True).requires_grad_(trained),
+                b.to(dtype, copy=True).requires_grad_(trained) if bias else None)
 
     ours = leaves(torch.float32)
     got = loss_and_gradients(distill.ChunkedNLL.apply(*ours, target, softcap), *ours, g)
@@ -199,7 +214,9 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(monkeypatch, n,
 
 def test_chunked_loss_in_float64_is_as_exact_as_its_float32_logits():
     r = torch.Generator().manual_seed(0)
-    h, weight = (torch.randn(*shape, generator=r, dtype=torch.float64, requires_grad=True) for shape in ((9, 4), (30, 4)))
+    h, weight = (
+        torch.randn(*shape, generator=r, dtype=torch.float64, requires_grad=True) for shape in ((9, 4), (30, 4))
+    )
     target = torch.randint(30, (9,), generator=r)
     ours = torch.autograd.grad(distill.ChunkedNLL.apply(h, weight, None, target, None).sum(), (h, weight))
     theirs = torch.autograd.grad(F.cross_entropy(h @ weight.T, target, reduction="sum"), (h, weight))
@@ -230,7 +247,9 @@ def test_no_tensor_ever_holds_all_logits(monkeypatch, trained):
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            sizes.extend(
+                x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)
+            )
             return out
 
     h, weight = torch.randn(70, 3, requires_grad=True), torch.randn(90, 3, requires_grad=trained)
@@ -281,12 +300,15 @@ def test_collaboration_gets_the_states_on_the_text_tokens_of_co_routed_paths_onl
     model = tiny_model(kind)
     rows = fake_rows(LENGTHS, 60)
     base = [0, -1, 8, 27, -1, 29, -1]  # paths 0, 2, 3 and 5; each response's end token is no text
-    _, z, segment = distill.forward_paths(as_student(model), 0, rows, base, SimpleNamespace(forward_tokens=60, compile=False))
+    _, z, segment = distill.forward_paths(
+        as_student(model), 0, rows, base, SimpleNamespace(forward_tokens=60, compile=False)
+    )
     assert len(z) == len(segment) == 8 + 19 + 2 + 30 and sorted(segment.tolist()) == list(range(59))
     for i, start in enumerate(base):
         if start >= 0:
             prompt, response = (torch.from_numpy(rows[i][k][0]) for k in ("prompts", "responses"))
-            states = model(input_ids=torch.cat([prompt, response])[None], output_hidden_states=True).hidden_states[-1][0]
+            ids = torch.cat([prompt, response])[None]
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
             where = ((segment >= start) & (segment < start + len(response) - 1)).nonzero().squeeze(1)
             assert torch.allclose(z[where], states[len(prompt):-1], atol=1e-4)
 
@@ -297,9 +319,12 @@ def test_softcapped_student_is_accepted_and_one_with_scaled_logits_is_refused(ca
 
     for kind in ARCHITECTURES:
         distill.check_head(student(tiny_model(kind)))
-    scaled = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "cohere", vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, logit_scale=0.0625,
-        initializer_range=1.0, pad_token_id=2, bos_token_id=None, eos_token_id=1)).eval()
+    scaled = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "cohere", vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+            logit_scale=0.0625, initializer_range=1.0, pad_token_id=2, bos_token_id=None, eos_token_id=1,
+        )
+    ).eval()
     with pytest.raises(SystemExit) as e:
         distill.check_head(student(scaled))
     assert e.value.code == 2 and "head" in capsys.readouterr().err
@@ -317,8 +342,13 @@ def test_batches_hold_every_row_once_within_the_padded_budget(max_tokens):
 def ours_and_pefts(kind, rank=4, alpha=6):
     """The same model adapted by us and by PEFT ("all-linear": every linear layer but the output head), same weights."""
     model = tiny_model(kind, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0) if kind == "gpt2" else tiny_model(kind)
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM", fan_in_fan_out=kind == "gpt2"))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model),
+        peft.LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM",
+            fan_in_fan_out=kind == "gpt2",
+        ),
+    )
     distill.add_lora(model, rank, alpha)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, distill.LoRA)}
     adapted = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules() if hasattr(m, "lora_A")
@@ -353,7 +383,9 @@ def test_lora_changes_nothing_at_birth_and_trains_nothing_but_its_two_matrices(k
     assert torch.equal(before, model(input_ids=ids).logits)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all(name.rpartition(".")[2] in "AB" for name in trained)
-    assert not isinstance(model.get_output_embeddings(), distill.LoRA) and not isinstance(model.get_input_embeddings(), distill.LoRA)
+    assert not isinstance(model.get_output_embeddings(), distill.LoRA) and not isinstance(
+        model.get_input_embeddings(), distill.LoRA
+    )
     linear = (torch.nn.Linear, distill.Conv1D)
     assert [m for m in model.modules() if isinstance(m, linear) and not any(
         m is x.base for x in model.modules() if isinstance(x, distill.LoRA))] == [model.get_output_embeddings()]
@@ -387,14 +419,19 @@ def test_fully_trained_student_loads_with_from_pretrained_and_identical_logits(t
     for i, student in enumerate(run.students):
         with torch.no_grad():
             trained = student.model.eval()(input_ids=ids).logits
-        for model in (AutoModelForCausalLM.from_pretrained(run.out / f"student_{i}"), tasks.load_student(str(run.out / f"student_{i}"))[0]):
+        for model in (
+            AutoModelForCausalLM.from_pretrained(run.out / f"student_{i}"),
+            tasks.load_student(str(run.out / f"student_{i}"))[0],
+        ):
             assert torch.equal(model(input_ids=ids).logits, trained)
 
 
 # ---------------------------------------------------------------- what is supervised
 def supervised(monkeypatch, tokenizer, rows, end, model=None):
     """For each path, what one student reads and what it's asked to predict: [(prompt ids, predicted ids)]."""
-    student = SimpleNamespace(model=model or tiny_model("llama", len(tokenizer)), tokenizer=tokenizer, end=end, frozen=False)
+    student = SimpleNamespace(
+        model=model or tiny_model("llama", len(tokenizer)), tokenizer=tokenizer, end=end, frozen=False
+    )
     student.blocks, seen = student.model.base_model, []
     coded = distill.encode(rows, [student], 10_000)
     assert [row["path"] for row in coded] == [row["path"] for row in rows]
@@ -414,7 +451,9 @@ def supervised(monkeypatch, tokenizer, rows, end, model=None):
     seen, one_by_one = [], seen
     handle.remove()
     whole = []
-    monkeypatch.setattr(distill, "response_nll", lambda s, h, target: whole.append(target.tolist()) or h.new_zeros(len(h)))
+    monkeypatch.setattr(
+        distill, "response_nll", lambda s, h, target: whole.append(target.tolist()) or h.new_zeros(len(h))
+    )
     distill.forward_paths(student, 0, coded, [-1] * len(coded), SimpleNamespace(forward_tokens=4096, compile=False))
     assert Counter(whole[0]) == Counter(t for one in one_by_one for t in one["target"])  # padding adds no target
     out = []
@@ -428,7 +467,10 @@ def supervised(monkeypatch, tokenizer, rows, end, model=None):
 def check_supervision(monkeypatch, tokenizer, rows, end, model=None):
     for row, (prompt, target) in zip(rows, supervised(monkeypatch, tokenizer, rows, end, model), strict=True):
         assert target[-1] == end and target.count(end) == 1
-        assert tokenizer.decode(target[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False) == row["path"].strip()
+        assert (
+            tokenizer.decode(target[:-1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            == row["path"].strip()
+        )
         assert prompt == tasks.encode_prompt(tokenizer, tasks.student_prompt(row))
 
 
@@ -458,8 +500,15 @@ def test_chat_student_predicts_the_path_and_the_end_of_its_turn(monkeypatch, wor
 @pytest.mark.parametrize("name, end", [("smollm2", "<|im_end|>"), ("gemma3", "<eos>")])
 def test_pretrained_students_predict_the_path_and_their_end_token(monkeypatch, models_dir, name, end):
     tokenizer = AutoTokenizer.from_pretrained(models_dir / name)
-    rows = [{"id": str(i), "task": "gsm8k", "question": "How many?", "answer": "4", "path": path} for i, path in enumerate(
-        ["2 + 2 = 4\nThe answer is 4", "  Naïve 数学 🙂🙂, so 12,345.67%.\n\n\tThe answer is 4 ", "<<2*2=4>>4\n#### 4", "four"])]
+    rows = [
+        {"id": str(i), "task": "gsm8k", "question": "How many?", "answer": "4", "path": path}
+        for i, path in enumerate(
+            [
+                "2 + 2 = 4\nThe answer is 4", "  Naïve 数学 🙂🙂, so 12,345.67%.\n\n\tThe answer is 4 ",
+                "<<2*2=4>>4\n#### 4", "four",
+            ]
+        )
+    ]
     model = tiny_model("llama", len(tokenizer))
     check_supervision(monkeypatch, tokenizer, rows, tokenizer.convert_tokens_to_ids(end), model)
     prompt = tasks.encode_prompt(tokenizer, tasks.student_prompt(rows[0]))
@@ -476,11 +525,23 @@ def test_prompt_of_a_row_overrides_the_task_prompt_in_training_too(monkeypatch, 
 def test_a_row_longer_than_max_len_is_left_out_and_said_so(world, capsys):
     tokenizer = AutoTokenizer.from_pretrained(world.students["words"])
     student = SimpleNamespace(tokenizer=tokenizer, end=1)
-    lengths = [len(tokenizer(tasks.student_prompt(r))["input_ids"]) + len(tokenizer(r["path"])["input_ids"]) + 1 for r in world.rows]
+    lengths = [
+        len(tokenizer(tasks.student_prompt(r))["input_ids"]) + len(tokenizer(r["path"])["input_ids"]) + 1
+        for r in world.rows
+    ]
     limit = sorted(lengths)[len(lengths) // 2]
     kept = distill.encode(world.rows, [student], limit)
     assert [r["path"] for r in kept] == [r["path"] for r, n in zip(world.rows, lengths) if n <= limit]
     assert f"left out {len(lengths) - len(kept)} of {len(lengths)}" in capsys.readouterr().out
+
+
+def test_a_row_longer_than_a_students_context_is_left_out(world, tmp_path, train):
+    tokenizer = AutoTokenizer.from_pretrained(world.students["words"])
+    longest = max(len(tasks.encode_prompt(tokenizer, tasks.student_prompt(r))) for r in world.rows)
+    tiny_model("gpt2", len(tokenizer), n_positions=longest + 32).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    counts = train("--filter", "none", "--max_steps", 8, students=(str(tmp_path / "short"), "words")).results["counts"]
+    assert 0 < counts["training_paths"] < 6 * counts["training_questions"]
 
 
 # ---------------------------------------------------------------- what is not routed is not run
@@ -505,34 +566,41 @@ def watch_forwards(monkeypatch, world, run_flags, train, students=("words", "pie
     for student, rows in zip(run.students, seen):
         known = {}
         for row in world.rows:
-            ids = tasks.encode_prompt(student.tokenizer, tasks.student_prompt(row)) + student.tokenizer(row["path"])["input_ids"]
-            known[tuple(ids)] = row["id"], row["style"]
+            prompt = tasks.encode_prompt(student.tokenizer, tasks.student_prompt(row))
+            known[tuple(prompt + student.tokenizer(row["path"])["input_ids"])] = row["id"], row["style"]
         named.append([known[tuple(i for i in ids if i != 0)] for ids in rows])  # 0, <unk>, stands where padding is
     return run, named
 
 
 def test_an_unrouted_pair_costs_no_forward_and_a_path_nobody_got_costs_none(monkeypatch, world, train):
-    flags = "--route", "random", "--route_rate", 0.1, "--max_steps", 4, "--filter", "none", "--batch_size", 5
+    flags = (
+        "--route", "random", "--route_rate", 0.1, "--max_steps", 4, "--filter", "none", "--batch_size", 5,
+        "--test_frac", 1 / 6,
+    )
     run, ran = watch_forwards(monkeypatch, world, flags, train)
     paths = 6 * 5
     for s, mine in enumerate(ran):
         assert len(mine) == len(set(mine)) == round(sum(line["rate"][s] for line in run.log) * paths)
-        assert len({i for i, _ in mine}) == 4 * 5 - (run.results["counts"]["training_questions"] < 20) * (20 - 19)  # none starves
+        assert len({i for i, _ in mine}) == run.results["counts"]["training_questions"] == 4 * 5  # none starves
     routed = {x for mine in ran for x in mine}
     both = set(ran[0]) & set(ran[1])
-    assert len(routed) < 0.6 * run.results["counts"]["training_paths"] and len(ran[0]) + len(ran[1]) == len(routed) + len(both)
+    assert len(routed) < 0.6 * run.results["counts"]["training_paths"]
     assert len(both) == round(sum(line["co_routed"] for line in run.log) * paths)
 
 
 def test_a_learned_gate_at_zero_for_everybody_costs_one_path_per_question(monkeypatch, world, train):
-    monkeypatch.setattr(distill.qr, "binary_gate", lambda logits, tau, g: (0 * logits, torch.rand(logits.shape, generator=g)))
+    monkeypatch.setattr(
+        distill.qr, "binary_gate", lambda logits, tau, g: (0 * logits, torch.rand(logits.shape, generator=g))
+    )
     run, ran = watch_forwards(monkeypatch, world, ("--filter", "none", "--max_steps", 2), train)
     assert [len(x) for x in ran] == [2 * 4, 2 * 4]
     assert all(line["rate"] == [pytest.approx(1 / 6)] * 2 for line in run.log)
 
 
 def test_route_all_runs_every_path_of_every_student(monkeypatch, world, train):
-    run, ran = watch_forwards(monkeypatch, world, ("--route", "all", "--filter", "none", "--batch_size", 50, "--max_steps", 1), train)
+    run, ran = watch_forwards(
+        monkeypatch, world, ("--route", "all", "--filter", "none", "--batch_size", 50, "--max_steps", 1), train
+    )
     assert sorted(ran[0]) == sorted(ran[1]) and len(ran[0]) == run.results["counts"]["training_paths"]
     assert run.log[0]["rate"] == [1, 1] and run.log[0]["co_routed"] == 1
     for s, student in enumerate(run.students):
@@ -545,7 +613,9 @@ def test_route_all_runs_every_path_of_every_student(monkeypatch, world, train):
 def test_micro_batches_change_nothing(train):
     runs = [train("--mutual_weight", 0.5, "--micro_batch_size", n, "--batch_size", 5, "--lr", 1e-3, name=f"micro{n}",
                   students=("words", "pieces", "pad_is_eos")) for n in (1, 2, 5)]
-    start = train("--max_steps", 1, "--lr", 1e-9, "--weight_decay", 0, name="start", students=("words", "pieces", "pad_is_eos"))
+    start = train(
+        "--max_steps", 1, "--lr", 1e-9, "--weight_decay", 0, name="start", students=("words", "pieces", "pad_is_eos")
+    )
     for run in runs[:2]:
         for a, b in zip(run.log, runs[2].log):
             for key in ("loss", "rate", "mutual", "gamma", "entropy", "grad_norm", "router_grad_norm", "co_routed"):
@@ -560,8 +630,10 @@ def test_micro_batches_change_nothing(train):
 def test_loss_of_a_step_is_the_mean_over_questions_of_the_mean_over_their_routed_paths(monkeypatch, world, train):
     """Eq 9 as one number: SGD with lr 1 moves the weights by minus the gradient of the loss that we write down here."""
     monkeypatch.setattr(distill.torch.optim, "AdamW", lambda params, lr, weight_decay: torch.optim.SGD(params, lr=lr))
-    flags = ("--mutual_weight", 0, "--route", "all", "--filter", "none", "--max_steps", 1, "--batch_size", 50, "--lr", 1,
-             "--clip", 1e9, "--train_frac", 0.2)
+    flags = (
+        "--mutual_weight", 0, "--route", "all", "--filter", "none", "--max_steps", 1, "--batch_size", 50, "--lr", 1,
+        "--clip", 1e9, "--train_frac", 0.2,
+    )
     run, ran = watch_forwards(monkeypatch, world, flags, train, students=("words",))
     model, tokenizer = tasks.load_student(world.students["words"])
     loss, per_question = 0, Counter(i for i, _ in ran[0])
@@ -607,10 +679,14 @@ def die_after(monkeypatch, where, name, calls):
     monkeypatch.setattr(where, name, dies)
 
 
-MOMENTS = {"before the first checkpoint": (distill.tasks, "evaluate", 1), "in the first step": (distill, "clip_and_step", 2),
-           "between checkpoints": (distill, "clip_and_step", 4 * 6 + 3), "just before a checkpoint": (distill, "save_atomic", 3),
-           "before the checkpoint replaces the old one": (distill.os, "replace", 3), "saving a student": (distill, "save_student", 2),
-           "in the final evaluation": (distill.tasks, "evaluate", 2), "before the table": (distill, "print_results", 1)}
+MOMENTS = {
+    "before the first checkpoint": (distill.tasks, "evaluate", 1), "in the first step": (distill, "clip_and_step", 2),
+    "between checkpoints": (distill, "clip_and_step", 4 * 6 + 3),
+    "just before a checkpoint": (distill, "save_atomic", 3),
+    "before the checkpoint replaces the old one": (distill.os, "replace", 3),
+    "saving a student": (distill, "save_student", 2), "in the final evaluation": (distill.tasks, "evaluate", 2),
+    "before the table": (distill, "print_results", 1),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -647,7 +723,10 @@ def test_sigkill_at_a_random_moment_then_resume_ends_bit_for_bit_the_same(world,
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = {}
     for kind, flags in KINDS.items():  # side by side: most of the time goes into imports
-        command = [sys.executable, ROOT / "distill.py", *flags_of(world, tmp_path / kind, *LONG, *flags, students=("words", "dropout"))]
+        command = [
+            sys.executable, ROOT / "distill.py",
+            *flags_of(world, tmp_path / kind, *LONG, *flags, students=("words", "dropout")),
+        ]
         killed[kind] = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     waiting, moments = dict(killed), {kind: random.SystemRandom().randrange(8) for kind in KINDS}
     end = time.time() + 120
@@ -686,6 +765,18 @@ def test_checkpoint_is_safetensors_and_nothing_is_pickled(train):
     assert not [f for f in files if f.read_bytes()[:2] in (b"\x80\x02", b"PK")]
 
 
+def test_checkpoint_does_not_grow_with_the_answers_to_the_test(monkeypatch, train):
+    """They would stand in the header of the file, and that has a limit."""
+    evaluate = distill.tasks.evaluate
+
+    def wordy(*a, **k):
+        result = evaluate(*a, **k)
+        return {**result, "predictions": [*result["predictions"], {"text": "so " * 10**6}]}
+
+    monkeypatch.setattr(distill.tasks, "evaluate", wordy)
+    assert (train("--max_steps", 1).out / "checkpoint.safetensors").stat().st_size < 10**6
+
+
 # ---------------------------------------------------------------- students, routes, gates
 @pytest.mark.parametrize("students", [("words",), ("words", "pieces"), ("words", "pieces", "chat")])
 def test_one_two_and_three_students_train_end_to_end(world, train, students):
@@ -699,13 +790,17 @@ def test_one_two_and_three_students_train_end_to_end(world, train, students):
     for line in run.log:
         assert all(len(line[key]) == len(students) for key in ("loss", "rate", "grad_norm"))
         if "gamma" in line:
-            assert len(line["gamma"]) == len(line["spread"]) == len(line["rank"]) == len(students) and sum(line["gamma"]) == pytest.approx(1)
+            assert len(line["gamma"]) == len(line["spread"]) == len(line["rank"]) == len(students) and sum(
+                line["gamma"]
+            ) == pytest.approx(1)
     assert set(run.results["selection_rate"]) == set(judge.STYLES)
 
 
 def test_log_line_has_what_others_read(train):
     line = train().log[0]
-    assert {"step", "loss", "rate", "rate_style", "entropy", "mutual", "gamma", "spread", "grad_norm", "router_grad_norm"} <= line.keys()
+    assert {
+        "step", "loss", "rate", "rate_style", "entropy", "mutual", "gamma", "spread", "grad_norm", "router_grad_norm",
+    } <= line.keys()
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -713,10 +808,16 @@ def test_frozen_student_keeps_every_bit_while_the_other_learns(world, train, ran
     run = train("--freeze", 0, "--lora_rank", rank, "--mutual_weight", 1)
     before = load_file(pathlib.Path(world.students["words"]) / "model.safetensors")
     after = {k: v for k, v in run.students[0].model.state_dict().items() if ".A" not in k and ".B" not in k}
-    assert all(torch.equal(before[k], v) for k, v in ((k.replace(".base.", "."), v) for k, v in after.items()) if k in before)
+    assert all(
+        torch.equal(before[k], v) for k, v in ((k.replace(".base.", "."), v) for k, v in after.items()) if k in before
+    )
     if rank:
-        assert all(v.abs().max() == 0 for k, v in run.weights["student_0/adapter_model.safetensors"].items() if "lora_B" in k)
-        assert any(v.abs().max() > 0 for k, v in run.weights["student_1/adapter_model.safetensors"].items() if "lora_B" in k)
+        assert all(
+            v.abs().max() == 0 for k, v in run.weights["student_0/adapter_model.safetensors"].items() if "lora_B" in k
+        )
+        assert any(
+            v.abs().max() > 0 for k, v in run.weights["student_1/adapter_model.safetensors"].items() if "lora_B" in k
+        )
     else:
         assert same_tensors(before, run.weights["student_0/model.safetensors"])
         other = load_file(pathlib.Path(world.students["pieces"]) / "model.safetensors")
@@ -728,8 +829,13 @@ def test_frozen_student_keeps_every_bit_while_the_other_learns(world, train, ran
 def test_frozen_student_teaches(train):
     """What the other one learns hangs on the frozen one's states, through the mutual loss alone."""
     flags = "--freeze", 0, "--route", "all", "--max_steps", 1
-    alone, taught = train(*flags, "--mutual_weight", 0, name="alone"), train(*flags, "--mutual_weight", 5, name="taught")
-    assert alone.log[0]["loss"] == taught.log[0]["loss"] and alone.log[0]["grad_norm"][1] != taught.log[0]["grad_norm"][1]
+    alone, taught = (
+        train(*flags, "--mutual_weight", 0, name="alone"),
+        train(*flags, "--mutual_weight", 5, name="taught"),
+    )
+    assert (
+        alone.log[0]["loss"] == taught.log[0]["loss"] and alone.log[0]["grad_norm"][1] != taught.log[0]["grad_norm"][1]
+    )
 
 
 def router_weight(run):
@@ -749,18 +855,28 @@ def test_router_gets_no_gradient_from_the_students_in_all_and_random(train):
         assert all(line["router_grad_norm"] == 0 for line in run.log) and router_weight(run).abs().max() == 0
 
 
-def test_learned_router_comes_to_prefer_the_paths_that_cost_less(world, monkeypatch, train):
-    """An oracle that we plant: paths of one style cost nothing, the rest a lot."""
-    plain, rate = distill.forward_paths, {}
+def test_learned_router_comes_to_prefer_cheap_paths_and_the_entropy_holds_it_back(monkeypatch, train):
+    """An oracle that we plant: paths of one style cost next to nothing."""
+    plain = distill.forward_paths
 
     def planted(student, s, rows, base, args):
         nll, z, segment = plain(student, s, rows, base, args)
         return nll * torch.tensor([0.01 if row["style"] == "program" else 1.0 for row in rows]), z, segment
 
     monkeypatch.setattr(distill, "forward_paths", planted)
-    run = train("--max_steps", 25, "--batch_size", 10, "--router_lr", 0.02, "--entropy_weight", 0, "--mutual_weight", 0, "--filter", "none")
-    rate = run.log[-1]["rate_style"]
-    assert all(rate["program"][s] > 1.3 * np.mean([rate[style][s] for style in rate if style != "program"]) for s in (0, 1))
+    log = {
+        weight: train(
+            "--max_steps", 25, "--batch_size", 10, "--router_lr", 0.02, "--entropy_weight", weight, "--mutual_weight",
+            0, "--filter", "none", name=f"weight{weight}",
+        ).log
+        for weight in (0, 5)
+    }
+    rate = log[0][-1]["rate_style"]
+    assert all(
+        rate["program"][s] > 1.3 * np.mean([rate[style][s] for style in rate if style != "program"]) for s in (0, 1)
+    )
+    assert log[0][0]["entropy"] == log[5][0]["entropy"] == pytest.approx(np.log(2))  # every gate starts at 1/2
+    assert log[5][-1]["entropy"] > log[0][-1]["entropy"] + 0.01
 
 
 def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
@@ -769,10 +885,15 @@ def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
     assert all(sum(line["rate"]) < 0.999 + line["co_routed"] for line in binary.log)
 
 
-@pytest.mark.parametrize("flags", [
-    ["--normalize", "batch"], ["--entropy", "literal", "--entropy_weight", 1], ["--router_hidden", 8, "--router_lr", 0.3], ["--tau", 0.3],
-    ["--projection", "trained"], ["--no-standardize"], ["--shared_dim", 8], ["--mutual_weight", 0], ["--mutual_weight", 2],
-    ["--weight_decay", 1], ["--clip", 1e-3], ["--warmup", 1], ["--entropy_weight", 50]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--normalize", "batch"], ["--entropy", "literal", "--entropy_weight", 1],
+        ["--router_hidden", 8, "--router_lr", 0.3], ["--tau", 0.3], ["--projection", "trained"], ["--no-standardize"],
+        ["--shared_dim", 8], ["--mutual_weight", 0], ["--mutual_weight", 2], ["--weight_decay", 1], ["--clip", 1e-3],
+        ["--warmup", 1], ["--entropy_weight", 50],
+    ],
+)
 def test_every_training_flag_changes_the_run_and_ends_well(train, flags):
     flags, more = ["--max_steps", 4, "--router_lr", 0.3, *flags], ["--max_steps", 4, "--router_lr", 0.3]
     a, b = train(*more, name="a"), train(*flags, name="b")
@@ -780,16 +901,28 @@ def test_every_training_flag_changes_the_run_and_ends_well(train, flags):
     assert all(np.isfinite(w).all() for k in b.weights for w in b.weights[k].values())
 
 
-def test_competence_as_printed_stays_and_with_a_target_moves(train):
-    gamma = {kind: [line["gamma"][0] for line in train("--competence", kind, "--router_lr", 0.05, "--max_steps", 12, "--route", "all", name=kind).log]
-             for kind in ("target", "eq8")}
-    assert abs(gamma["eq8"][-1] - 0.5) < 0.02 < abs(gamma["target"][-1] - 0.5)
+@pytest.mark.parametrize("better", [0, 1])
+def test_competence_comes_to_prefer_the_student_with_the_lower_loss(monkeypatch, train, better):
+    plain = distill.forward_paths
+
+    def planted(student, s, rows, base, args):
+        nll, z, segment = plain(student, s, rows, base, args)
+        return nll * (0.1 if s == better else 1), z, segment
+
+    monkeypatch.setattr(distill, "forward_paths", planted)
+    gamma = [line["gamma"][better] for line in train("--router_lr", 0.02, "--max_steps", 10, "--route", "all").log]
+    assert gamma[0] == pytest.approx(0.5) and gamma[-1] > 0.65
 
 
 def test_learning_rates_are_one_per_student(world, train):
     run = train("--lr", 1e-9, 1e-2, "--weight_decay", 0)
-    moved = [max((v - load_file(pathlib.Path(world.students[name]) / "model.safetensors")[k]).abs().max()
-                 for k, v in run.weights[f"student_{i}/model.safetensors"].items()) for i, name in enumerate(("words", "pieces"))]
+    moved = [
+        max(
+            (v - load_file(pathlib.Path(world.students[name]) / "model.safetensors")[k]).abs().max()
+            for k, v in run.weights[f"student_{i}/model.safetensors"].items()
+        )
+        for i, name in enumerate(("words", "pieces"))
+    ]
     assert moved[0] < 1e-6 and moved[1] > 1e-3
 
 
@@ -812,7 +945,9 @@ def data_of(world, tmp_path, monkeypatch):
 
     def run(*flags, pool=world.pool):
         with pytest.raises(Killed):
-            distill.main(flags_of(world, tmp_path / str(len(os.listdir(tmp_path))), "--eval_limit", 0, *flags, "--paths", pool))
+            distill.main(
+                flags_of(world, tmp_path / str(len(os.listdir(tmp_path))), "--eval_limit", 0, *flags, "--paths", pool)
+            )
         return got["rows"], got["test"]
 
     return run
@@ -847,21 +982,32 @@ def test_no_question_is_on_both_sides_and_all_are_on_one(world, data_of):
     for frac in (0.2, 0.5):
         rows, test = data_of("--test_frac", frac, "--filter", "none")
         trained, tested = {r["id"] for r in rows}, {q["id"] for q in test}
-        assert not trained & tested and trained | tested == {r["id"] for r in world.rows} and len(tested) == round(24 * frac)
+        assert (
+            not trained & tested
+            and trained | tested == {r["id"] for r in world.rows}
+            and len(tested) == round(24 * frac)
+        )
         assert not {r["question"] for r in rows} & {q["question"] for q in test}
 
 
 def test_held_out_questions_do_not_hang_on_the_styles_that_train(world, tmp_path, data_of):
     """Else an ablation of one style would be tested on other questions."""
-    pool = write_jsonl(tmp_path / "uneven.jsonl", [r for k, r in enumerate(world.rows) if k % 7 and (r["style"] != "program" or k % 4)])
+    pool = write_jsonl(
+        tmp_path / "uneven.jsonl", [r for k, r in enumerate(world.rows) if k % 7 and (r["style"] != "program" or k % 4)]
+    )
     everything, program = data_of(pool=pool)[1], data_of("--styles", "program", pool=pool)[1]
     assert {q["id"] for q in everything} == {q["id"] for q in program}
 
 
 def test_test_question_in_the_pool_under_another_id_is_not_trained(world, tmp_path, data_of):
     questions = {r["id"]: r for r in world.rows}
-    again = [{"id": f"other-{i}", "task": "demo", "question": f"  {q['question'].upper()} ".replace(" ", "  "), "answer": q["answer"]}
-             for i, q in enumerate(list(questions.values())[:5])]
+    again = [
+        {
+            "id": f"other-{i}", "task": "demo", "question": f"  {q['question'].upper()} ".replace(" ", "  "),
+            "answer": q["answer"],
+        }
+        for i, q in enumerate(list(questions.values())[:5])
+    ]
     same_id = [{"id": "demo-0-00007", "task": "demo", "question": "How many?", "answer": "3"}]
     file = write_jsonl(tmp_path / "test.jsonl", again + same_id)
     for limit in (0, 1):  # a test question that --eval_limit leaves out is none to train on either
@@ -876,15 +1022,23 @@ def test_duplicated_question_under_two_ids_is_not_split_over_both_sides(world, t
     assert rows and not {r["question"] for r in rows} & {q["question"] for q in test}
 
 
-def test_annotated_pool_is_believed_and_a_partly_annotated_one_keeps_its_verdicts(world, tmp_path, data_of):
-    def note(r, valid):
-        return {**r, "prediction": r["answer"], "correct": True, "valid": valid, "verdict": {"J": "valid" if valid else "invalid: x"}}
+def annotated(row, valid):
+    return {
+        **row, "prediction": row["answer"], "correct": True, "valid": valid,
+        "verdict": {"J": "valid" if valid else "invalid: x"},
+    }
 
-    rows = [note(r, r["style"] == "backward") for r in world.rows]
+
+def test_annotated_pool_is_believed(world, tmp_path, data_of):
+    rows = [annotated(r, r["style"] == "backward") for r in world.rows]
     assert {r["style"] for r in data_of(pool=write_jsonl(tmp_path / "annotated.jsonl", rows))[0]} == {"backward"}
-    gsm = [{**r, "task": "gsm8k"} for r in world.rows]  # a task for which nothing but the annotation can tell
-    rows = [note(r, False) if r["style"] == "backward" and r["source_correct"] else r for r in gsm]
-    assert "backward" not in {r["style"] for r in data_of(pool=write_jsonl(tmp_path / "partly.jsonl", rows))[0] if r["source_correct"]}
+
+
+def test_partly_annotated_pool_keeps_the_verdicts_that_were_paid_for(world, tmp_path, data_of):
+    rows = [{**r, "task": "gsm8k"} for r in world.rows if r["source_correct"]]  # no rule judge knows this task
+    rows = [annotated(r, False) if r["style"] == "backward" else r for r in rows]
+    styles = {r["style"] for r in data_of(pool=write_jsonl(tmp_path / "partly.jsonl", rows))[0]}
+    assert styles == set(judge.STYLES) - {"backward"}
 
 
 def test_run_says_once_that_no_judge_has_seen_the_pool(world, tmp_path, data_of, capsys):
@@ -911,7 +1065,10 @@ def test_default_run_on_the_embedded_demo(tmp_path, monkeypatch, capsys):
     for when in ("before", "after"):
         assert len(results[when]["accuracy"]) == 2 and {"ensemble", "upper_bound", "questions"} <= results[when].keys()
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("before", "after", "ensemble", "upper bound", "selection rate", "wrong", "invalid", *judge.STYLES))
+    assert all(
+        word in printed
+        for word in ("before", "after", "ensemble", "upper bound", "selection rate", "wrong", "invalid", *judge.STYLES)
+    )
     kinds = {json.loads((out / f"student_{i}" / "config.json").read_text())["model_type"] for i in (0, 1)}
     assert len(kinds) == 2
     for i in (0, 1):
@@ -933,7 +1090,11 @@ def refused(capsys, argv):
     with pytest.raises(SystemExit) as e:
         distill.main([str(a) for a in argv])
     assert e.value.code == 2
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:") or "Error" in line]
+    lines = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+        if line.startswith("error:") or "Error" in line
+    ]
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
 
@@ -946,9 +1107,14 @@ def spoiled(world, tmp_path, number, line):
     return file
 
 
-@pytest.mark.parametrize("line, says", [
-    ('{"id": "x", "task": ', "not valid JSON"), ("[1, 2]", "object"), ({"path": None}, "path"), ({"question": ""}, "question"),
-    ({"answer": 3}, "answer"), ({"task": "sudoku"}, "sudoku"), ({"task": "arc", "choices": {"A": "x"}, "answer": "Z"}, "choices")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"id": "x", "task": ', "not valid JSON"), ("[1, 2]", "object"), ({"path": None}, "path"),
+        ({"question": ""}, "question"), ({"answer": 3}, "answer"), ({"task": "sudoku"}, "sudoku"),
+        ({"task": "arc", "choices": {"A": "x"}, "answer": "Z"}, "choices"),
+    ],
+)
 def test_bad_line_of_a_pool_is_named_by_file_and_number(world, tmp_path, capsys, line, says):
     file = spoiled(world, tmp_path, 17, line)
     error = refused(capsys, flags_of(world, tmp_path / "run", "--paths", file))
@@ -961,11 +1127,14 @@ def test_missing_field_is_named(world, tmp_path, capsys):
     assert "spoiled.jsonl:5" in error and "style" in error
 
 
-BAD_FLAGS = ["--train_frac 0", "--train_frac 1.5", "--test_frac -0.1", "--test_frac nan", "--route_rate 2", "--tau 0", "--clip 0", "--lr 0",
-             "--lr nan", "--lr 1 2 3", "--freeze 2", "--freeze -1", "--lora_rank -1", "--lora_alpha 0", "--batch_size 0", "--micro_batch_size 0",
-             "--epochs 0", "--max_steps 0", "--seed -1", "--samples 0", "--shared_dim 0", "--warmup 1.1", "--mutual_weight -1",
-             "--entropy_weight -1", "--eval_limit -1", "--eval_max_new_tokens 0", "--forward_tokens 0", "--max_len 0", "--save_every 0",
-             "--router_lr -1", "--styles limerick", "--max_len 9", "--device nonsense", "--encoder no/such/folder", "--test_frac 1"]
+BAD_FLAGS = [
+    "--train_frac 0", "--train_frac 1.5", "--test_frac -0.1", "--test_frac nan", "--route_rate 2", "--tau 0",
+    "--clip 0", "--lr 0", "--lr nan", "--lr 1 2 3", "--freeze 2", "--freeze -1", "--lora_rank -1", "--lora_alpha 0",
+    "--batch_size 0", "--micro_batch_size 0", "--epochs 0", "--max_steps 0", "--seed -1", "--samples 0",
+    "--shared_dim 0", "--warmup 1.1", "--mutual_weight -1", "--entropy_weight -1", "--eval_limit -1",
+    "--eval_max_new_tokens 0", "--forward_tokens 0", "--max_len 0", "--save_every 0", "--router_lr -1",
+    "--styles limerick", "--max_len 9", "--device nonsense", "--encoder no/such/folder",
+]
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
@@ -983,15 +1152,23 @@ def test_device_that_is_not_there_is_refused(world, tmp_path, capsys):
 def test_files_that_are_not_there_are_refused_by_name(world, tmp_path, capsys):
     assert "no-pool" in refused(capsys, flags_of(world, tmp_path / "run", "--paths", "no-pool.jsonl"))
     assert "no-test" in refused(capsys, flags_of(world, tmp_path / "run", "--eval_questions", "no-test.jsonl"))
+
+
+def test_empty_pool_is_refused_by_name(world, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n")
     assert "empty.jsonl" in refused(capsys, flags_of(world, tmp_path / "run", "--paths", tmp_path / "empty.jsonl"))
+
+
+def test_out_dir_that_is_a_file_is_refused(world, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, flags_of(world, tmp_path / "file"))
 
 
 def test_folder_that_is_no_model_is_refused_by_name(world, tmp_path, capsys, train):
     (tmp_path / "nothing").mkdir()
-    assert str(tmp_path / "nothing") in refused(capsys, flags_of(world, tmp_path / "run", students=("words", str(tmp_path / "nothing"))))
+    assert str(tmp_path / "nothing") in refused(
+        capsys, flags_of(world, tmp_path / "run", students=("words", str(tmp_path / "nothing")))
+    )
     broken = tmp_path / "broken"
     broken.mkdir()
     for f in pathlib.Path(world.students["words"]).iterdir():
@@ -1004,6 +1181,7 @@ def test_folder_that_is_no_model_is_refused_by_name(world, tmp_path, capsys, tra
 def test_pool_of_which_the_filter_leaves_nothing_is_refused(world, tmp_path, capsys):
     wrong = write_jsonl(tmp_path / "wrong.jsonl", [r for r in world.rows if not r["source_correct"]])
     assert "no path is left" in refused(capsys, flags_of(world, tmp_path / "run", "--paths", wrong))
+    assert "left to train on" in refused(capsys, flags_of(world, tmp_path / "run", "--test_frac", 1))
 
 
 def test_demo_students_refuse_another_task(world, tmp_path, capsys):
@@ -1033,12 +1211,20 @@ def test_resume_refuses_other_flags_other_data_and_folders_that_are_no_run(world
     pool = write_jsonl(tmp_path / "pool.jsonl", world.rows[:-6])
     (run.out / "args.json").write_text(json.dumps({**args, "paths": pool}))
     assert "pool" in refused(capsys, ["--resume", run.out])
-    (run.out / "args.json").write_text(json.dumps(args)[:40])  # cut by a full disk
-    assert "args.json" in refused(capsys, ["--resume", run.out])
+
+
+def test_resume_of_a_run_killed_while_it_wrote_its_flags_is_refused(tmp_path, capsys):
+    (tmp_path / "args.json").write_text('{"seed": 0, "dev')
+    assert "args.json" in refused(capsys, ["--resume", tmp_path])
 
 
 def test_bad_input_from_the_command_line_has_no_traceback(world, tmp_path):
-    command = [sys.executable, ROOT / "distill.py", *flags_of(world, tmp_path / "run", "--paths", spoiled(world, tmp_path, 3, "{"))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable, ROOT / "distill.py",
+        *flags_of(world, tmp_path / "run", "--paths", spoiled(world, tmp_path, 3, "{")),
+    ]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1 and "spoiled.jsonl:3" in done.stderr

@@ -93,9 +93,11 @@ def server():
 
 
 def start(*args, cwd):
-    """The command in a process of its own, for tests that kill it."""
-    return subprocess.Popen([sys.executable, JUDGE, *map(str, args)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "HF_HUB_OFFLINE": "0"})
+    """The command in a process of its own, for tests that kill it; with a short back-off, which has a test of its own."""
+    code = "import judge; judge.back_off = lambda tries: 0.05 * (tries + 1); judge.main()"
+    with open(cwd / "stderr.txt", "w") as stderr:  # not a pipe: nobody empties it
+        return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr,
+                                env={**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.path.dirname(JUDGE)})
 
 
 def run(*args, cwd, key=KEY, code=0):
@@ -104,6 +106,7 @@ def run(*args, cwd, key=KEY, code=0):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["judge.py", *map(str, args)])
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(judge, "back_off", lambda tries: 0.05 * (tries + 1))
         patch.setenv("OPENAI_API_KEY", key)
         patch.chdir(cwd)
         try:
@@ -260,8 +263,9 @@ def test_an_interrupt_saves_what_is_in_flight(tmp_path, server, number):
     while server.successes < 50:
         time.sleep(0.01)
     process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and "interrupted" in error and "Traceback" not in error
+    assert process.wait(timeout=60) == 2
+    error = (tmp_path / "stderr.txt").read_text()
+    assert "interrupted" in error and "Traceback" not in error
     assert len(read(tmp_path / "p.jsonl")) == server.successes < 500
 
 
