@@ -128,7 +128,10 @@ def parse_args(argv=None):
         file = Path(args.resume) / "args.json"
         if not file.is_file():
             stop(f"--resume {args.resume}: no args.json there; pass the --out_dir of an earlier run")
-        saved = json.loads(file.read_text())
+        try:
+            saved = json.loads(file.read_text())
+        except ValueError:
+            stop(f"--resume {args.resume}: its args.json is damaged; start the run again in another folder")
         for action in p._actions:
             action.default = argparse.SUPPRESS
         for name, value in vars(p.parse_args(argv)).items():
@@ -146,6 +149,8 @@ def parse_args(argv=None):
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
+    if Path(args.out_dir).is_file():
+        stop(f"--out_dir {args.out_dir} is a file: pass a folder")
     if any((Path(args.out_dir) / name).exists() for name in ("args.json", "results.json", "log.jsonl")):
         stop(f"--out_dir {args.out_dir} holds a run already: pass --resume {args.out_dir}, or another folder")
     return args
@@ -250,7 +255,8 @@ def response_nll(student, h, target):
 
 # ---------------------------------------------------------------- students
 def load_students(args, device):
-    """The students in memory: a list of namespaces (model, blocks, tokenizer, source, end, lr, frozen)."""
+    """The students in memory: a list of namespaces (model, blocks, tokenizer, source,
+    end, lr, frozen, max_len)."""
     loaded = []
     for name in args.students or []:
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
@@ -265,8 +271,9 @@ def load_students(args, device):
             add_lora(model, args.lora_rank, args.lora_alpha)
         if i in args.freeze:
             model.requires_grad_(False)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_len
         student = SimpleNamespace(model=model, tokenizer=tokenizer, source=source, end=tasks.end_token(tokenizer),
-                                  lr=args.lr[i % len(args.lr)], frozen=i in args.freeze)
+                                  lr=args.lr[i % len(args.lr)], frozen=i in args.freeze, max_len=min(args.max_len, context))
         check_head(student)
         student.blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
         students.append(student)
@@ -331,18 +338,13 @@ def load_data(args):
     else:  # question sets of neighbouring seeds share no question
         rows = judge.demo_paths(judge.demo_questions(300, args.seed), args.seed)
         test = test or judge.demo_questions(300, args.seed + 1)
-    if not all("correct" in row for row in rows):
-        judge.grade_paths(tqdm(rows, desc="grade paths", unit="path", leave=False))
-        for row in rows:
-            row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
-            row["verdict"] = verdict and {"rule": verdict}
+    raw = [row for row in rows if not {"prediction", "correct", "valid", "verdict"} <= row.keys()]
+    judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
+    for row in raw:
+        row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
+        row["verdict"] = verdict and {"rule": verdict}
     if args.filter == "full" and any(row["valid"] is None for row in rows):
         print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with wrong steps")
-    if args.styles:
-        styles = sorted({row["style"] for row in rows})
-        if unknown := sorted(set(args.styles) - set(styles)):
-            stop(f"--styles {' '.join(unknown)}: not in the pool, whose styles are {', '.join(styles)}")
-        rows = [row for row in rows if row["style"] in args.styles]
 
     def source(row):  # rows that judge.py made from another question ("ID~...") stand on that question's side
         return row["id"].split("~")[0]
@@ -350,19 +352,26 @@ def load_data(args):
     def text(row):
         return " ".join(row["question"].lower().split())
     ids = sorted({source(row) for row in rows})
-    random.Random(args.seed).shuffle(ids)
+    random.Random(args.seed).shuffle(ids)  # before --styles, so that ablations share their test questions
     if test is None:
         held_out, test = set(ids[:max(1, round(args.test_frac * len(ids)))]), {}
         for row in rows:
             if row["id"] in held_out and not row.get("train_only"):
                 test.setdefault(row["id"], {k: row[k] for k in ("id", "task", "question", "choices", "answer", "level") if k in row})
         test = list(test.values())
+    if args.styles:
+        styles = sorted({row["style"] for row in rows})
+        if unknown := sorted(set(args.styles) - set(styles)):
+            stop(f"--styles {' '.join(unknown)}: not in the pool, whose styles are {', '.join(styles)}")
+        rows = [row for row in rows if row["style"] in args.styles]
     test_ids, test_texts = {row["id"] for row in test}, {text(row) for row in test}
     rows = [row for row in rows if source(row) not in test_ids and text(row) not in test_texts]
     left = {source(row) for row in rows}
     ids = [i for i in ids if i in left]
     used = set(ids[:math.ceil(args.train_frac * len(ids))])
     rows = [row for row in rows if source(row) in used]
+    if not rows:
+        stop(f"{args.paths or 'the demo'}: no question is left to train on beside the {len(test)} test questions")
     kept = judge.filter_pool(rows, args.filter)
     if not kept:
         stop(f"no path is left to train on: of {len(rows)} training paths none passes --filter {args.filter}; "
@@ -372,7 +381,7 @@ def load_data(args):
     return kept, test[:args.eval_limit or None], rows
 
 
-def encode(rows, students, max_len):
+def encode(rows, students):
     """Tokenise the pool once -> rows with `text` and, for each student, `prompts`, `responses` and `segments`.
 
     Prompt and response are tokenised apart and joined, so that generation starts from the very tokens trained on
@@ -383,7 +392,8 @@ def encode(rows, students, max_len):
         part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []} for row in rows[start:start + 256]]
         spans = []
         for student, known in zip(students, prompts):
-            coded = student.tokenizer([row["text"] for row in part], add_special_tokens=False, return_offsets_mapping=True)
+            coded = student.tokenizer([row["text"] for row in part], add_special_tokens=False, return_offsets_mapping=True,
+                                      split_special_tokens=True)  # what looks like a special token in a path is text
             spans.append(coded["offset_mapping"])
             for row, ids in zip(part, coded["input_ids"]):
                 prompt = tasks.student_prompt(row)
@@ -392,15 +402,15 @@ def encode(rows, students, max_len):
                 row["prompts"].append(known[prompt])
                 row["responses"].append(np.array([*ids, student.end], np.int32))
         for row, offsets in zip(part, zip(*spans)):
-            longest = max(len(p) + len(r) for p, r in zip(row["prompts"], row["responses"]))
-            if all(offsets) and longest <= max_len:  # whole and with something to train on, else left out
+            fits = all(len(p) + len(r) <= s.max_len for p, r, s in zip(row["prompts"], row["responses"], students))
+            if all(offsets) and fits:  # whole and with something to train on, else left out
                 segments, row["n_segments"] = qr.shared_segments(offsets)
                 row["segments"] = [np.array(x, np.int32) for x in segments]
                 out.append(row)
     if len(out) < len(rows):
-        print(f"left out {len(rows) - len(out)} of {len(rows)} paths: with their prompt they exceed --max_len {max_len}")
+        print(f"left out {len(rows) - len(out)} of {len(rows)} paths: with their prompt they exceed --max_len, or a student's context")
     if not out:
-        stop(f"no path and its prompt fit into --max_len {max_len} tokens: raise it")
+        stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise --max_len")
     return out
 
 
@@ -495,6 +505,12 @@ def save_atomic(tensors, file, metadata=None):
     os.replace(part, file)
 
 
+def write_atomic(text, file):
+    """The same for text."""
+    Path(f"{file}.part").write_text(text)
+    os.replace(f"{file}.part", file)
+
+
 def run_state(students, router, collab, optimizers, generator):
     """Every tensor that the rest of the run depends on, by name: weights, optimiser moments, random states."""
     modules = {"router": router, "collab": collab, **{f"student_{i}": s.model for i, s in enumerate(students)}}
@@ -554,7 +570,11 @@ def main(argv=None):
     """One run: filter, students, router, training, test, table. Everything it makes is in --out_dir."""
     args = parse_args(argv)
     out = Path(args.out_dir)
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
     auto = "bf16" if device.type == "cuda" else "float32"
     amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[auto if args.dtype == "auto" else args.dtype]
     amp = contextlib.nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
@@ -566,7 +586,7 @@ def main(argv=None):
     judge.filter_table(before_filter, args.filter)
     students = load_students(args, device)
     S = len(students)
-    rows = encode(kept, students, args.max_len)
+    rows = encode(kept, students)
     styles = sorted({row["style"] for row in rows})
     questions = defaultdict(list)
     for p, row in enumerate(rows):
@@ -589,8 +609,9 @@ def main(argv=None):
 
     def evaluate():
         with amp:
-            return tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens,
-                                  args.eval_batch_size, args.samples, seed=args.seed)
+            result = tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens,
+                                    args.eval_batch_size, args.samples, seed=args.seed)
+        return {k: v for k, v in result.items() if k != "predictions"}, result["predictions"]
 
     # ---- start, or go on where a killed run stopped
     checkpoint, log_file = out / "checkpoint.safetensors", out / "log.jsonl"
@@ -602,12 +623,12 @@ def main(argv=None):
         if run["data"] != digest:
             stop(f"--resume {out}: pool or test questions have changed since that run; start a new one")
         done = log_file.read_text().splitlines(keepends=True)[:run["step"]]  # what came after is done again
-        log_file.write_text("".join(done))
+        write_atomic("".join(done), log_file)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1))
+        write_atomic(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1), out / "args.json")
         log_file.write_text("")
-        run["before"] = evaluate()
+        run["before"] = evaluate()[0]
         save_atomic(run_state(*state), checkpoint, {"run": json.dumps(run)})
 
     for student in students:
@@ -718,19 +739,17 @@ def main(argv=None):
     # ---- the students on disk, the test, the table
     for i, student in enumerate(students):
         save_student(student, out / f"student_{i}")
-    after = evaluate()
-    with open(out / "predictions.jsonl", "w") as f:
-        f.writelines(json.dumps(prediction) + "\n" for prediction in after["predictions"])
+    after, predictions = evaluate()
+    (out / "predictions.jsonl").write_text("".join(json.dumps(prediction) + "\n" for prediction in predictions))
     last = [json.loads(line)["rate_style"] for line in log_file.read_text().splitlines()[-per_epoch:]]  # the last epoch
     results = {"students": [student.source for student in students],
-               "before": {k: v for k, v in run["before"].items() if k != "predictions"},
-               "after": {k: v for k, v in after.items() if k != "predictions"},
+               "before": run["before"], "after": after,
                "selection_rate": {style: np.mean([x[style] for x in last if style in x], 0).tolist() for style in styles
                                   if any(style in x for x in last)},
                "tokens_trained": run["tokens"], "seconds": round(run["seconds"], 1),
                "counts": {"steps": steps, "training_questions": len(questions), "training_paths": len(rows),
                           "filter": dict(Counter(judge.fate(row, args.filter) for row in before_filter))}}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_atomic(json.dumps(results, indent=1), out / "results.json")
     print_results(results, out)
 
 

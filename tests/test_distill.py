@@ -430,10 +430,10 @@ def test_fully_trained_student_loads_with_from_pretrained_and_identical_logits(t
 def supervised(monkeypatch, tokenizer, rows, end, model=None):
     """For each path, what one student reads and what it's asked to predict: [(prompt ids, predicted ids)]."""
     student = SimpleNamespace(
-        model=model or tiny_model("llama", len(tokenizer)), tokenizer=tokenizer, end=end, frozen=False
+        model=model or tiny_model("llama", len(tokenizer)), tokenizer=tokenizer, end=end, frozen=False, max_len=10_000
     )
     student.blocks, seen = student.model.base_model, []
-    coded = distill.encode(rows, [student], 10_000)
+    coded = distill.encode(rows, [student])
     assert [row["path"] for row in coded] == [row["path"] for row in rows]
     plain = distill.response_nll
 
@@ -524,13 +524,12 @@ def test_prompt_of_a_row_overrides_the_task_prompt_in_training_too(monkeypatch, 
 
 def test_a_row_longer_than_max_len_is_left_out_and_said_so(world, capsys):
     tokenizer = AutoTokenizer.from_pretrained(world.students["words"])
-    student = SimpleNamespace(tokenizer=tokenizer, end=1)
     lengths = [
         len(tokenizer(tasks.student_prompt(r))["input_ids"]) + len(tokenizer(r["path"])["input_ids"]) + 1
         for r in world.rows
     ]
     limit = sorted(lengths)[len(lengths) // 2]
-    kept = distill.encode(world.rows, [student], limit)
+    kept = distill.encode(world.rows, [SimpleNamespace(tokenizer=tokenizer, end=1, max_len=limit)])
     assert [r["path"] for r in kept] == [r["path"] for r, n in zip(world.rows, lengths) if n <= limit]
     assert f"left out {len(lengths) - len(kept)} of {len(lengths)}" in capsys.readouterr().out
 
