@@ -59,7 +59,8 @@ def parse_args(argv=None):
     """The run's flags. With --resume: the saved ones, and a flag that contradicts them is refused."""
     count, natural, share, positive, weight = (within(int, 1), within(int, 0), within(float, 0, 1), within(float, 1e-9),
                                                within(float, 0))
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Every ablation is a flag: see README.md.")
+    p = argparse.ArgumentParser(usage="python distill.py [flags]", description=__doc__.split("\n")[0],
+                                epilog="Defaults in brackets. Every ablation is a flag: see README.md.")
     p.error = stop  # one sentence and exit code 2
     g = p.add_argument_group("run")
     g.add_argument("--out_dir", help="run folder (default: out/ and the time)")
@@ -75,13 +76,13 @@ def parse_args(argv=None):
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
                    help="quality filter: right answer and judged valid (full), right answer, nothing")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
-    g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0, help="share of training questions used (1)")
-    g.add_argument("--test_frac", type=share, default=0.2, help="share of the pool's questions held out for the test (0.2)")
-    g.add_argument("--max_len", type=count, default=1024, help="tokens of prompt and path; longer ones are left out (1024)")
+    g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0, help="share of the questions used (1)")
+    g.add_argument("--test_frac", type=share, default=0.2, help="share of questions held out as the test (0.2)")
+    g.add_argument("--max_len", type=count, default=1024, help="longest prompt and path in tokens (1024)")
     g = p.add_argument_group("students")
-    g.add_argument("--students", nargs="+", metavar="MODEL", help="Hugging Face causal LMs (default: two tiny demo students)")
-    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I", help="students that teach but do not learn")
-    g.add_argument("--lora_rank", type=natural, help="LoRA on all linear layers of the blocks, 0: train all (32; demo: 0)")
+    g.add_argument("--students", nargs="+", metavar="MODEL", help="Hugging Face causal LMs (default: two tiny ones)")
+    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I", help="students that do not learn")
+    g.add_argument("--lora_rank", type=natural, help="LoRA on the blocks' linear layers, 0: train all (32; demo: 0)")
     g.add_argument("--lora_alpha", type=positive, default=64.0, help="LoRA's scale is alpha / rank (64)")
     g.add_argument("--lr", nargs="+", type=positive, help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
     g = p.add_argument_group("routing")
@@ -115,7 +116,7 @@ def parse_args(argv=None):
     g.add_argument("--max_steps", type=count, help="optimiser steps, instead of --epochs")
     g.add_argument("--warmup", type=share, default=0.05, help="share of steps with a rising rate, then cosine (0.05)")
     g.add_argument("--weight_decay", type=weight, default=0.01, help="AdamW's (0.01)")
-    g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm of a student and of the router (1)")
+    g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm of student or router (1)")
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval_questions", metavar="FILE", help="test set in any format of eval.py (default: held out)")
     g.add_argument("--eval_limit", type=natural, default=0, help="only the first N test questions, 0: all (0)")
@@ -140,9 +141,11 @@ def parse_args(argv=None):
                      "leave the flag out, or start a new run")
         return argparse.Namespace(**{**saved, "resume": args.resume, "out_dir": args.resume})
     # What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
-    for name, real, demo in (("lora_rank", 32, 0), ("lr", [2e-4], [2e-3]), ("epochs", 3, 8), ("eval_max_new_tokens", 512, 96)):
+    real = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512}
+    demo = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96}
+    for name, value in (real if args.students else demo).items():
         if getattr(args, name) is None:
-            setattr(args, name, real if args.students else demo)
+            setattr(args, name, value)
     args.out_dir = args.out_dir or time.strftime("out/%Y%m%d-%H%M%S")
     n = len(args.students or [0, 0])
     if max(args.freeze, default=0) >= n:
@@ -192,7 +195,8 @@ def save_student(student, folder):
     some = next(iter(layers.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": student.source, "r": some.rank,
               "lora_alpha": some.alpha, "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": isinstance(some.base, Conv1D), "inference_mode": True}
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": isinstance(some.base, Conv1D),
+              "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_atomic({f"base_model.model.{name}.lora_{x}.weight": getattr(m, x) for name, m in layers.items() for x in "AB"},
                 folder / "adapter_model.safetensors", {"format": "pt"})
@@ -262,7 +266,8 @@ def load_students(args, device):
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
             stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
         dtype = torch.bfloat16 if device.type == "cuda" and args.lora_rank else torch.float32  # of the frozen base
-        loaded.append((*tasks.load_student(name, device, dtype), os.path.abspath(name) if os.path.isdir(name) else name))
+        source = os.path.abspath(name) if os.path.isdir(name) else name
+        loaded.append((*tasks.load_student(name, device, dtype), source))
     if not args.students:
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo_students(args.seed)]
     students = []
@@ -273,7 +278,8 @@ def load_students(args, device):
             model.requires_grad_(False)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_len
         student = SimpleNamespace(model=model, tokenizer=tokenizer, source=source, end=tasks.end_token(tokenizer),
-                                  lr=args.lr[i % len(args.lr)], frozen=i in args.freeze, max_len=min(args.max_len, context))
+                                  lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
+                                  max_len=min(args.max_len, context))
         check_head(student)
         student.blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
         students.append(student)
@@ -301,7 +307,8 @@ def demo_students(seed):
     corpus = sentences + numbers + [tasks.student_prompt(q) for q in questions]
     corpus += [row["path"] for row in judge.demo_paths(questions, seed)]
     shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512,
-             "initializer_range": 0.05, "tie_word_embeddings": True, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 2}
+             "initializer_range": 0.05, "tie_word_embeddings": True,
+             "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 2}
     special, students = ["<unk>", "<pad>", "<eos>"], []
     for words in (True, False):
         tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>") if words else models.BPE(unk_token="<unk>"))
@@ -311,7 +318,8 @@ def demo_students(seed):
         tokenizer.train_from_iterator(corpus, kind(vocab_size=size, special_tokens=special, show_progress=False))
         if not words:
             tokenizer.add_tokens([AddedToken(n, normalized=False) for n in numbers])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
+                                            eos_token="<eos>")
         model = (LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), intermediate_size=256, **shape)) if words else
                  GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), intermediate_size=384, **shape)))
         ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
@@ -354,11 +362,10 @@ def load_data(args):
     ids = sorted({source(row) for row in rows})
     random.Random(args.seed).shuffle(ids)  # before --styles, so that ablations share their test questions
     if test is None:
-        held_out, test = set(ids[:max(1, round(args.test_frac * len(ids)))]), {}
-        for row in rows:
-            if row["id"] in held_out and not row.get("train_only"):
-                test.setdefault(row["id"], {k: row[k] for k in ("id", "task", "question", "choices", "answer", "level") if k in row})
-        test = list(test.values())
+        held_out = set(ids[:max(1, round(args.test_frac * len(ids)))])
+        fields = ("id", "task", "question", "choices", "answer", "level")  # not `prompt`: the test has the plain one
+        test = list({row["id"]: {k: row[k] for k in fields if k in row} for row in rows
+                     if row["id"] in held_out and not row.get("train_only")}.values())
     if args.styles:
         styles = sorted({row["style"] for row in rows})
         if unknown := sorted(set(args.styles) - set(styles)):
@@ -392,8 +399,9 @@ def encode(rows, students):
         part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []} for row in rows[start:start + 256]]
         spans = []
         for student, known in zip(students, prompts):
-            coded = student.tokenizer([row["text"] for row in part], add_special_tokens=False, return_offsets_mapping=True,
-                                      split_special_tokens=True)  # what looks like a special token in a path is text
+            # split_special_tokens: what looks like a special token in a path is text
+            coded = student.tokenizer([row["text"] for row in part], return_offsets_mapping=True,
+                                      add_special_tokens=False, split_special_tokens=True)
             spans.append(coded["offset_mapping"])
             for row, ids in zip(part, coded["input_ids"]):
                 prompt = tasks.student_prompt(row)
@@ -408,7 +416,8 @@ def encode(rows, students):
                 row["segments"] = [np.array(x, np.int32) for x in segments]
                 out.append(row)
     if len(out) < len(rows):
-        print(f"left out {len(rows) - len(out)} of {len(rows)} paths: with their prompt they exceed --max_len, or a student's context")
+        print(f"left out {len(rows) - len(out)} of {len(rows)} paths: longer, with their prompt, than --max_len "
+              "or a student's context")
     if not out:
         stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise --max_len")
     return out
@@ -424,15 +433,16 @@ def embed(rows, args, device):
         version = f"{args.encoder} {os.path.getmtime(args.encoder) if os.path.isdir(args.encoder) else ''}"
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
         cache /= hashlib.sha256(version.encode()).hexdigest()[:20] + ".safetensors"
-        saved = load_file(cache) if cache.is_file() else {"keys": torch.empty(0, 32, dtype=torch.uint8)}
-        row_of = {bytes(key): i for i, key in enumerate(saved["keys"].numpy())}
-        new = {key: pair for key, pair in zip(keys, pairs) if key not in row_of}
+        saved = load_file(cache) if cache.is_file() else {}
+        known = [bytes(key) for key in saved["keys"].numpy()] if saved else []
+        new = {key: pair for key, pair in zip(keys, pairs) if key not in set(known)}
         if new:
-            saved = {"keys": torch.cat([saved["keys"], torch.tensor([list(key) for key in new], dtype=torch.uint8)]),
-                     "h": torch.cat([saved[k] for k in saved if k == "h"] + [encode_new(list(new.values()), args, device)])}
+            parts = {"keys": torch.tensor([list(key) for key in new], dtype=torch.uint8),
+                     "h": encode_new(list(new.values()), args, device)}
+            saved = {name: torch.cat([saved[name], part]) if saved else part for name, part in parts.items()}
             cache.parent.mkdir(parents=True, exist_ok=True)
             save_atomic(saved, cache)
-            row_of |= {key: len(row_of) + i for i, key in enumerate(new)}
+        row_of = {key: i for i, key in enumerate([*known, *new])}
         h = saved["h"][[row_of[key] for key in keys]]
     return (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3)
 
@@ -443,9 +453,10 @@ def encode_new(pairs, args, device):
         tokenizer = AutoTokenizer.from_pretrained(args.encoder)
         model = AutoModel.from_pretrained(args.encoder, dtype=torch.float32, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as e:
-        stop(f"--encoder {args.encoder}: not a Hugging Face encoder that can be loaded ({' '.join(str(e).split())[:200]})")
+        stop(f"--encoder {args.encoder}: not an encoder that transformers can load ({' '.join(str(e).split())[:200]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    limit = min(512, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 514) - 2)  # RoBERTa's 514
+    positions = getattr(model.config, "max_position_embeddings", 514) - 2  # RoBERTa has 514 for 512 tokens
+    limit = min(512, tokenizer.model_max_length, positions)
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
     h = torch.empty(len(pairs), model.config.hidden_size)
     for part in tqdm([order[a:a + 32] for a in range(0, len(order), 32)], desc="embed paths", leave=False):
@@ -495,7 +506,7 @@ def forward_paths(student, s, rows, base, args):
     return nll, h[text.bool()].float(), segment
 
 
-# ---------------------------------------------------------------- checkpoints: tensors and JSON only, replaced atomically
+# ---------------------------------------------------------------- checkpoints: tensors and JSON, replaced atomically
 def save_atomic(tensors, file, metadata=None):
     """Write a safetensors file such that a kill leaves the old one or the new one, never half of one."""
     part = Path(f"{file}.part")
@@ -575,8 +586,8 @@ def main(argv=None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
-    auto = "bf16" if device.type == "cuda" else "float32"
-    amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[auto if args.dtype == "auto" else args.dtype]
+    name = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "float32"
+    amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     amp = contextlib.nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
     torch.manual_seed(args.seed)
 
@@ -597,11 +608,13 @@ def main(argv=None):
     # ---- what trains: the students, the collaboration beside them, and the router
     router = qr.Router(h.shape[1], S, args.router_hidden)  # on the CPU: it decides which forwards are launched
     dims = [student.model.get_output_embeddings().weight.shape[1] for student in students]
-    collab = qr.Collaboration(dims, args.shared_dim, args.projection == "trained", args.standardize, args.competence).to(device)
+    collab = qr.Collaboration(dims, args.shared_dim, args.projection == "trained", args.standardize, args.competence)
+    collab = collab.to(device)
     collaborate = args.mutual_weight > 0 and S > 1
     trained = [([p for p in s.model.parameters() if p.requires_grad], s.lr, args.weight_decay) for s in students]
     trained += [([p for p in m.parameters() if p.requires_grad], args.router_lr, 0.0) for m in (collab, router)]
-    optimizers = [torch.optim.AdamW(params or [torch.zeros(())], lr=lr, weight_decay=decay) for params, lr, decay in trained]
+    optimizers = [torch.optim.AdamW(params or [torch.zeros(())], lr=lr, weight_decay=decay)  # a frozen student has none
+                  for params, lr, decay in trained]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)  # of the gates
     per_epoch = math.ceil(len(questions) / args.batch_size)
@@ -694,8 +707,9 @@ def main(argv=None):
                     logged[name].append(value.detach())
                 if q == 0:  # so that neither collapse goes unseen (METHOD 8.8)
                     on = routed[here[co]][path.cpu()].to(device)  # (N, S)
-                    logged["spread"].append(torch.stack([raw[s, on[:, s]].detach().std(0, correction=0).mean() for s in range(S)])[None])
-                    logged["rank"].append(torch.stack([qr.effective_rank(zt[s, on[:, s]].detach()) for s in range(S)])[None])
+                    states = [(raw[s, on[:, s]].detach(), zt[s, on[:, s]].detach()) for s in range(S)]
+                    logged["spread"].append(torch.stack([x.std(0, correction=0).mean() for x, _ in states])[None])
+                    logged["rank"].append(torch.stack([qr.effective_rank(x) for _, x in states])[None])
             if loss.requires_grad:
                 scaler.scale(loss).backward()
 
@@ -763,7 +777,8 @@ def print_results(results, out):
               f"{100 * after['accuracy'][i]:9.1f}{100 * after['unparsed'][i]:10.1f}{100 * after['stopped'][i]:9.1f}")
     for key, label in (("ensemble", "ensemble of the students"), ("upper_bound", "upper bound: any student right")):
         print(f"{label:40}{100 * before[key]:9.1f}{100 * after[key]:9.1f}")
-    print(f"\n{'selection rate in the last epoch':40}" + "".join(f"{f'student {i}':>11}" for i in range(len(results["students"]))))
+    columns = "".join(f"{f'student {i}':>11}" for i in range(len(results["students"])))
+    print(f"\n{'selection rate in the last epoch':40}{columns}")
     for style, rates in results["selection_rate"].items():
         print(f"{style:40}" + "".join(f"{rate:11.2f}" for rate in rates))
     print(f"\n{counts['steps']} steps in {results['seconds']:.0f} s on {counts['training_questions']} questions with "
