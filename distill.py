@@ -16,11 +16,14 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
+from datetime import timedelta
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -70,6 +73,7 @@ def parse_args(argv=None):
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bf16", "fp16"],
                    help="type of the matrix products (AMP); auto: bf16 on cuda, else float32")
     g.add_argument("--compile", action="store_true", help="torch.compile the students")
+    g.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more work")
     g.add_argument("--save_every", type=count, default=100, help="steps between checkpoints (100)")
     g = p.add_argument_group("data")
     g.add_argument("--paths", metavar="POOL", help="path pool, from judge.py or not yet graded (default: the demo)")
@@ -146,6 +150,8 @@ def parse_args(argv=None):
     for name, value in (real if args.students else demo).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not args.out_dir and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop("torchrun needs --out_dir, so that all processes mean the same folder")
     args.out_dir = args.out_dir or time.strftime("out/%Y%m%d-%H%M%S")
     n = len(args.students or [0, 0])
     if max(args.freeze, default=0) >= n:
@@ -281,6 +287,8 @@ def load_students(args, device):
                                   lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
                                   max_len=min(args.max_len, context))
         check_head(student)
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         student.blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
         students.append(student)
     return students
@@ -581,8 +589,11 @@ def main(argv=None):
     """One run: filter, students, router, training, test, table. Everything it makes is in --out_dir."""
     args = parse_args(argv)
     out = Path(args.out_dir)
+    rank, local, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))  # torchrun's
+    world = max(world, 1)
     try:
-        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
@@ -590,6 +601,10 @@ def main(argv=None):
     amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     amp = contextlib.nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
     torch.manual_seed(args.seed)
+    if world > 1:  # under torchrun all ranks route alike, each runs its share of the questions, rank 0 speaks and saves
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
+        if rank:
+            sys.stdout, tqdm.__init__ = open(os.devnull, "w"), partialmethod(tqdm.__init__, disable=True)  # noqa: SIM115
 
     # ---- the pool: filter, split, students in memory, everything tokenised and embedded once
     kept, test, before_filter = load_data(args)
@@ -603,7 +618,11 @@ def main(argv=None):
     for p, row in enumerate(rows):
         questions[row["id"]].append(p)
     questions = list(questions.values())  # each a list of its paths' numbers in `rows`
+    if rank:
+        dist.barrier()  # rank 0 fills the cache
     h = embed(rows, args, device)  # (P, d), Eq 1
+    if world > 1 and not rank:
+        dist.barrier()
 
     # ---- what trains: the students, the collaboration beside them, and the router
     router = qr.Router(h.shape[1], S, args.router_hidden)  # on the CPU: it decides which forwards are launched
@@ -617,6 +636,9 @@ def main(argv=None):
                   for params, lr, decay in trained]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     generator = torch.Generator().manual_seed(args.seed)  # of the gates
+    reduced = [p for params, _, _ in trained[:-1] for p in params]  # what has a gradient of its own on every rank
+    for p in reduced if world > 1 else ():
+        dist.broadcast(p.data, 0)
     per_epoch = math.ceil(len(questions) / args.batch_size)
     steps = args.max_steps or args.epochs * per_epoch
 
@@ -635,9 +657,10 @@ def main(argv=None):
         run = load_state(checkpoint, *state)
         if run["data"] != digest:
             stop(f"--resume {out}: pool or test questions have changed since that run; start a new one")
-        done = log_file.read_text().splitlines(keepends=True)[:run["step"]]  # what came after is done again
-        write_atomic("".join(done), log_file)
-    else:
+        if rank == 0:
+            done = log_file.read_text().splitlines(keepends=True)[:run["step"]]  # what came after is done again
+            write_atomic("".join(done), log_file)
+    elif rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1), out / "args.json")
         log_file.write_text("")
@@ -671,11 +694,12 @@ def main(argv=None):
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S): how a path's loss enters Eq 9
         routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
         shared = (routed.sum(1) > 1) & collaborate  # (P,) co-routed
+        length = torch.tensor([[len(r) for r in rows[p]["responses"]] for p in index])  # (P, S) response tokens
 
         # the students, a few questions at a time; the weights are the whole step's, so accumulation changes nothing
-        size = args.micro_batch_size or args.batch_size
+        size = args.micro_batch_size or math.ceil(args.batch_size / world)
         losses, logged = [], defaultdict(list)
-        for q in range(0, len(batch), size):
+        for q in range(rank * size, len(batch), world * size):
             here = ((question >= q) & (question < q + size)).nonzero().squeeze(1)  # this micro-batch's paths
             segments = torch.tensor([rows[p]["n_segments"] for p in index[here]])
             co = shared[here].nonzero().squeeze(1)  # C of them are co-routed
@@ -685,18 +709,16 @@ def main(argv=None):
             total = torch.zeros(len(here), S, device=device)
             for s, student in enumerate(students):
                 mine = routed[here, s].nonzero().squeeze(1)
-                my_rows = [rows[p] for p in index[here[mine]]]
                 with amp, torch.set_grad_enabled(not student.frozen):
-                    nll, z_s, segment_s = forward_paths(student, s, my_rows, base[mine].tolist(), args)
-                tokens = torch.tensor([len(row["responses"][s]) for row in my_rows])
-                mean = nll / tokens.to(device)  # nll_ij of student s: nats per response token
+                    nll, z_s, segment_s = forward_paths(student, s, [rows[p] for p in index[here[mine]]],
+                                                        base[mine].tolist(), args)
+                mean = nll / length[here[mine], s].to(device)  # nll_ij of student s: nats per response token
                 losses.append((here[mine], s, mean.detach()))
                 total[mine.to(device), s] = nll.detach()
                 z.append(z_s)
                 segment.append(segment_s)
                 if not student.frozen:
                     loss = loss + (weight.detach()[here[mine], s].to(device) * mean).sum()  # Eq 9: L_distill^(s)
-                    run["tokens"][s] += int(tokens.sum())
             if len(co):
                 path = torch.repeat_interleave(torch.arange(len(co)), segments[co]).to(device)
                 per_segment = total[co.to(device)] / segments[co, None].to(device)  # comparable across tokenizers
@@ -705,7 +727,7 @@ def main(argv=None):
                 chars = torch.tensor([len(rows[p]["text"]) for p in index[here[co]]])
                 for name, value in (("mutual", mutual), ("gamma", gamma), ("segment_chars", chars / segments[co])):
                     logged[name].append(value.detach())
-                if q == 0:  # so that neither collapse goes unseen (METHOD 8.8)
+                if q == rank * size:  # so that neither collapse goes unseen (METHOD 8.8)
                     on = routed[here[co]][path.cpu()].to(device)  # (N, S)
                     states = [(raw[s, on[:, s]].detach(), zt[s, on[:, s]].detach()) for s in range(S)]
                     logged["spread"].append(torch.stack([x.std(0, correction=0).mean() for x, _ in states])[None])
@@ -714,9 +736,16 @@ def main(argv=None):
                 scaler.scale(loss).backward()
 
         # the router: the other half of the product rule, d L / d alpha with the path losses as constants
-        nll = torch.zeros(len(index), S)
+        nll = torch.zeros(len(index), S, device=device)
         for where, s, mean in losses:
-            nll[where, s] = mean.cpu()
+            nll[where.to(device), s] = mean
+        if world > 1:  # the weights are the whole step's, so the sum over ranks is the gradient of one process
+            dist.all_reduce(nll)
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in reduced])
+            dist.all_reduce(flat)
+            for p, grad in zip(reduced, flat.split([p.numel() for p in reduced])):
+                p.grad = grad.view_as(p)
+        nll = nll.cpu()
         p = torch.sigmoid(logits) if args.gate == "binary" else torch.softmax(logits, -1)
         per_student = args.entropy == "student"
         entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)  # Eq 3 and Eq 4
@@ -730,19 +759,23 @@ def main(argv=None):
 
         # one line per step
         seconds = time.time() - began
+        tokens = (length * routed).sum(0).tolist()
         run["step"], run["seconds"] = step + 1, run["seconds"] + seconds
+        run["tokens"] = [n + k * (not student.frozen) for n, k, student in zip(run["tokens"], tokens, students)]
+        if rank:
+            continue
 
         def over(rows, values):
             return (values[rows].sum(0) / routed[rows].sum(0).clamp(min=1)).tolist()  # noqa: B023
         of_style = {style: [i for i, p in enumerate(index) if rows[p]["style"] == style] for style in styles}
-        tokens = sum(len(rows[index[i]]["responses"][s]) for i, s in routed.nonzero().tolist())
         line = {"step": step + 1, "epoch": epoch, "lr_scale": lr_scale(step, steps, args.warmup),
                 "loss": over(slice(None), nll), "rate": routed.float().mean(0).tolist(),
                 "co_routed": float(shared.float().mean()), "entropy": float(entropy.detach()),
                 "rate_style": {style: routed[i].float().mean(0).tolist() for style, i in of_style.items() if i},
                 "loss_style": {style: over(i, nll) for style, i in of_style.items() if i},
                 **{name: torch.cat(values).mean(0).tolist() for name, values in logged.items()},
-                "grad_norm": norms[:S], "router_grad_norm": router_norm, "tokens_per_s": round(tokens / seconds, 1)}
+                "grad_norm": norms[:S], "router_grad_norm": router_norm,
+                "tokens_per_s": round(sum(tokens) / seconds, 1)}
         with open(log_file, "a") as f:
             f.write(json.dumps(line) + "\n")
         bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in line["loss"])
@@ -751,6 +784,8 @@ def main(argv=None):
             save_atomic(run_state(*state), checkpoint, {"run": json.dumps(run)})
 
     # ---- the students on disk, the test, the table
+    if rank:
+        return
     for i, student in enumerate(students):
         save_student(student, out / f"student_{i}")
     after, predictions = evaluate()

@@ -281,7 +281,7 @@ def test_segments_match_brute_force_on_random_tokenisations():
         offsets = []
         for _ in range(rng.integers(1, 4)):
             cuts, spans = [0, *np.flatnonzero(rng.random(12) < 0.5).tolist(), 12], []
-            for a, b in itertools.pairwise(sorted(set(cuts))):  # some characters in byte pieces, some across their border
+            for a, b in itertools.pairwise(sorted(set(cuts))):  # byte pieces, and pairs across a border
                 spans += [(a, b)] * (int(rng.integers(1, 4)) if b == a + 1 else 1)
                 if b < 12 and rng.random() < 0.1:
                     spans.append((b - 1, b + 1))
@@ -289,7 +289,8 @@ def test_segments_match_brute_force_on_random_tokenisations():
         assert qr.shared_segments(offsets) == segments_by_hand(offsets), offsets
 
 
-TEXTS = ["Natalia sold 48/2 = 24 clips.\n\nSo 1,234.50 + 9999999 = 10001233.50\n", "   leading\n\n\n\tand    inner  spaces",
+TEXTS = ["Natalia sold 48/2 = 24 clips.\n\nSo 1,234.50 + 9999999 = 10001233.50\n",
+         "   leading\n\n\n\tand    inner  spaces",
          "family 👩‍👩‍👧‍👦 flag 🏳️‍🌈 thumb 👍🏽🎉", "日本語の文章です。漢字と12個の例", "rare 𓀀𓁀 𝟙𝟚𝟛 ꙮ",
          unicodedata.normalize("NFD", "café, niño, Ångström, 한국어"), "Ελληνικά, русский, हिन्दी, ไทย, עברית",
          "a\r\nb\u200dc\u00a0d\u3000e"]
@@ -408,7 +409,8 @@ def test_pull_towards_the_ensemble_has_its_closed_form_for_two_students():
     for competence in ("target", "eq8"):
         collab, inputs = collaboration(2, competence=competence), example(2)
         mutual, l_competence, gamma, _, zt = collab(*inputs)
-        assert competence == "eq8" or set(torch.autograd.grad(l_competence.sum(), inputs[0], allow_unused=True)) == {None}
+        if competence != "eq8":  # the target teaches the regressor, not the students
+            assert set(torch.autograd.grad(l_competence.sum(), inputs[0], allow_unused=True)) == {None}
         pull = torch.autograd.grad(mutual.sum(), zt)[0]  # (S, N, d)
         path = inputs[2]
         difference, scale = zt[0] - zt[1], 2 / (path.bincount()[path] * 8)[:, None]
