@@ -97,6 +97,8 @@ def parse_args(argv=None):
     g.add_argument("--router_lr", type=weight, default=1e-3, help="learning rate of router and collaboration (1e-3)")
     g.add_argument("--gate", default="binary", choices=["binary", "onehot"],
                    help="Eq 2: one gate per student, or the one-hot form that leaves Eq 4 without gradient (binary)")
+    g.add_argument("--reward", default="loss", choices=["loss", "interaction"],
+                   help="what a gate lowers: a path's loss, or only the part that is the student's own (loss)")
     g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
@@ -750,7 +752,8 @@ def main(argv=None):
         per_student = args.entropy == "student"
         entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)  # Eq 3 and Eq 4
         if args.route == "learned":
-            l_distill = (weight * qr.fill_skipped(nll, alpha, question, args.normalize)).sum()
+            filled = qr.fill_skipped(nll, alpha, question, args.normalize)  # (P, S)
+            l_distill = (weight * (qr.interaction(filled) if args.reward == "interaction" else filled)).sum()
             (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted
 
         norms = [clip_and_step(optimizer, args.clip, scaler) for optimizer in optimizers[:-1]]

@@ -148,6 +148,15 @@ def fill_skipped(nll, alpha, question, normalize="question"):
     return torch.where(alpha > 0, nll, mean[question])
 
 
+def interaction(nll):
+    """Losses (P, S) less each path's mean over students: what is left says whom a path suits, not that it is easy.
+
+    A gate rewarded for low loss learns "easy", the same paths for every student (METHOD 8.6). With the centring per
+    question that path_weights does anyway, this is the two-way interaction of path and student.
+    """
+    return nll - nll.mean(1, keepdim=True)
+
+
 # ---------------------------------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers
 def shared_segments(offsets):
     """Cut one path where all tokenizers end a token, so that states of different tokenizers can be compared.

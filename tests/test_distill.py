@@ -888,7 +888,8 @@ def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
     "flags",
     [
         ["--normalize", "batch"], ["--entropy", "literal", "--entropy_weight", 1],
-        ["--router_hidden", 8, "--router_lr", 0.3], ["--tau", 0.3], ["--projection", "trained"], ["--no-standardize"],
+        ["--router_hidden", 8, "--router_lr", 0.3], ["--tau", 0.3], ["--projection", "trained"],
+        ["--no-standardize"], ["--reward", "interaction"],
         ["--shared_dim", 8], ["--mutual_weight", 0], ["--mutual_weight", 2], ["--weight_decay", 1], ["--clip", 1e-3],
         ["--warmup", 1], ["--entropy_weight", 50],
     ],

@@ -257,6 +257,36 @@ def test_batch_normalisation_starves_hard_questions_and_question_normalisation_d
     assert (rates["question"][:, 0] < 0.3).all()
 
 
+def test_interaction_rewards_what_suits_a_student_and_not_what_is_easy_for_all():
+    question = torch.zeros(6, dtype=torch.long)  # two easy paths, two hard ones, one for each student
+    nll = torch.tensor([[0.5, 0.5], [0.7, 0.7], [2.0, 2.0], [2.2, 2.2], [1.0, 3.0], [3.0, 1.0]])
+    rates = {}
+    for reward, view in (("loss", lambda x: x), ("interaction", qr.interaction)):
+        ends = []
+        for seed in range(4):
+            router, generator = qr.Router(6, 2), seeded(seed)
+            optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+            for _ in range(300):
+                alpha, soft = qr.binary_gate(router(torch.eye(6)), generator=generator)
+                alpha = qr.at_least_one(alpha, soft, question)
+                losses = view(qr.fill_skipped(torch.where(alpha > 0, nll, torch.zeros(())), alpha, question))
+                optimizer.zero_grad()
+                (qr.path_weights(alpha, question) * losses).sum().backward()
+                optimizer.step()
+            ends.append(torch.sigmoid(router(torch.eye(6))).detach())
+        rates[reward] = torch.stack(ends).mean(0)  # (P, S)
+    easy, hard = slice(0, 2), slice(2, 4)
+    assert (rates["loss"][easy] - rates["loss"][hard]).min() > 0.5  # low loss: both take what is easy
+    assert (rates["interaction"][easy] - rates["interaction"][hard]).mean().abs() < 0.15  # easy is no merit
+    own = rates["interaction"][[4, 5], [0, 1]] - rates["interaction"][[5, 4], [0, 1]]
+    assert own.min() > 0.4  # each takes the path that suits it and leaves the other's
+    x = randn(5, 3)  # with both centrings it is the residual of an additive fit of paths and students
+    double = qr.interaction(x) - qr.interaction(x).mean(0)
+    design = torch.cat([torch.eye(5).repeat_interleave(3, 0), torch.eye(3).repeat(5, 1)], 1).double()
+    fit = design @ torch.linalg.pinv(design) @ x.flatten()
+    assert torch.allclose(double.flatten(), x.flatten() - fit, atol=1e-12)
+
+
 # ---------------------------------------------------------------- alignment by characters
 def segments_by_hand(offsets):
     """Cut between two characters wherever no token of any tokenizer lies across: the finest common segmentation."""
