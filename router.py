@@ -2,7 +2,8 @@
 
 Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this file:
 P paths, Q questions, S students, d features; `question` (P,) holds each path's question as 0..Q-1. The paper
-is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations are open or degenerate.
+is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations are open or degenerate, and
+"open point N" the list of these places in README.md.
 """
 import bisect
 import itertools
@@ -57,7 +58,7 @@ class Router(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, h):
-        # Bounded, so that no gate saturates for good: p stays within [.018, .982] at bound 4 (METHOD 8.5).
+        # Bounded, so that no gate saturates for good: p stays within [.018, .982] at bound 4 (open point 5).
         return self.bound * torch.tanh(self.net(h) / self.bound)
 
 
@@ -90,7 +91,7 @@ def straight_through(hard, soft):
 def at_least_one(alpha, soft, question):
     """Give each student one path of every question: where all of a question's gates are shut, the likeliest opens.
 
-    alpha, soft (P, S), question (P,) -> alpha (P, S). Without it hard questions starve (METHOD 8.5).
+    alpha, soft (P, S), question (P,) -> alpha (P, S). Without it hard questions starve (open point 5).
     """
     open_gates = per_question(alpha.detach(), question)  # (Q, S)
     rows = question.unsqueeze(1).expand_as(soft)
@@ -111,7 +112,7 @@ def balance_entropy(p, question, per_student=True):
 
     p (P, S): gate probabilities (or sampled alpha for the literal form), question (P,) -> scalar. It is MAXIMISED:
     Eq 9 departs and subtracts it. Eq 3 departs: each student has its own rate, else "everything to one student,
-    nothing to the other" would be the optimum (METHOD 8.3). per_student=False is Eq 3 as printed.
+    nothing to the other" would be the optimum (open point 3). per_student=False is Eq 3 as printed.
     """
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
     if not per_student:
@@ -125,8 +126,8 @@ def path_weights(alpha, question, normalize="question"):
     """Weights (P, S) of the path losses in L_distill^(s) = sum_ij weight_ij nll_ij; each student's add up to 1.
 
     "question": the mean over a question's routed paths, then over questions, so each question weighs the same
-    (METHOD 8.5). "batch": the mean over all routed paths, which lets the gate starve hard questions.
-    The gate multiplies the loss here: this is where the router feels the students (METHOD 8.4).
+    (open point 5). "batch": the mean over all routed paths, which lets the gate starve hard questions.
+    The gate multiplies the loss here: this is where the router feels the students (open point 4).
     """
     if normalize == "batch":
         return alpha / alpha.sum(0).clamp(min=1)
@@ -151,7 +152,7 @@ def fill_skipped(nll, alpha, question, normalize="question"):
 def interaction(nll):
     """Losses (P, S) less each path's mean over students: what is left says whom a path suits, not that it is easy.
 
-    A gate rewarded for low loss learns "easy", the same paths for every student (METHOD 8.6). With the centring per
+    A gate rewarded for low loss learns "easy", the same paths for every student (open point 6). With the centring per
     question that path_weights does anyway, this is the two-way interaction of path and student.
     """
     return nll - nll.mean(1, keepdim=True)
@@ -188,7 +189,7 @@ def standardize(x, path, n):
 def competence_target(nll, routed):
     """Target of Eq 6 (C, S): softmax over the routed students of minus their loss (nats per shared segment), detached.
 
-    Eq 6 departs: Eq 8 alone gives the competence no signal, or one toward 1/S (METHOD 8.9).
+    Eq 6 departs: Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9).
     """
     return torch.softmax((-nll.detach()).masked_fill(~routed, -math.inf), -1)
 
@@ -197,7 +198,7 @@ class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
     dims: hidden size of each student; d: the shared size. Frozen random projections by default: trained ones
-    reach a low loss by losing rank (METHOD 8.8), with plain MSE by vanishing.
+    reach a low loss by losing rank (open point 8), with plain MSE by vanishing.
     """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, competence="target"):
