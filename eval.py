@@ -30,6 +30,7 @@ ASK = {"number": 'Reason step by step and end with "The answer is N." where N is
        "math": 'Reason step by step and end with "The answer is $\\boxed{X}$." where X is the result.',
        "yesno": 'Reason step by step and end with "The answer is yes." or "The answer is no."',
        "choice": 'Reason step by step and end with "The answer is (X)." where X is the letter of one choice.'}
+YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
 
 
@@ -39,6 +40,16 @@ def stop(message):
     raise SystemExit(2)
 
 
+def within(kind, low, high=math.inf):
+    """An argparse type: a number of `kind` (int or float) from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return kind(text)
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid whole number value: 'x'"
+    return parse
+
+
 def read_jsonl(path, required=()):
     """Rows of a JSON Lines file; blank lines are skipped. Stops with FILE:LINE at malformed JSON, at anything but an
     object, and where a required field is missing, empty or not a string."""
@@ -46,35 +57,40 @@ def read_jsonl(path, required=()):
 
 
 def numbered_rows(path, required=()):
+    """Yield ("FILE:LINE", row) for what read_jsonl reads, one by one."""
     try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as e:
-                    stop(f"{path}:{number}: not valid JSON ({e}); expected one JSON object a line")
+                    row = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as e:  # a ValueError: neither JSON nor UTF-8
+                    stop(f"{where}: not valid JSON ({e}); expected one JSON object a line")
                 if not isinstance(row, dict):
-                    stop(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                    stop(f"{where}: expected a JSON object, found {type(row).__name__}")
                 for key in required:
                     if not isinstance(row.get(key), str) or not row[key].strip():
-                        stop(f"{path}:{number}: field {key!r} is missing, empty or not a string")
-                yield f"{path}:{number}", row
-    except (OSError, UnicodeDecodeError) as e:
-        stop(f"cannot read {path}: {e}")
+                        stop(f"{where}: field {key!r} is missing, empty or not a string")
+                yield where, row
+    except OSError as e:
+        stop(f"cannot read {path}: {e.strerror}")
 
 
-# ----------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- prompts
+def question_of(row):
+    """The question with its choices, a line "(A) text" each."""
+    return row["question"] + "".join(f"\n({letter}) {text}" for letter, text in (row.get("choices") or {}).items())
+
 
 def student_prompt(row):
-    """What a student sees of a row, the same in training and at test time (METHOD 8.11)."""
+    """What a student sees of a row, the same in training and at test time (open point 11)."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: nothing but the question
         return f"Question: {row['question']}\nAnswer:\n"
-    choices = "".join(f"\n({letter}) {text}" for letter, text in (row.get("choices") or {}).items())
-    return f"Answer the question.\n\n{row['question']}{choices}\n\n{ASK[TASKS[row['task']]]}\n"
+    return f"Answer the question.\n\n{question_of(row)}\n\n{ASK[TASKS[row['task']]]}\n"
 
 
 def encode_prompt(tokenizer, prompt):
@@ -101,18 +117,19 @@ def end_token(tokenizer):
     return tokenizer.eos_token_id
 
 
-# ----------------------------------------------------------------------------------------------------- answers
-
+# ---------------------------------------------------------------- answers
 # What announces an answer ("the answer is correct" doesn't). `A:` opens GSM8K's answers, but elsewhere an option.
 ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:) | \bfinal\ answer\s*\n
     | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b \s* (?:\([^()\n]*\)\s*)?
       (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s*)? (?:choice\b|option\b|letter\b)? \s*
       (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=] )
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
+# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4, not 2nd, 2 million.
 NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])  (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
     (?:(?P<whole>\d+)\ (?=\d+/\d))?  (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
     (?: [eE](?P<e>[-+]?\d{1,2})\b | \ ?[x×*]\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})\b\}? )?  (?:\ ?/\ ?(?P<under>\d+))?
     (?!\d|st\b|nd\b|rd\b|th\b)  (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
+# After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share ("5 of 7").
 OPERATOR = re.compile(r"\(| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)"
                       r"|(?:x|of|times|plus|minus)\b)")
 SCALE = {None: 0, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -164,7 +181,7 @@ def read_statement(kind, statement, choices):
         return number_in(first_sentence(s))
     if kind == "yesno":  # "most likely No", "technically, yes"
         m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
-        return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}[m[1].lower()] if m else None
+        return YESNO[m[1].lower()] if m else None
     if kind == "choice":
         return letter_in(statement, choices)
     formulas = re.findall(r"(?s)\$([^$]+)\$|\\[(\[](.+?)\\[)\]]", statement)
@@ -231,10 +248,10 @@ def letter_in(statement, choices):
 
 def choice_by_text(statement, choices):
     def norm(t):
-        return re.sub(r"\b(?:the|an|a)\b|[^\w/.%$-]+", " ", t.lower()).strip(" .")
+        return re.sub(r"(?:\b(?:the|an|a)\b|[^\w/.%$-])+", " ", t.lower()).strip(" .")
 
-    texts = {letter: re.sub(" +", " ", norm(text)) for letter, text in choices.items() if norm(text)}
-    whole, sentence = (re.sub(" +", " ", norm(s)) for s in (statement, first_sentence(statement)))
+    texts = {letter: norm(text) for letter, text in choices.items() if norm(text)}
+    whole, sentence = norm(statement), norm(first_sentence(statement))
     hits = [c for c, t in texts.items() if re.match(re.escape(t) + r"(?!\w)", whole)] or \
            [c for c, t in texts.items() if re.search(r"(?<!\w)" + re.escape(t) + r"(?!\w)", sentence)]
     hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]  # "park" in "car park"
@@ -257,28 +274,31 @@ def grade(task, prediction, answer, choices=None):
     return a == b or (a.denominator > 1 and abs(a - b) <= abs(b) / 10**6)
 
 
-# --------------------------------------------------------------------------------------- mathematical equality
+# ---------------------------------------------------------------- mathematical equality
 # Two formulas are equal if their values agree to 80 digits wherever we put their variables. That needs neither eval()
 # nor a simplifier, and its time is bounded by the length of the text: nothing can hang, in whatever thread.
-
 FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc", "cot": "cot", "arcsin": "asin",
              "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln", "log": "log10"}
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi",
          "varphi", "psi", "omega", "infty")
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "√": r"\sqrt", "π": r"\pi ",
+                         "∞": r"\infty "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\\\", "\n"), (r"[−–]", "-"),  # \\\\ ends the row of a matrix
-    (r"[×·]|\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"÷|\\div(?![a-z])", "/"),
-    (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"√", r"\\sqrt"), (r"\\cup(?![a-z])", "∪"),
-    (r",\s*\\!\s*|\{,\}", ""),  # thousands: 11,\!111 and 11{,}111
+    # layout, currency and degrees; \\ ends the row of a matrix
+    (r"\\\\", "\n"), (r",\s*\\!\s*|\{,\}", ""),  # 11,\!111 and 11{,}111
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|allowbreak)(?![A-Za-z])|\\[!,;: ]|~", " "),
-    (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\^?\\degree|°|\\[()\[\]]", ""),
+    (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\^?\\degree|\\[()\[\]]", ""),
+    # one spelling of operators, commands, names and lists: \mathrm{e}, x_{1}, plain sqrt(2), "1, 2 and 3"
+    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"\\div(?![a-z])", "/"), (r"\\cup(?![a-z])", "∪"),
     (r"\\[dtc]frac", r"\\frac"), (r"_\{(\w+)\}", r"_\1"),
-    (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ","), (r",\s*,", ","),
     (r"\\(?:math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{(\w)\}", r"\1"), (r"\\operatorname\s*\{(\w+)\}", r"\\\1"),
-    (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),  # plain sqrt(2), pi/4
+    (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),
+    (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ","), (r",\s*,", ","),
+    # mixed numbers: 3\frac12, 3\frac{1}{2} and 3 1/2; the set that x is in
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),  # mixed numbers
+    (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
     (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"), (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""))]
+# words in a formula (but "a.m." and "p.m." are part of an answer), and plain units after it
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|emph|mathrm|mathbf|bold)\s*\{(?!\s*[ap]\.?m\b)([^{}]*)\}"
                   r"(?:\^\{?\d\}?)?")
 UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+(?:\^\{?\d\}?)?\s*$")
@@ -286,6 +306,7 @@ UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+
 
 def clean_latex(s):
     """LaTeX or plain mathematics without layout, currency, units and thousands separators."""
+    s = s.translate(UNICODE)
     for pattern, new in REWRITES:
         s = pattern.sub(new, s)
     bare = TEXT.sub(" ", s)
@@ -379,11 +400,6 @@ def evaluate_formula(mp, formula, point):
             raise ValueError("too large")
         return x
 
-    def argument():  # of a command: {...} or one token, of a number one digit: \frac12
-        if tokens[-1].isdigit():
-            tokens[-1:] = [tokens[-1][1:], tokens[-1][0]] if len(tokens[-1]) > 1 else tokens[-1:]
-        return atom()
-
     def power(x):
         return mp.power(x, bounded(power(-atom() if take("-") else atom()))) if take("^") else x
 
@@ -397,10 +413,10 @@ def evaluate_formula(mp, formula, point):
                 raise ValueError("not closed")
             return x
         if token == "\\frac":
-            return argument() / argument()
+            return atom() / atom()
         if token == "\\sqrt":
             n = atom() if tokens[-1] == "[" else 2
-            return mp.power(argument(), 1 / mp.mpf(n))
+            return mp.power(atom(), 1 / mp.mpf(n))
         if token[1:] in FUNCTIONS:
             n = bounded(atom()) if take("^") else 1
             x = getattr(mp, FUNCTIONS[token[1:]])(bounded(product(of_function=True)))
@@ -443,8 +459,7 @@ def evaluate_formula(mp, formula, point):
     return x
 
 
-# ----------------------------------------------------------------------------------------------------- readers
-
+# ---------------------------------------------------------------- readers
 def read_questions(path, task=None):
     """Flat rows {"id", "task", "question", "answer", "choices"?, "level"?, "prompt"?}, each question once, of a file in
     a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), of flat JSONL or of a path
@@ -543,15 +558,14 @@ def check_row(row, where):
             stop(f"{where}: task {row['task']} needs 'choices' as an object of letters and texts")
         row["answer"] = answer if answer in choices else next((c for c, t in choices.items() if t == answer), None)
     elif kind == "yesno":
-        row["answer"] = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}.get(answer.lower())
+        row["answer"] = YESNO.get(answer.lower())
     elif not answer or (kind == "number" and number_in(answer) is None):
         row["answer"] = None
     if row["answer"] is None:
         stop(f"{where}: {answer!r} is no answer to a question of task {row['task']} ({kind})")
 
 
-# ---------------------------------------------------------------------------------------------------- students
-
+# ---------------------------------------------------------------- students
 def load_student(name, device="cpu", dtype=torch.float32):
     """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format (merged).
     Stops if there is no such model or if its tokenizer isn't a fast one."""
@@ -590,8 +604,7 @@ def merge_adapter(model, config, weights):
         module.weight = torch.nn.Parameter((module.weight.float() + delta).to(module.weight.dtype))
 
 
-# -------------------------------------------------------------------------------------------------- generation
-
+# ---------------------------------------------------------------- generation
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None):
     """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without special tokens,
@@ -706,28 +719,29 @@ def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Evaluate saved students on a file of questions.")
-    g = parser.add_argument_group("what")
-    g.add_argument("--students", nargs="+", required=True, help="names or folders of models or PEFT LoRA adapters")
-    g.add_argument("--questions", required=True, help="a file in a published format, flat JSONL or a path pool")
+    natural, positive = within(int, 0), within(int, 1)
+    p = argparse.ArgumentParser(usage="python eval.py --students NAME ... --questions FILE [flags]",
+                                description="Evaluate saved students on a file of questions.",
+                                epilog="Defaults in brackets.")
+    p.error = stop  # one sentence and exit code 2
+    g = p.add_argument_group("what")
+    g.add_argument("--students", nargs="+", required=True, metavar="NAME",
+                   help="models or PEFT LoRA adapters, by folder or name")
+    g.add_argument("--questions", required=True, metavar="FILE", help="in a published format, flat or a path pool")
     g.add_argument("--task", help=f"overrides the task that the file names: {', '.join(TASKS)}")
-    g.add_argument("--limit", type=int, help="use only the first N questions")
-    g = parser.add_argument_group("how")
-    g.add_argument("--samples", type=int, default=1, help="responses per question; several are put to the vote")
-    g.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.8 for several")
-    g.add_argument("--max_new_tokens", type=int, default=300, help="longest response")
-    g.add_argument("--batch_size", type=int, default=16, help="responses generated at a time")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps")
-    g.add_argument("--seed", type=int, default=0, help="of the sampling")
-    g = parser.add_argument_group("output")
-    g.add_argument("--out", help="write the results and every response to this JSON file")
-    g.add_argument("--show", type=int, default=3, help="responses to print per student")
-    args = parser.parse_args()
-    for flag, low in (("samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("show", 0)):
-        if getattr(args, flag) is not None and getattr(args, flag) < low:
-            stop(f"--{flag} {getattr(args, flag)} is out of range; pass {low} or more")
-    if args.temperature is not None and not 0 <= args.temperature <= 10:
-        stop(f"--temperature {args.temperature} is out of range; pass a value from 0 (greedy) to 10")
+    g.add_argument("--limit", type=positive, metavar="N", help="use only the first N questions (all)")
+    g = p.add_argument_group("how")
+    g.add_argument("--samples", type=positive, default=1, metavar="N", help="responses per question, for a vote (1)")
+    g.add_argument("--temperature", type=within(float, 0, 10), metavar="X", help="(one sample: 0, greedy; else 0.8)")
+    g.add_argument("--max_new_tokens", type=positive, default=300, metavar="N", help="longest response (300)")
+    g.add_argument("--batch_size", type=positive, default=16, metavar="N", help="responses generated at a time (16)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, cuda:1, mps ... (%(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
+    g.add_argument("--show", type=natural, default=3, metavar="N", help="responses to print per student (3)")
+    args = p.parse_args()
     if args.samples > 1 and args.temperature == 0:
         stop(f"--samples {args.samples} would repeat one greedy response at temperature 0; pass a higher --temperature")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
