@@ -591,8 +591,8 @@ def main(argv=None):
     """One run: filter, students, router, training, test, table. Everything it makes is in --out_dir."""
     args = parse_args(argv)
     out = Path(args.out_dir)
-    rank, local, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))  # torchrun's
-    world = max(world, 1)
+    rank, local, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    world = max(world, 1)  # torchrun sets all three
     try:
         auto = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)

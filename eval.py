@@ -281,8 +281,8 @@ FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc
              "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln", "log": "log10"}
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi",
          "varphi", "psi", "omega", "infty")
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "√": r"\sqrt", "π": r"\pi ",
-                         "∞": r"\infty "})
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "√": r"\sqrt",
+                         "π": r"\pi ", "∞": r"\infty "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # layout, currency and degrees; \\ ends the row of a matrix
     (r"\\\\", "\n"), (r",\s*\\!\s*|\{,\}", ""),  # 11,\!111 and 11{,}111
