@@ -44,20 +44,10 @@ from transformers.pytorch_utils import Conv1D
 import eval as tasks
 import judge
 import router as qr
-from eval import stop
+from eval import stop, within
 
 
 # ---------------------------------------------------------------- flags
-def within(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return kind(text)
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid whole number value: 'x'"
-    return parse
-
-
 def parse_args(argv=None):
     """The run's flags. With --resume: the saved ones, and a flag that contradicts them is refused."""
     count, natural, share, positive, weight = (within(int, 1), within(int, 0), within(float, 0, 1), within(float, 1e-9),
