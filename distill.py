@@ -68,10 +68,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("data")
     g.add_argument("--paths", metavar="POOL", help="path pool, from judge.py or not yet graded (default: the demo)")
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
-                   help="quality filter: right answer and judged valid (full), right answer, nothing")
+                   help="quality filter: right answer and not judged invalid, right answer, nothing (full)")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
     g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0, help="share of the questions used (1)")
-    g.add_argument("--test_frac", type=share, default=0.2, help="share of questions held out as the test (0.2)")
+    g.add_argument("--test_frac", type=within(float, 1e-6, 1), default=0.2, help="share of questions held out (0.2)")
     g.add_argument("--max_len", type=count, default=1024, help="longest prompt and path in tokens (1024)")
     g = p.add_argument_group("students")
     g.add_argument("--students", nargs="+", metavar="MODEL", help="Hugging Face causal LMs (default: two tiny ones)")
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     g.add_argument("--router_hidden", type=natural, default=0, help="Eq 2: width of the paper's MLP, 0: linear (0)")
     g.add_argument("--router_lr", type=weight, default=1e-3, help="learning rate of router and collaboration (1e-3)")
     g.add_argument("--gate", default="binary", choices=["binary", "onehot"],
-                   help="Eq 2: one gate per student, or the one-hot form that leaves Eq 4 without gradient (binary)")
+                   help="Eq 2: one gate per student, or one-hot, where --entropy literal has no gradient (binary)")
     g.add_argument("--reward", default="loss", choices=["loss", "interaction"],
                    help="what a gate lowers: a path's loss, or only the part that is the student's own (loss)")
     g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
@@ -148,6 +148,8 @@ def parse_args(argv=None):
     n = len(args.students or [0, 0])
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
+    if args.reward == "interaction" and n == 1:
+        stop("--reward interaction compares students: it needs two or more")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if Path(args.out_dir).is_file():
@@ -355,7 +357,7 @@ def load_data(args):
         print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with wrong steps")
 
     def source(row):  # rows that judge.py made from another question ("ID~...") stand on that question's side
-        return row["id"].split("~")[0]
+        return row["id"].split("~")[0] if row.get("train_only") else row["id"]
 
     def text(row):
         return " ".join(row["question"].lower().split())
@@ -371,8 +373,13 @@ def load_data(args):
         if unknown := sorted(set(args.styles) - set(styles)):
             stop(f"--styles {' '.join(unknown)}: not in the pool, whose styles are {', '.join(styles)}")
         rows = [row for row in rows if row["style"] in args.styles]
+    if not test:
+        stop(f"{args.eval_questions or args.paths}: no test question; pass --eval_questions, or a larger --test_frac")
     test_ids, test_texts = {row["id"] for row in test}, {text(row) for row in test}
-    rows = [row for row in rows if source(row) not in test_ids and text(row) not in test_texts]
+    tested = {source(row) for row in rows if source(row) in test_ids or text(row) in test_texts}
+    if tested and args.eval_questions:
+        print(f"left out {len(tested)} questions of the pool whose id or text stands in {args.eval_questions}")
+    rows = [row for row in rows if source(row) not in tested]
     left = {source(row) for row in rows}
     ids = [i for i in ids if i in left]
     used = set(ids[:math.ceil(args.train_frac * len(ids))])
@@ -578,7 +585,7 @@ def clip_and_step(optimizer, clip, scaler=None):
 
 
 def main(argv=None):
-    """One run: filter, students, router, training, test, table. Everything it makes is in --out_dir."""
+    """One run: filter, students, router, training, test, table. --out_dir gets everything but cached embeddings."""
     args = parse_args(argv)
     out = Path(args.out_dir)
     rank, local, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -591,6 +598,8 @@ def main(argv=None):
         stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
     # Rows are sorted by length, so smaller passes pad less: 6 to 8 % of GSM8K's tokens at 1024, 23 to 26 % at 4096.
     args.forward_tokens = args.forward_tokens or (1024 if device.type == "cpu" else 4096)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
     name = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "float32"
     amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     amp = contextlib.nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
@@ -717,7 +726,8 @@ def main(argv=None):
                 path = torch.repeat_interleave(torch.arange(len(co)), segments[co]).to(device)
                 per_segment = total[co.to(device)] / segments[co, None].to(device)  # comparable across tokenizers
                 mutual, competence, gamma, raw, zt = collab(z, segment, path, routed[here[co]].to(device), per_segment)
-                loss = loss + (args.mutual_weight * mutual.sum() + competence.sum()) / shared.sum()  # Eq 9: l2 L_mutual
+                # l2 L_mutual of Eq 9, and what Eq 6 learns from
+                loss = loss + (args.mutual_weight * mutual.sum() + competence.sum()) / shared.sum()
                 chars = torch.tensor([len(rows[p]["text"]) for p in index[here[co]]])
                 for name, value in (("mutual", mutual), ("gamma", gamma), ("segment_chars", chars / segments[co])):
                     logged[name].append(value.detach())
@@ -729,7 +739,7 @@ def main(argv=None):
             if loss.requires_grad:
                 scaler.scale(loss).backward()
 
-        # the router: the other half of the product rule, d L / d alpha with the path losses as constants
+        # the router: the other half of the product rule, d L_distill / d alpha with the path losses as constants
         nll = torch.zeros(len(index), S, device=device)
         for where, s, mean in losses:
             nll[where.to(device), s] = mean
@@ -765,7 +775,8 @@ def main(argv=None):
         of_style = {style: [i for i, p in enumerate(index) if rows[p]["style"] == style] for style in styles}
         line = {"step": step + 1, "epoch": epoch, "lr_scale": lr_scale(step, steps, args.warmup),
                 "loss": over(slice(None), nll), "rate": routed.float().mean(0).tolist(),
-                "co_routed": float(shared.float().mean()), "entropy": float(entropy.detach()),
+                "co_routed": float(shared.float().mean()),
+                "entropy": float(entropy.detach()) if args.route == "learned" else None,
                 "rate_style": {style: routed[i].float().mean(0).tolist() for style, i in of_style.items() if i},
                 "loss_style": {style: over(i, nll) for style, i in of_style.items() if i},
                 **{name: torch.cat(values).mean(0).tolist() for name, values in logged.items()},

@@ -164,7 +164,7 @@ def shared_segments(offsets):
 
     offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for each student a
     list of T_s segment numbers 0..n-1. Equal tokenizers give one segment per token, and Eq 8 is token by token.
-    Only the byte pieces of one character (an emoji) share a segment: a token ends one if the next starts after it.
+    A token is a cut only if the next one starts at or after its end: byte pieces of a character stay together.
     """
     clean = [{end for (_, end), (start, _) in itertools.pairwise(spans) if start >= end} for spans in offsets]
     cuts = sorted(set.intersection(*clean))
@@ -178,9 +178,10 @@ def segment_mean(x, segment, n):
 
 
 def standardize(x, path, n):
-    """Each feature of x (N, d) to mean 0 and variance 1 over the segments of its path (N,): zt -> 0 stops paying.
+    """Each feature of x (N, d) to mean 0 and variance 1 over the segments of its path (N,).
 
-    Per path and not per batch, so that the micro-batch size does not change Eq 8. One segment alone becomes 0.
+    Shrinking zt then no longer lowers Eq 8. Per path and not per batch, so that the micro-batch size changes nothing.
+    One segment alone becomes 0.
     """
     centred = x - segment_mean(x, path, n)[path]
     return centred * (segment_mean(centred.square(), path, n) + 1e-5).rsqrt()[path]
@@ -211,7 +212,7 @@ class Collaboration(nn.Module):
         self.standardized, self.competence = standardized, competence
 
     def forward(self, z, segment, path, routed, nll):
-        """Eq 8 departs: a mean over features and segments, so that --mutual_weight does not hang on d and length.
+        """Eq 8 departs: a mean over features and segments, so that --mutual_weight does not depend on d and length.
 
         -> L_mutual (C,) per path, L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as compared.
 

@@ -20,7 +20,7 @@ parser.add_argument("--judge", default=os.path.join(os.environ.get("QRD_MODELS",
 parser.add_argument("--canaries", default="8", help="bad and good paths that it is tested on")
 parser.add_argument("--rows", type=int, default=8, help="real right-answer paths that it judges as well")
 args = parser.parse_args()
-pool = os.path.join(os.environ.get("QRD_DATA", "../shared/data"), "paths", "gsm8k.jsonl")
+pool = os.path.join(os.environ.get("QRD_DATA", "."), "paths", "gsm8k.jsonl")
 
 
 def command(*argv):
