@@ -176,6 +176,7 @@ def first_sentence(text):
 
 
 def read_statement(kind, statement, choices):
+    """The answer of this kind that a statement ("The answer is" ...) makes, or None."""
     if kind == "number":
         s = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", statement.replace("{,}", ",").replace("\\!", ""))
         return number_in(first_sentence(s))
@@ -247,6 +248,7 @@ def letter_in(statement, choices):
 
 
 def choice_by_text(statement, choices):
+    """The letter of the one choice whose text a statement gives, or None."""
     def norm(t):
         return re.sub(r"(?:\b(?:the|an|a)\b|[^\w/.%$-])+", " ", t.lower()).strip(" .")
 
@@ -361,6 +363,7 @@ def same_math(a, b):
 
 
 def same_formula(a, b):
+    """Whether two LaTeX formulas have the same values; "x =" may stand before one; equations up to a factor."""
     named = re.compile(r"(?s)([A-Za-z](?:_\w|\([a-z]\))?|\\[a-z]+)\s*=(?:.*=)?([^=]+)")  # x = 5, f(x) = ... = 2x
     m, n = named.fullmatch(a), named.fullmatch(b)
     x, y = (values((g[2] if g else s).strip()) for g, s in ((m, a), (n, b)))
@@ -766,6 +769,7 @@ def main():
 
 
 def print_table(names, results):
+    """Print accuracy with its standard error, unparsed and stopped shares per student, ensemble and upper bound."""
     width = max(map(len, (*names, "upper bound (any right)")))
     print(f"\n{results['questions']} questions".ljust(width + 1) + "  accuracy  (s.e.)  unparsed  stopped by itself")
     lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),

@@ -862,6 +862,7 @@ def main():
 
 
 def run(args, spent):
+    """Do what the flags ask for: sample, make a baseline's rows, or grade and judge; then print the table."""
     if args.questions:
         questions = tasks.read_questions(args.questions, args.task)
         texts = {row["id"]: row["question"] for row in questions}

@@ -76,7 +76,8 @@ def binary_gate(logits, tau=1.0, generator=None):
 def onehot_gate(logits, tau=1.0, generator=None):
     """Eq 2 to the letter: Gumbel-softmax over the students, exactly one student per path.
 
-    Same shapes as `binary_gate`. Its rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient.
+    Same shapes as `binary_gate`. Its rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient;
+    at_least_one may open a second gate afterwards.
     """
     u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-6, 1 - 1e-6)
     soft = torch.softmax((logits - (-u.log()).log()) / tau, -1)
@@ -100,10 +101,9 @@ def at_least_one(alpha, soft, question):
     return alpha + forced.to(alpha)
 
 
-def per_question(x, question, n=None):
+def per_question(x, question):
     """Sum of x (P, ...) over the paths of each question -> (Q, ...)."""
-    n = int(question.max()) + 1 if n is None else n
-    return x.new_zeros(n, *x.shape[1:]).index_add(0, question, x)
+    return x.new_zeros(int(question.max()) + 1, *x.shape[1:]).index_add(0, question, x)
 
 
 # ---------------------------------------------------------------- Eq 3 and Eq 4: balance
