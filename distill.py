@@ -9,6 +9,8 @@ the path pool in judge.py, the tasks in eval.py. "departs" marks where this leav
 import argparse
 import contextlib
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,6 +35,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -78,17 +81,26 @@ def parse_args(argv=None):
     g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I", help="students that do not learn")
     g.add_argument("--lora_rank", type=natural, help="LoRA on the blocks' linear layers, 0: train all (32; demo: 0)")
     g.add_argument("--lora_alpha", type=positive, default=64.0, help="LoRA's scale is alpha / rank (64)")
+    g.add_argument("--quantize", choices=["nf4"], help="frozen base in 4 bit under LoRA (QLoRA); needs bitsandbytes")
     g.add_argument("--lr", nargs="+", type=positive, help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
     g = p.add_argument_group("routing")
-    g.add_argument("--route", default="learned", choices=["learned", "all", "random"], help="who decides (learned)")
+    g.add_argument("--route", default="learned", choices=["learned", "all", "random", *qr.SCORES],
+                   help="who decides: a router, nobody, chance, or a score of the untrained student (learned)")
     g.add_argument("--route_rate", type=share, default=0.5, help="selection rate of --route random (0.5)")
     g.add_argument("--encoder", default="hash", metavar="MODEL", help="Eq 1: 'hash' or a Hugging Face encoder (hash)")
     g.add_argument("--router_hidden", type=natural, default=0, help="Eq 2: width of the paper's MLP, 0: linear (0)")
-    g.add_argument("--router_lr", type=weight, default=1e-3, help="learning rate of router and collaboration (1e-3)")
-    g.add_argument("--gate", default="binary", choices=["binary", "onehot"],
-                   help="Eq 2: one gate per student, or one-hot, where --entropy literal has no gradient (binary)")
-    g.add_argument("--reward", default="loss", choices=["loss", "interaction"],
-                   help="what a gate lowers: a path's loss, or only the part that is the student's own (loss)")
+    g.add_argument("--router_lr", type=weight, default=0.1, help="learning rate of the router (0.1)")
+    g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
+                   help="Eq 2: the router also sees which style a path is told to have (on)")
+    g.add_argument("--gate", default="categorical", choices=[*qr.GATES],
+                   help="Eq 2: a student gets one path of a question, any number; a path one student (categorical)")
+    g.add_argument("--reward", default="sum", choices=["sum", "loss", "interaction"],
+                   help="what a gate lowers: a path's loss summed over its tokens; their mean, as in Eq 9; of that the "
+                        "part that is the student's own (sum)")
+    g.add_argument("--probe", action=argparse.BooleanOptionalAction, default=True,
+                   help="run one skipped path per question and student forward, so that its gate feels it (on)")
+    g.add_argument("--explore", type=share, default=0.2, help="share of the steps in which all paths go to all "
+                   "students, while the router learns from losses that its choices did not shape (0.2)")
     g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
@@ -146,6 +158,8 @@ def parse_args(argv=None):
         stop("torchrun needs --out_dir, so that all processes mean the same folder")
     args.out_dir = args.out_dir or time.strftime("out/%Y%m%d-%H%M%S")
     n = len(args.students or [0, 0])
+    if args.quantize and not (args.students and args.lora_rank):
+        stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and --lora_rank above 0")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
     if args.reward == "interaction" and n == 1:
@@ -165,14 +179,15 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        shape = base.weight.shape if isinstance(base, Conv1D) else base.weight.shape[::-1]  # GPT-2 keeps (d_in, d_out)
+        # not of a 4-bit weight, which is packed; GPT-2's Conv1D keeps (d_in, d_out)
+        d_in, d_out = base.weight.shape if isinstance(base, Conv1D) else (base.in_features, base.out_features)
         self.base, self.rank, self.alpha = base, rank, alpha
-        self.A = nn.Parameter(torch.empty(rank, shape[0], device=base.weight.device))
-        self.B = nn.Parameter(torch.zeros(shape[1], rank, device=base.weight.device))  # the student starts as it was
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=base.weight.device))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=base.weight.device))  # the student starts as it was
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * (self.alpha / self.rank)
+    def forward(self, x):  # under AMP all layers that read x keep the same x for their gradients: no copy of it here
+        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * (self.alpha / self.rank)
 
 
 def add_lora(model, rank, alpha):
@@ -180,6 +195,8 @@ def add_lora(model, rank, alpha):
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings():
+            # bitsandbytes on some CPUs: the first answer repacks the weights for good, and they give no gradient then
+            module.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRA(module, rank, alpha))
 
@@ -193,16 +210,23 @@ def save_student(student, folder):
         student.model.save_pretrained(folder)
         return
     some = next(iter(layers.values()))
+    kind = getattr(some.base, "source_cls", type(some.base))  # of a 4-bit layer: what it is in the full base
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": student.source, "r": some.rank,
               "lora_alpha": some.alpha, "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": isinstance(some.base, Conv1D),
-              "inference_mode": True}
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": issubclass(kind, Conv1D), "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     save_atomic({f"base_model.model.{name}.lora_{x}.weight": getattr(m, x) for name, m in layers.items() for x in "AB"},
                 folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 # ---------------------------------------------------------------- next-token loss on response positions, in chunks
+def logit_chunks(h, weight, bias, softcap):
+    """Yield (rows, logits (n, V)) for n of the N rows of h at a time: about 128 MiB of float32."""
+    for rows in torch.arange(len(h), device=h.device).split(max(16, 2**25 // len(weight))):
+        logits = F.linear(h[rows].to(weight.dtype), weight, bias).float()
+        yield rows, softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 class ChunkedNLL(torch.autograd.Function):
     """-log p(target) at each position without ever holding all logits: a 262k-token vocabulary would need gigabytes.
 
@@ -224,11 +248,8 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def chunks(h, weight, bias, target, softcap):
-        """Yield (rows, nll (n,), d nll / d logits (n, V)) for n rows at a time: about 128 MiB of float32 logits."""
-        for rows in torch.arange(len(h), device=h.device).split(max(16, 2**25 // len(weight))):
-            logits = F.linear(h[rows].to(weight.dtype), weight, bias).float()
-            if softcap:
-                logits = softcap * torch.tanh(logits / softcap)
+        """Yield (rows, nll (n,), d nll / d logits (n, V)) for n rows at a time."""
+        for rows, logits in logit_chunks(h, weight, bias, softcap):
             slope = 1 - (logits / softcap).square() if softcap else None
             lse = torch.logsumexp(logits, -1, keepdim=True)
             nll = (lse - logits.gather(1, target[rows, None])).squeeze(1)
@@ -250,11 +271,21 @@ class ChunkedNLL(torch.autograd.Function):
         return None if dh is None else dh * g[:, None].to(dh.dtype), dweight, dbias, None, None
 
 
+def output_head(student):
+    """-> weight (V, D), bias (V) or None, and the softcap of the logits, Gemma 2's, or None."""
+    head = student.model.get_output_embeddings()
+    return head.weight, head.bias, getattr(student.model.config.get_text_config(), "final_logit_softcapping", None)
+
+
 def response_nll(student, h, target):
     """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens target (N,)."""
-    head = student.model.get_output_embeddings()
-    softcap = getattr(student.model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-    return ChunkedNLL.apply(h, head.weight, head.bias, target, softcap)
+    weight, bias, softcap = output_head(student)
+    return ChunkedNLL.apply(h, weight, bias, target, softcap)
+
+
+def response_costs(student, h, target):
+    """router.token_costs (N, 3) from the same, for the offline routes."""
+    return torch.cat([qr.token_costs(x, target[rows]) for rows, x in logit_chunks(h, *output_head(student))])
 
 
 # ---------------------------------------------------------------- students
@@ -265,9 +296,11 @@ def load_students(args, device):
     for name in args.students or []:
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
             stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
-        dtype = torch.bfloat16 if device.type == "cuda" and args.lora_rank else torch.float32  # of the frozen base
+        half = device.type == "cuda" and args.lora_rank and args.dtype != "float32"
+        dtype = torch.bfloat16 if half else torch.float32  # of the frozen base
         source = os.path.abspath(name) if os.path.isdir(name) else name
-        loaded.append((*tasks.load_student(name, device, dtype), source))
+        more = nf4(device, dtype) if args.quantize else {}
+        loaded.append((*tasks.load_student(name, device, dtype, **more), source))
     if not args.students:
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo_students(args.seed)]
     students = []
@@ -286,6 +319,15 @@ def load_students(args, device):
         student.blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
         students.append(student)
     return students
+
+
+def nf4(device, dtype):
+    """from_pretrained's options for linear layers in 4-bit NormalFloat, their scales in 8 bit (Dettmers et al., 2023,
+    QLoRA): 0.516 bytes a weight. Embeddings, norms and output head keep `dtype`, in which the products are made too."""
+    if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
+        stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
+    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
 
 
 @torch.no_grad()
@@ -408,6 +450,7 @@ def encode(rows, students):
         for student, known in zip(students, prompts):
             # split_special_tokens: what looks like a special token in a path is text
             coded = student.tokenizer([row["text"] for row in part], return_offsets_mapping=True,
+                                      return_attention_mask=False, return_token_type_ids=False,
                                       add_special_tokens=False, split_special_tokens=True)
             spans.append(coded["offset_mapping"])
             for row, ids in zip(part, coded["input_ids"]):
@@ -434,7 +477,7 @@ def embed(rows, args, device):
     """Eq 1 for the whole pool, once: (P, d) on the CPU, each feature standardised. Kept on disk, path by path."""
     pairs = [(row["question"], row["text"]) for row in rows]
     if args.encoder == "hash":
-        h = qr.hash_embed([f"{question}\n{path}" for question, path in pairs])
+        h = qr.hash_embed(tqdm([f"{question}\n{path}" for question, path in pairs], desc="embed paths", leave=False))
     else:
         keys = [hashlib.sha256(json.dumps(pair).encode()).digest() for pair in pairs]
         version = f"{args.encoder} {os.path.getmtime(args.encoder) if os.path.isdir(args.encoder) else ''}"
@@ -442,7 +485,9 @@ def embed(rows, args, device):
         cache /= hashlib.sha256(version.encode()).hexdigest()[:20] + ".safetensors"
         saved = load_file(cache) if cache.is_file() else {}
         known = [bytes(key) for key in saved["keys"].numpy()] if saved else []
-        new = {key: pair for key, pair in zip(keys, pairs) if key not in set(known)}
+        new = dict(zip(keys, pairs))
+        for key in known:
+            new.pop(key, None)
         if new:
             parts = {"keys": torch.tensor([list(key) for key in new], dtype=torch.uint8),
                      "h": encode_new(list(new.values()), args, device)}
@@ -451,7 +496,13 @@ def embed(rows, args, device):
             save_atomic(saved, cache)
         row_of = {key: i for i, key in enumerate([*known, *new])}
         h = saved["h"][[row_of[key] for key in keys]]
-    return (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3)
+    h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]  # Adam moves all weights
+    # alike, so that d features of an embedding get about as much of a logit as the one style
+    if args.style_input:
+        styles = sorted({row["style"] for row in rows})
+        one_hot = torch.tensor([[row["style"] == style for style in styles] for row in rows]).float()
+        h = torch.cat([h, one_hot * len(styles) ** 0.5], 1)
+    return h
 
 
 def encode_new(pairs, args, device):
@@ -483,34 +534,84 @@ def batches(lengths, max_tokens):
     yield batch
 
 
-def forward_paths(student, s, rows, base, args):
-    """Run student number s over P rows -> nll (P,), a row's summed loss in nats; z (T, D) and segment (T,), the states
-    on the text tokens of the co-routed rows and the shared segments that these tokens lie in.
+def response_states(student, prompts, responses, args):
+    """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens, row after row.
 
-    base (P,): number of a row's first shared segment, -1 if it is not co-routed. Rows are padded on the right, where a
-    causal model's real tokens cannot look: no attention mask is needed. The end token is predicted, never read.
+    Rows are padded on the right, where a causal model's real tokens cannot look: no attention mask is needed. The
+    last token is predicted, never read.
     """
     device, pad_to = student.model.device, 64 if args.compile or student.model.device.type == "cuda" else 1
-    lengths = [len(row["prompts"][s]) + len(row["responses"][s]) - 1 for row in rows]
-    h, target, owner, text, segment = [], [], [], [], []
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
     for batch in batches(lengths, args.forward_tokens):
         width = -(-max(lengths[i] for i in batch) // pad_to) * pad_to
         ids, where = np.zeros((len(batch), width), np.int64), []
         for b, i in enumerate(batch):
-            prompt, response = rows[i]["prompts"][s], rows[i]["responses"][s]
-            ids[b, :lengths[i]] = np.concatenate([prompt, response[:-1]])
-            where.append(b * width + len(prompt) - 1 + np.arange(len(response)))  # prompt[-1] predicts response[0]
+            ids[b, :lengths[i]] = np.concatenate([prompts[i], responses[i][:-1]])
+            where.append(b * width + len(prompts[i]) - 1 + np.arange(len(responses[i])))  # prompt[-1] predicts [0]
+        hidden = student.blocks(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
+        yield batch, hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(device)]
+
+
+def forward_paths(student, s, rows, base, args):
+    """Run student number s over P rows -> nll (P,), a row's summed loss in nats; z (T, D) and segment (T,), the states
+    on the text tokens of the co-routed rows and the shared segments that these tokens lie in.
+
+    base (P,): number of a row's first shared segment, -1 if it is not co-routed.
+    """
+    h, target, owner, text, segment = [], [], [], [], []
+    prompts, responses = ([row[name][s] for row in rows] for name in ("prompts", "responses"))
+    for batch, states in response_states(student, prompts, responses, args):
+        h.append(states)
+        for i in batch:
+            response = responses[i]
             target.append(response)
             owner.append(np.full(len(response), i))
             text.append((np.arange(len(response)) > 0) & (base[i] >= 0))  # state k has read response[k - 1]
             segment.append(rows[i]["segments"][s] + base[i] if base[i] >= 0 else [])
-        hidden = student.blocks(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
-        h.append(hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(device)])  # response positions only
-    h = torch.cat(h)  # (N, D)
-    target, owner, text, segment = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(device)
+    h = torch.cat(h)  # (N, D), response positions only
+    target, owner, text, segment = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(h.device)
                                     for x in (target, owner, text, segment))
     nll = h.new_zeros(len(rows), dtype=torch.float32).index_add(0, owner, response_nll(student, h, target))
     return nll, h[text.bool()].float(), segment
+
+
+@torch.no_grad()
+def best_paths(rows, questions, students, args, rank=0, world=1):
+    """--route nll, lalp, rsr, lark: alpha (P, S) with one path per question and student, by the students as they are.
+
+    questions: for each the numbers of its rows. Each of `world` processes scores its share and all get all scores.
+    """
+    question = torch.empty(len(rows), dtype=torch.long)
+    for q, paths in enumerate(questions):
+        question[paths] = q
+    scores = []
+    for s, student in enumerate(students):
+        student.model.eval()
+        units = []  # (path, context, tokens to score): whole responses, or for lalp each step after the few before it
+        for p, row in enumerate(rows):
+            response, starts = row["responses"][s], [0]
+            if args.route == "lalp":
+                coded = student.tokenizer(row["text"], return_offsets_mapping=True, add_special_tokens=False,
+                                          split_special_tokens=True)  # as in encode
+                starts = qr.step_starts(row["text"], coded["offset_mapping"])
+            for k, (start, end) in enumerate(itertools.pairwise([*starts, len(response)])):
+                before = response[starts[max(0, k - qr.WINDOW)]:start]
+                units.append((p, np.concatenate([row["prompts"][s], before]), response[start:end]))
+        cost = torch.zeros(len(units), 3)
+        _, context, scored = zip(*units[rank::world])
+        share = cost[rank::world]  # a view
+        with tqdm(total=len(share), desc=f"score paths, student {s}", leave=False) as bar:
+            for batch, h in response_states(student, context, scored, args):
+                target = torch.from_numpy(np.concatenate([scored[i] for i in batch]).astype(np.int64)).to(h.device)
+                tokens = response_costs(student, h, target).cpu().split([len(scored[i]) for i in batch])
+                share[batch] = torch.stack([x.mean(0) for x in tokens])
+                bar.update(len(batch))
+        if world > 1:  # so that all processes select alike
+            cost = cost.to(student.model.device)
+            dist.all_reduce(cost)
+        path = torch.tensor([p for p, _, _ in units])
+        scores.append(qr.SCORES[args.route](cost.cpu(), path, question))
+    return qr.keep_best(torch.stack(scores, 1), question)
 
 
 # ---------------------------------------------------------------- checkpoints: tensors and JSON, replaced atomically
@@ -634,7 +735,8 @@ def main(argv=None):
     collab = collab.to(device)
     collaborate = args.mutual_weight > 0 and S > 1
     trained = [([p for p in s.model.parameters() if p.requires_grad], s.lr, args.weight_decay) for s in students]
-    trained += [([p for p in m.parameters() if p.requires_grad], args.router_lr, 0.0) for m in (collab, router)]
+    trained += [([p for p in m.parameters() if p.requires_grad], lr, 0.0)
+                for m, lr in ((collab, 1e-3), (router, args.router_lr))]
     optimizers = [torch.optim.AdamW(params or [torch.zeros(())], lr=lr, weight_decay=decay)  # a frozen student has none
                   for params, lr, decay in trained]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -650,6 +752,11 @@ def main(argv=None):
             result = tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens,
                                     args.eval_batch_size, args.samples, seed=args.seed)
         return {k: v for k, v in result.items() if k != "predictions"}, result["predictions"]
+
+    chosen = torch.ones(len(rows), S)  # --route all
+    if args.route in qr.SCORES:  # here, where the students are untrained in a resumed run too
+        with amp:
+            chosen = best_paths(rows, questions, students, args, rank, world)  # (P, S)
 
     # ---- start, or go on where a killed run stopped
     checkpoint, log_file = out / "checkpoint.safetensors", out / "log.jsonl"
@@ -687,15 +794,19 @@ def main(argv=None):
 
         # the router decides for the whole step before any student runs
         logits = router(h[index])  # (P, S)
-        if args.route == "learned":
-            gate = qr.binary_gate if args.gate == "binary" else qr.onehot_gate
-            alpha, soft = gate(logits, args.tau, generator)  # Eq 2
+        if args.route in ("learned", "random"):  # random: the same gates, all with the same odds
+            odds = logits if args.route == "learned" else torch.full_like(logits, args.route_rate).logit(1e-6)
+            alpha, soft = qr.GATES[args.gate](odds, args.tau, generator, question)  # Eq 2
         else:
-            soft = torch.rand(logits.shape, generator=generator)
-            alpha = (soft < args.route_rate).float() if args.route == "random" else torch.ones_like(soft)
+            alpha = soft = chosen[index]
+        learns = args.route == "learned"
+        if learns and step < args.explore * steps:  # all paths to all students: losses that no choice has shaped
+            alpha = qr.straight_through(torch.ones_like(soft), soft)
         alpha = qr.at_least_one(alpha, soft, question)
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S): how a path's loss enters Eq 9
-        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
+        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on, unless it is probed
+        dice = torch.rand(logits.shape, generator=generator).masked_fill(routed, -1)
+        probed = ~routed & (qr.keep_best(dice, question) > 0) & (args.probe and learns)
         shared = (routed.sum(1) > 1) & collaborate  # (P,) co-routed
         length = torch.tensor([[len(r) for r in rows[p]["responses"]] for p in index])  # (P, S) response tokens
 
@@ -716,10 +827,15 @@ def main(argv=None):
                     nll, z_s, segment_s = forward_paths(student, s, [rows[p] for p in index[here[mine]]],
                                                         base[mine].tolist(), args)
                 mean = nll / length[here[mine], s].to(device)  # nll_ij of student s: nats per response token
-                losses.append((here[mine], s, mean.detach()))
+                losses.append((here[mine], s, nll.detach()))
                 total[mine.to(device), s] = nll.detach()
                 z.append(z_s)
                 segment.append(segment_s)
+                tried = probed[here, s].nonzero().squeeze(1)
+                if len(tried):
+                    with amp, torch.no_grad():
+                        losses.append((here[tried], s, forward_paths(
+                            student, s, [rows[p] for p in index[here[tried]]], [-1] * len(tried), args)[0]))
                 if not student.frozen:
                     loss = loss + (weight.detach()[here[mine], s].to(device) * mean).sum()  # Eq 9: L_distill^(s)
             if len(co):
@@ -734,28 +850,33 @@ def main(argv=None):
                 if q == rank * size:  # so that neither collapse goes unseen (open point 8)
                     on = routed[here[co]][path.cpu()].to(device)  # (N, S)
                     states = [(raw[s, on[:, s]].detach(), zt[s, on[:, s]].detach()) for s in range(S)]
-                    logged["spread"].append(torch.stack([x.std(0, correction=0).mean() for x, _ in states])[None])
+                    spread = [x.std(0, correction=0).nan_to_num().mean() for x, _ in states]  # nan: not a path of it
+                    logged["spread"].append(torch.stack(spread)[None])
                     logged["rank"].append(torch.stack([qr.effective_rank(x) for _, x in states])[None])
             if loss.requires_grad:
                 scaler.scale(loss).backward()
 
         # the router: the other half of the product rule, d L_distill / d alpha with the path losses as constants
-        nll = torch.zeros(len(index), S, device=device)
-        for where, s, mean in losses:
-            nll[where.to(device), s] = mean
+        cost = torch.zeros(len(index), S, device=device)  # nats per path
+        for where, s, nll in losses:
+            cost[where.to(device), s] = nll
         if world > 1:  # the weights are the whole step's, so the sum over ranks is the gradient of one process
-            dist.all_reduce(nll)
+            dist.all_reduce(cost)
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in reduced])
             dist.all_reduce(flat)
             for p, grad in zip(reduced, flat.split([p.numel() for p in reduced])):
                 p.grad = grad.view_as(p)
-        nll = nll.cpu()
-        p = torch.sigmoid(logits) if args.gate == "binary" else torch.softmax(logits, -1)
+            if not shared.any():  # as in one process: no gradient, not a zero one, which Adam's momentum would follow
+                collab.zero_grad()
+        cost = cost.cpu()
+        nll = cost / length  # per token
+        p = {"binary": torch.sigmoid(logits), "onehot": torch.softmax(logits, -1), "categorical": alpha}[args.gate]
         per_student = args.entropy == "student"
         entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)  # Eq 3 and Eq 4
-        if args.route == "learned":
-            filled = qr.fill_skipped(nll, alpha, question, args.normalize)  # (P, S)
-            l_distill = (weight * (qr.interaction(filled) if args.reward == "interaction" else filled)).sum()
+        if learns:
+            known = routed | probed
+            cost = qr.fill_skipped(cost if args.reward == "sum" else nll, known, question, args.normalize)  # (P, S)
+            l_distill = (weight * (qr.interaction(cost) if args.reward == "interaction" else cost)).sum()
             (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted
 
         norms = [clip_and_step(optimizer, args.clip, scaler) for optimizer in optimizers[:-1]]
@@ -771,14 +892,18 @@ def main(argv=None):
             continue
 
         def over(rows, values):
-            return (values[rows].sum(0) / routed[rows].sum(0).clamp(min=1)).tolist()  # noqa: B023
-        of_style = {style: [i for i, p in enumerate(index) if rows[p]["style"] == style] for style in styles}
+            return ((values * routed)[rows].sum(0) / routed[rows].sum(0).clamp(min=1)).tolist()  # noqa: B023
+        of = {"style": defaultdict(list), "level": defaultdict(list)}  # numbers of the step's paths, by what rows have
+        for i, p in enumerate(index):
+            for key in of.keys() & rows[p].keys():
+                of[key][str(rows[p][key])].append(i)
         line = {"step": step + 1, "epoch": epoch, "lr_scale": lr_scale(step, steps, args.warmup),
                 "loss": over(slice(None), nll), "rate": routed.float().mean(0).tolist(),
                 "co_routed": float(shared.float().mean()),
                 "entropy": float(entropy.detach()) if args.route == "learned" else None,
-                "rate_style": {style: routed[i].float().mean(0).tolist() for style, i in of_style.items() if i},
-                "loss_style": {style: over(i, nll) for style, i in of_style.items() if i},
+                **{f"rate_{key}": {x: routed[i].float().mean(0).tolist() for x, i in sorted(paths.items())}
+                   for key, paths in of.items()},
+                "loss_style": {style: over(i, nll) for style, i in sorted(of["style"].items())},
                 **{name: torch.cat(values).mean(0).tolist() for name, values in logged.items()},
                 "grad_norm": norms[:S], "router_grad_norm": router_norm,
                 "tokens_per_s": round(sum(tokens) / seconds, 1)}

@@ -1,23 +1,28 @@
 """Tasks and evaluation: the student's prompt, reading questions, answer extraction, grading, generation, tables.
 
     python eval.py --students out/student_0 out/student_1 --questions test.jsonl
+    python eval.py --plot out/run_a out/run_b
 
 A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices" {"A": text, ...}, "level"
 and "prompt" (which overrides the student prompt).
 """
 import argparse
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
 import re
 import sys
 import zlib
+from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 
 import mpmath
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -569,9 +574,9 @@ def check_row(row, where):
 
 
 # ---------------------------------------------------------------- students
-def load_student(name, device="cpu", dtype=torch.float32):
+def load_student(name, device="cpu", dtype=torch.float32, **more):
     """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format (merged).
-    Stops if there is no such model or if its tokenizer isn't a fast one."""
+    `more` goes to from_pretrained. Stops if there is no such model or if its tokenizer isn't a fast one."""
     try:
         config_file = os.path.join(name, "adapter_config.json")
         adapter = None
@@ -581,7 +586,7 @@ def load_student(name, device="cpu", dtype=torch.float32):
         base = adapter["base_model_name_or_path"] if adapter else name
         own_tokenizer = os.path.isfile(os.path.join(name, "tokenizer_config.json"))
         tokenizer = AutoTokenizer.from_pretrained(name if own_tokenizer else base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **more)
         if adapter:
             merge_adapter(model, adapter, load_file(os.path.join(name, "adapter_model.safetensors")))
     except Exception as e:  # noqa: BLE001 (whatever a folder that is not a model makes the libraries raise)
@@ -721,18 +726,159 @@ def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=
             "predictions": predictions}
 
 
+# ---------------------------------------------------------------- pictures of run folders (--plot)
+PICTURES = {"rate_style": ("selection rate per reasoning style", "share of paths routed to the student"),
+            "rate_level": ("selection rate per question level", "share of paths routed to the student"),
+            "loss_style": ("loss per reasoning style", "loss (nats per response token)")}
+# Dashes and markers tell the lines apart in grey; the colours are those of Okabe and Ito.
+LOOKS = [{"color": "#" + ("0072B2", "D55E00", "009E73", "000000", "CC79A7", "56B4E9", "E69F00")[i % 7], "markersize": 5,
+          "linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^DvPX*"[i % 8]} for i in range(56)]
+
+
+def read_run(folder):
+    """A run folder of distill.py: {"name", "args", "log": rows, "accuracy": {student or ensemble: %}, which is empty
+    before the run's end}. Stops where it is no run, and with FILE:LINE where the log is damaged."""
+    run = {"name": os.path.basename(os.path.abspath(folder)), "log": [], "accuracy": {}}
+    args, results, log = (os.path.join(folder, name) for name in ("args.json", "results.json", "log.jsonl"))
+    try:
+        with open(file := args, encoding="utf-8") as f:
+            run["args"] = {**json.load(f)}
+        if os.path.exists(file := results):
+            with open(file, encoding="utf-8") as f:
+                after = json.load(f)["after"]
+            shares = {**{f"student {s}": x for s, x in enumerate(after["accuracy"])}, "ensemble": after["ensemble"]}
+            run["accuracy"] = {name: 100 * float(x) for name, x in shares.items()}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        stop(f"--plot {folder}: no run folder of distill.py, or {file} is damaged ({type(e).__name__}: {e})")
+    for where, row in numbered_rows(log):
+        try:
+            run["log"].append({**row, "step": float(row["step"])})
+            shapes = {np.array(x, float).shape for field in PICTURES for x in row.get(field, {}).values()}
+            if shapes != {(len(run["log"][0]["rate"]),)}:
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
+            stop(f"{where}: expected a step of distill.py with a rate and a loss for each style and student")
+    return run if run["log"] else stop(f"{log}: no step in it yet")
+
+
+def curves(log, field, window=1):
+    """{style or level: (steps, students)}: a field of the log, each step as the mean of the (odd) `window` around it.
+    nan where none of these steps had such a path or, for a loss, ran one: there the log's 0 is no loss."""
+    def table(field, name):
+        return np.array([row.get(field, {}).get(name, [math.nan] * len(row["rate"])) for row in log], float)
+
+    lines = {}
+    for name in sorted({name for row in log for name in row.get(field, {})}):
+        x = table(field, name)
+        known = np.isfinite(x) & (field != "loss_style" or table("rate_style", name) > 0)
+        total, count = (np.apply_along_axis(np.convolve, 0, y, np.ones(window), "same")
+                        for y in (np.where(known, x, 0), known))
+        lines[name] = np.where(count > 0.5, total / np.maximum(count, 1), math.nan)
+    return lines
+
+
+def by_flags(runs, *ignored):
+    """{flags as text: runs}: grouped by the flags in which any runs differ, but for seed, out_dir and `ignored`."""
+    flags = [flag for flag in dict.fromkeys(flag for run in runs for flag in run["args"])
+             if flag not in ("seed", "out_dir", *ignored) and len({str(run["args"].get(flag)) for run in runs}) > 1]
+    groups = defaultdict(list)
+    for run in runs:
+        groups["\n".join(f"{flag} {run['args'].get(flag)}" for flag in flags)].append(run)
+    return groups
+
+
+def panels(heading, titles):
+    """A figure with a panel for each title, two a row, and their axes, which share y."""
+    from matplotlib.figure import Figure
+
+    rows, columns = math.ceil(len(titles) / 2), min(2, len(titles))
+    figure, axes = Figure((1.8 + 3.8 * columns, 0.5 + 3.1 * rows), dpi=150, layout="constrained"), []
+    figure.suptitle(heading, wrap=True)
+    for i, title in enumerate(titles, 1):
+        axes.append(figure.add_subplot(rows, columns, i, title=title, sharey=axes[0] if axes else None))
+        axes[-1].spines[["top", "right"]].set_visible(False)
+        axes[-1].grid(color="0.92")
+    return figure, axes
+
+
+def draw_training(run, field):
+    """Figure of a field of PICTURES over training: a panel per student, a line per style or level."""
+    from matplotlib.ticker import LogLocator
+
+    (title, y), log, args = PICTURES[field], run["log"], run["args"]
+    window = min(max(20, len(log) // 10), len(log) - 1) // 2 * 2 + 1  # one step has few paths of a style
+    every = max(1, len(log) // 5)  # steps between a line's markers
+    lines = list(zip(LOOKS, curves(log, field, window).items()))
+    lines.sort(key=lambda line: -np.nan_to_num(line[1][1][-1]).sum())  # the legend lists them as they end
+    names = zip(range(len(log[0]["rate"])), args.get("students") or itertools.repeat("demo"))
+    figure, axes = panels(f"{run['name']} (route {args.get('route')}, seed {args.get('seed')}): {title}",
+                          [f"student {s} ({os.path.basename(os.path.normpath(name))})" for s, name in names])
+    for s, ax in enumerate(axes):
+        for k, (look, (name, values)) in enumerate(lines):
+            ax.plot([row["step"] for row in log], values[:, s], **look, markevery=(k * every // len(lines), every),
+                    label=f"level {name}" if name.isdigit() else name)
+        ax.set(xlabel=f"optimiser step (running mean of {window} steps)", ylabel=y)
+    if field == "loss_style":
+        axes[0].set_yscale("log")  # and with it the others
+        axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+    else:
+        axes[0].set_ylim(0, 1.02)
+    return figure
+
+
+def draw_share(groups):
+    """Figure of accuracy against --train_frac: a panel per group of runs, mean and standard deviation of equal ones."""
+    figure, axes = panels("accuracy by training data (mean and s.d. of runs)", list(groups))
+    names = max((run["accuracy"] for runs in groups.values() for run in runs), key=len)
+    for ax, runs in zip(axes, groups.values()):
+        shares = sorted({run["args"]["train_frac"] for run in runs})
+        for look, name in zip(LOOKS, names):
+            y = [[r["accuracy"].get(name, math.nan) for r in runs if r["args"]["train_frac"] == x] for x in shares]
+            ax.errorbar([100 * x for x in shares], [np.mean(v) for v in y], [np.std(v, ddof=len(v) > 1) for v in y],
+                        **look, elinewidth=1, capsize=3, label=name)
+        ax.set(xlabel="training questions used (%)", ylabel="right answers (% of test questions)", xlim=(0, 104))
+    axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def plot(folders):
+    """Draw PICTURES into each run folder and, of runs with different --train_frac, the accuracy into the first."""
+    if not importlib.util.find_spec("matplotlib"):
+        stop("--plot needs matplotlib: pip install matplotlib")
+    runs = {folder: read_run(folder) for folder in folders}
+    figures = {os.path.join(folder, f"{field}.png"): draw_training(run, field) for folder, run in runs.items()
+               for field in PICTURES if curves(run["log"], field)}
+    ended = [run for run in runs.values() if run["accuracy"]]
+    for name in {run["name"] for run in runs.values() if not run["accuracy"] and len(runs) > 1}:
+        print(f"{name} has no results.json yet: left out of the accuracy")
+    if len(ended) > 1:
+        groups = {label: group for label, group in by_flags(ended, "train_frac").items()
+                  if len({run["args"].get("train_frac") for run in group}) > 1}
+        if groups:
+            figures[os.path.join(folders[0], "train_frac.png")] = draw_share(groups)
+    for file, figure in figures.items():
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3)  # covers no line
+        try:
+            figure.savefig(file)
+        except OSError as e:
+            stop(f"cannot write {file}: {e.strerror}")
+        print(file)
+
+
 def main():
     natural, positive = within(int, 0), within(int, 1)
-    p = argparse.ArgumentParser(usage="python eval.py --students NAME ... --questions FILE [flags]",
-                                description="Evaluate saved students on a file of questions.",
+    p = argparse.ArgumentParser(usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
+                                description="Evaluate saved students on a file of questions, or draw runs.",
                                 epilog="Defaults in brackets.")
     p.error = stop  # one sentence and exit code 2
     g = p.add_argument_group("what")
-    g.add_argument("--students", nargs="+", required=True, metavar="NAME",
-                   help="models or PEFT LoRA adapters, by folder or name")
-    g.add_argument("--questions", required=True, metavar="FILE", help="in a published format, flat or a path pool")
+    g.add_argument("--students", nargs="+", metavar="NAME", help="models or PEFT LoRA adapters, by folder or name")
+    g.add_argument("--questions", metavar="FILE", help="in a published format, flat or a path pool")
     g.add_argument("--task", help=f"overrides the task that the file names: {', '.join(TASKS)}")
     g.add_argument("--limit", type=positive, metavar="N", help="use only the first N questions (all)")
+    g.add_argument("--plot", nargs="+", metavar="RUN_DIR",
+                   help="draw runs of distill.py instead; pictures of several runs go into the first one's folder")
     g = p.add_argument_group("how")
     g.add_argument("--samples", type=positive, default=1, metavar="N", help="responses per question, for a vote (1)")
     g.add_argument("--temperature", type=within(float, 0, 10), metavar="X", help="(one sample: 0, greedy; else 0.8)")
@@ -745,6 +891,10 @@ def main():
     g.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
     g.add_argument("--show", type=natural, default=3, metavar="N", help="responses to print per student (3)")
     args = p.parse_args()
+    if args.plot:
+        return plot(args.plot)
+    if not (args.students and args.questions):
+        stop("pass --students and --questions to test students, or --plot RUN_DIR to draw runs")
     if args.samples > 1 and args.temperature == 0:
         stop(f"--samples {args.samples} would repeat one greedy response at temperature 0; pass a higher --temperature")
     if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):

@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,12 +24,13 @@ def hash_embed(texts, d=512):
     texts: P strings -> (P, d) float32 rows of unit length (zero for an empty text). The same on every machine.
     """
     h = torch.zeros(len(texts), d)
-    for i, text in enumerate(texts):
+    for row, text in zip(h.numpy(), texts):
         words = re.findall(r"\d+|\w+|[^\w\s]|\n", text.lower())
-        for gram in words + [a + " " + b for a, b in itertools.pairwise(words)]:
-            code = zlib.crc32(gram.encode())  # not hash(): that one changes with every process
-            h[i, code % d] += 1.0 if code >> 31 else -1.0
-    return F.normalize(h.sign() * h.abs().log1p(), dim=-1)
+        grams = words + [a + " " + b for a, b in itertools.pairwise(words)]
+        # crc32 and not hash(): that one changes with every process
+        code = np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32, len(grams))
+        row += np.bincount(code % d, np.where(code >> 31, 1.0, -1.0), d)
+    return F.normalize(h.abs().log1p_().copysign_(h), dim=-1)
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ class Router(nn.Module):
         return self.bound * torch.tanh(self.net(h) / self.bound)
 
 
-def binary_gate(logits, tau=1.0, generator=None):
+def binary_gate(logits, tau=1.0, generator=None, question=None):
     """Eq 2, departs: one straight-through binary gate per student, so a path may reach one, several or no student.
 
     logits (P, S) -> alpha (P, S) and its soft value. The difference of two Gumbels is logistic noise, hence
@@ -73,7 +75,7 @@ def binary_gate(logits, tau=1.0, generator=None):
     return straight_through(soft > 0.5, soft), soft
 
 
-def onehot_gate(logits, tau=1.0, generator=None):
+def onehot_gate(logits, tau=1.0, generator=None, question=None):
     """Eq 2 to the letter: Gumbel-softmax over the students, exactly one student per path.
 
     Same shapes as `binary_gate`. Its rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient;
@@ -82,6 +84,22 @@ def onehot_gate(logits, tau=1.0, generator=None):
     u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-6, 1 - 1e-6)
     soft = torch.softmax((logits - (-u.log()).log()) / tau, -1)
     return straight_through(F.one_hot(soft.argmax(-1), logits.shape[1]), soft), soft
+
+
+def categorical_gate(logits, tau=1.0, generator=None, question=None):
+    """Eq 2, departs: Gumbel-softmax over the paths of a question, student by student: one path of each question.
+
+    A gate that is compared with the question's other paths and not with easier questions learns no difficulty, and
+    every question is kept. The balance of Eq 3 and 4 holds by construction: a student's rate is 1 / paths.
+    """
+    u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-6, 1 - 1e-6)
+    x = (logits - (-u.log()).log()) / tau
+    e = (x - per_question_max(x.detach(), question)[question]).exp()
+    soft = e / per_question(e, question)[question]
+    return straight_through(keep_best(soft.detach(), question), soft), soft
+
+
+GATES = {"categorical": categorical_gate, "binary": binary_gate, "onehot": onehot_gate}
 
 
 def straight_through(hard, soft):
@@ -95,15 +113,26 @@ def at_least_one(alpha, soft, question):
     alpha, soft (P, S), question (P,) -> alpha (P, S). Without it hard questions starve (open point 5).
     """
     open_gates = per_question(alpha.detach(), question)  # (Q, S)
-    rows = question.unsqueeze(1).expand_as(soft)
-    best = torch.zeros_like(open_gates).scatter_reduce(0, rows, soft.detach(), "amax")
-    forced = (open_gates[question] == 0) & (soft.detach() == best[question])
-    return alpha + forced.to(alpha)
+    best = keep_best(soft.detach(), question)
+    return alpha + best * (open_gates[question] == 0)
 
 
 def per_question(x, question):
     """Sum of x (P, ...) over the paths of each question -> (Q, ...)."""
     return x.new_zeros(int(question.max()) + 1, *x.shape[1:]).index_add(0, question, x)
+
+
+def per_question_max(x, question):
+    """Largest x (P, S) over the paths of each question -> (Q, S)."""
+    rows = question.unsqueeze(1).expand_as(x)
+    return x.new_full((int(question.max()) + 1, x.shape[1]), -math.inf).scatter_reduce(0, rows, x, "amax")
+
+
+def keep_best(score, question):
+    """alpha (P, S): 1 for the path with a question's highest score (P, S), for each student; the first of equals."""
+    place = -torch.arange(len(score)).to(score).unsqueeze(1)
+    place = torch.where(score == per_question_max(score, question)[question], place, -math.inf)
+    return (place == per_question_max(place, question)[question]).to(score)
 
 
 # ---------------------------------------------------------------- Eq 3 and Eq 4: balance
@@ -136,17 +165,17 @@ def path_weights(alpha, question, normalize="question"):
     return alpha / routed.clamp(min=1)[question] / seen
 
 
-def fill_skipped(nll, alpha, question, normalize="question"):
-    """Losses (P, S) with the skipped pairs filled in by the mean that the routed ones have.
+def fill_skipped(nll, known, question, normalize="question"):
+    """Losses (P, S), those of pairs that were not run, where known (P, S) is 0, filled in by the mean of the others.
 
-    A pair that was not routed was not run, so its loss is unknown. Under this estimate its gate's gradient,
-    (nll_ij - mean_i) / n_i, is zero; and a routed path is judged against its question's other routed paths.
+    Under this estimate the gate of a pair that was neither routed nor probed has gradient (nll_ij - mean_i) / n_i = 0;
+    and a routed path is judged against its question's other known paths.
     """
-    alpha = alpha.detach()
+    known = known.detach().to(nll)
     if normalize == "batch":
         question = torch.zeros_like(question)
-    mean = per_question(alpha * nll, question) / per_question(alpha, question).clamp(min=1)
-    return torch.where(alpha > 0, nll, mean[question])
+    mean = per_question(known * nll, question) / per_question(known, question).clamp(min=1)
+    return torch.where(known > 0, nll, mean[question])
 
 
 def interaction(nll):
@@ -156,6 +185,70 @@ def interaction(nll):
     question that path_weights does anyway, this is the two-way interaction of path and student.
     """
     return nll - nll.mean(1, keepdim=True)
+
+
+# ---------------------------------------------------------------- routes to compare with: each question keeps one path
+WINDOW = 4  # of LALP: steps before a step that the student reads
+
+
+def token_costs(logits, target, clip=100):
+    """What the scores below read: surprisal (nats), rank (1 is the likeliest, at most `clip`) and Brier score
+    |p - onehot|^2 of each token target (N,) under logits (N, V) -> (N, 3)."""
+    own = logits.gather(1, target[:, None])
+    logp, p = own - logits.logsumexp(1, keepdim=True), torch.softmax(logits, 1)
+    rank = (1 + (logits > own).sum(1)).clamp(max=clip)
+    return torch.stack([-logp[:, 0], rank.to(p), 1 - 2 * logp[:, 0].exp() + p.square().sum(1)], 1)
+
+
+def score_nll(cost, path, question):
+    """The likeliest path: minus the mean surprisal (GRAPE, Zhang et al., 2025, arXiv 2502.04194).
+
+    cost (P, 3): token_costs, averaged over a path's tokens; path (P,) 0..P-1; question (P,) -> (P,), high is good.
+    """
+    return -cost[:, 0]
+
+
+def score_lalp(cost, path, question):
+    """Local average log-probability (Just et al., 2025, arXiv 2510.03988): the mean over a path's steps of each step's
+    mean log-probability given the question and the WINDOW steps before it. Long steps weigh no more than short ones.
+
+    cost (U, 3): averages over each step's tokens; path (U,): the step's path. departs: the paper has an LLM cut the
+    steps, here they are sentences and lines. Uncertain: that the question stays in sight and that WINDOW is 4 come from
+    reimplementations. A path of at most five steps is all in sight: then only the equal weight of steps differs.
+    """
+    return segment_mean(-cost[:, :1], path, len(question)).squeeze(1)
+
+
+def score_rsr(cost, path, question):
+    """Minus the rank-surprisal ratio (Yang et al., 2026, arXiv 2601.14249; github.com/UmeanNever/RankSurprisalRatio):
+    the mean rank, clipped at 100, over the mean surprisal. Low: unexpected, yet among the student's next choices.
+
+    Arguments and result as in score_nll.
+    """
+    return -cost[:, 1] / cost[:, 0].clamp(min=1e-12)
+
+
+def score_lark(cost, path, question):
+    """Learnability (Yu et al., 2026, arXiv 2605.30651; github.com/Tianrun-Yu/LARK, score_lark.py): l_k / sum l *
+    (2 rho_k - sum rho l / sum l) over a question's paths, with loss l_k and rate rho_k = Brier_k / l_k.
+
+    Arguments and result as in score_nll. departs: the Brier score is exact and not over the 50 likeliest tokens; and
+    one path per question is kept, where its chi^2 policy is the argmax, while the authors weight several.
+    """
+    loss, brier = cost[:, 0].clamp(min=1e-12), cost[:, 2]
+    share = loss / per_question(loss, question)[question]
+    rho = brier / loss
+    return share * (2 * rho - per_question(share * rho, question)[question])
+
+
+SCORES = {"nll": score_nll, "lalp": score_lalp, "rsr": score_rsr, "lark": score_lark}
+
+
+def step_starts(text, spans):
+    """Numbers of the tokens that begin a step of `text`, a sentence or a line; spans: the tokens' (start, end)."""
+    ends = [m.end() for m in re.finditer(r"(?:\d+[.)]\s)?.+?(?:[.!?](?=\s)|$)\s*", text, re.MULTILINE)]
+    step = [bisect.bisect_left(ends, end) for _, end in spans]  # " The" ends in the step that it begins
+    return [t for t in range(len(step)) if t == 0 or step[t] > step[t - 1]]
 
 
 # ---------------------------------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers

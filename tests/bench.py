@@ -11,7 +11,12 @@ a  training step of both students, routed, against the plain way: every row padd
    pair forwarded, the encoder run in every step       b  one student on all paths, against TRL's SFTTrainer with LoRA
 c  both students with routing, against one after the other on all paths           d  peak memory of a, b, c, of a loss
 e  greedy answers, against model.generate in file order            f  share of the measured matrix-product peak reached
-g  share of a step that router, alignment, mutual loss and the collapse log cost
+g  share of a step that router, probes, alignment, mutual loss and the collapse log cost
+h  our batches of rows of similar length, against rows packed into one sequence behind a dense mask       i  against a
+   question's prompt once for all its paths, too; half of the paths second       k  a start over N paths, a second start
+l  a step with more paths, more students
+
+Flags that are not the bench's are distill.py's: --gate categorical, --checkpointing ...
 """
 import argparse
 import contextlib
@@ -107,36 +112,49 @@ def now(device):
 # ---------------------------------------------------------------- the sides: each makes one step and returns its units
 def gates(b, repeat):
     """The router's part of a step; a repeat's seed gives all sides the same routed pairs."""
-    logits = b.router(b.h)
-    alpha, soft = qr.binary_gate(logits, generator=torch.Generator().manual_seed(max(repeat, 0)))
+    logits, generator = b.router(b.h), torch.Generator().manual_seed(max(repeat, 0))
+    alpha, soft = qr.GATES[b.args.gate](logits, b.args.tau, generator, b.question)
     alpha = qr.at_least_one(alpha, soft, b.question)
-    return logits, alpha, qr.path_weights(alpha, b.question), alpha.detach() > 0.5
+    routed = alpha.detach() > 0.5
+    dice = torch.rand(logits.shape, generator=generator).masked_fill(routed, -1)
+    probed = (qr.keep_best(dice, b.question) > 0) & ~routed & b.args.probe
+    return logits, alpha, qr.path_weights(alpha, b.question), routed, probed
 
 
-def router_step(b, logits, alpha, weight, nll):
-    entropy = qr.balance_entropy(torch.sigmoid(logits), b.question)
-    ((weight * qr.fill_skipped(nll, alpha, b.question)).sum() - b.args.entropy_weight * entropy).backward()
+def router_step(b, logits, alpha, weight, cost, known):
+    p = torch.sigmoid(logits) if b.args.gate == "binary" else alpha
+    entropy = qr.balance_entropy(p, b.question)
+    cost = qr.fill_skipped(cost, known, b.question)
+    ((weight * cost).sum() - b.args.entropy_weight * entropy).backward()
     distill.clip_and_step(b.optimizers[-1], b.args.clip)
 
 
 def our_step(b, repeat):
     """The loop of distill.main() for one batch, in one micro-batch -> trained response tokens.
 
-    b.method gets the seconds of all that fine-tuning has not: L_mutual is differentiated up to z first, to be timed.
+    A copy, to be timed by parts: b.method gets the seconds of all that fine-tuning has not, L_mutual is differentiated
+    up to z first. It has main()'s forwards, losses and backward passes; where main() gets others, a, c, d, g and l
+    measure a step that nobody trains with. It is a step after --explore, in which fewer pairs are probed.
     """
     began = now(b.device)
-    logits, alpha, weight, routed = gates(b, repeat)
+    logits, alpha, weight, routed, probed = gates(b, repeat)
     segments, co = torch.tensor([row["n_segments"] for row in b.rows]), (routed.sum(1) > 1).nonzero().squeeze(1)
     base = torch.full((len(b.rows),), -1)
     base[co] = segments[co].cumsum(0) - segments[co]
     method = now(b.device) - began
     loss, z, segment, total = 0.0, [], [], torch.zeros(len(b.rows), len(b.students), device=b.device)
     for s, student in enumerate(b.students):
-        mine = routed[:, s].nonzero().squeeze(1)
-        my_rows = [b.rows[p] for p in mine]
+        mine, tried = (x[:, s].nonzero().squeeze(1) for x in (routed, probed))
         with amp(b.device):
-            nll, z_s, segment_s = distill.forward_paths(student, s, my_rows, base[mine].tolist(), b.args)
+            nll, z_s, segment_s = distill.forward_paths(student, s, [b.rows[p] for p in mine], base[mine].tolist(),
+                                                        b.args)
         total[mine.to(b.device), s] = nll.detach()
+        if len(tried):
+            began = now(b.device)
+            with amp(b.device), torch.no_grad():
+                total[tried.to(b.device), s] = distill.forward_paths(student, s, [b.rows[p] for p in tried],
+                                                                     [-1] * len(tried), b.args)[0]
+            method += now(b.device) - began
         loss = loss + (nll * (weight.detach() / b.length)[mine, s].to(b.device)).sum()
         z.append(z_s)
         segment.append(segment_s)
@@ -154,7 +172,7 @@ def our_step(b, repeat):
         distill.clip_and_step(optimizer, b.args.clip)
     began = now(b.device)
     distill.clip_and_step(b.optimizers[-2], b.args.clip)
-    router_step(b, logits, alpha, weight, total.cpu() / b.length)
+    router_step(b, logits, alpha, weight, total.cpu(), routed | probed)
     b.method.append(method + now(b.device) - began)
     return int(b.length[routed].sum())
 
@@ -164,7 +182,7 @@ def plain_step(b, repeat):
     after each. It has no mutual loss, which is to its favour. -> the same trained response tokens."""
     pairs = [(row["question"], row["text"]) for row in b.rows]
     qr.encoder_embed(*b.encoder, pairs) if b.encoder else qr.hash_embed([f"{q}\n{p}" for q, p in pairs])
-    logits, alpha, weight, routed = gates(b, repeat)  # from the cached embeddings: the very same pairs
+    logits, alpha, weight, routed, _ = gates(b, repeat)  # from the cached embeddings: the very same pairs
     nll = torch.zeros(len(b.rows), len(b.students))
     width = b.args.max_len
     for s, student in enumerate(b.students):
@@ -185,17 +203,51 @@ def plain_step(b, repeat):
             nll[part, s] = loss.detach().cpu()
             del out, loss
         distill.clip_and_step(b.optimizers[s], b.args.clip)
-    router_step(b, logits, alpha, weight, nll)
+    router_step(b, logits, alpha, weight, nll * b.length, torch.ones_like(routed))
     return int(b.length[routed].sum())
 
 
-def alone_step(b, s):
-    """Our step of student number s alone, on all paths -> trained response tokens."""
+def alone_step(b, s, groups=None):
+    """Our step of student number s alone, on all paths -> trained response tokens. groups: join rows so."""
     with amp(b.device):
-        nll = distill.forward_paths(b.students[s], s, b.rows, [-1] * len(b.rows), b.args)[0]
+        nll = joined_nll(b.students[s], s, groups, b.args) if groups else \
+            distill.forward_paths(b.students[s], s, b.rows, [-1] * len(b.rows), b.args)[0]
     (nll / b.length[:, s].to(b.device)).mean().backward()
     distill.clip_and_step(b.optimizers[s], b.args.clip)
     return int(b.length[:, s].sum())
+
+
+def joined_nll(student, s, groups, args):
+    """Losses (P,) of the rows of `groups`, concatenated into sequences of --forward_tokens: of a group its prompt once,
+    then its responses. A token sees its group's prompt and its own response, and has the position that it has alone.
+    Not for layers with a sliding window."""
+    sequences, size = [[]], 0
+    for rows in groups:
+        n = len(rows[0]["prompts"][s]) + sum(len(row["responses"][s]) - 1 for row in rows)
+        if size and size + n > args.forward_tokens:
+            sequences.append([])
+            size = 0
+        sequences[-1].append(rows)
+        size += n
+    losses = []
+    for sequence in sequences:
+        ids, where, target = [], [], []  # ids: (token, position, group, response, 0 in the prompt)
+        for g, rows in enumerate(sequence):
+            prompt = rows[0]["prompts"][s].tolist()
+            start = len(ids) + len(prompt) - 1
+            ids += [(token, k, g, 0) for k, token in enumerate(prompt)]
+            for r, row in enumerate(rows, 1):
+                response = row["responses"][s].tolist()
+                where += [start, *range(len(ids), len(ids) + len(response) - 1)]
+                ids += [(token, len(prompt) + k, g, r) for k, token in enumerate(response[:-1])]
+                target.append(torch.tensor(response))
+        ids, position, group, own = torch.tensor(ids, device=student.model.device).T
+        seen = (group[:, None] == group) & ((own == 0) | (own[:, None] == own)) & (position[:, None] >= position)
+        h = student.blocks(input_ids=ids[None], position_ids=position[None], attention_mask=seen[None, None],
+                           use_cache=False).last_hidden_state[0, where]
+        nll = distill.response_nll(student, h, torch.cat(target).to(h.device))
+        losses += [x.sum() for x in nll.split([len(x) for x in target])]
+    return torch.stack(losses)
 
 
 class Watch(transformers.TrainerCallback):
@@ -312,6 +364,30 @@ def peak(side, args, rows, device):
     return memory("VmHWM") - at_rest
 
 
+def start(args, n, file):
+    """A start up to the first step, without the models, over n training paths written to `file`: the pool's again and
+    again, with ids and questions of their own. Called in a child -> seconds, MB that this process grew by, and MB of
+    the paths' tokens, segments, texts and embeddings."""
+    rows = judge.read_pool(args.paths) if args.paths else judge.demo_paths(judge.demo_questions(300, 0), 0)
+    with open(file, "w") as f:
+        for i in range(n):
+            row, k = rows[i % len(rows)], i // len(rows)
+            row = {**row, "id": f"{row['id']} {k}", "question": f"{row['question']} ({k})"}
+            f.write(json.dumps(row) + "\n")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as in a run
+    args = argparse.Namespace(**{**vars(args), "paths": file, "filter": "none", "test_frac": 1e-6})
+    students = [SimpleNamespace(tokenizer=tokenizer, end=tasks.end_token(tokenizer), max_len=args.max_len)
+                for tokenizer in map(transformers.AutoTokenizer.from_pretrained, args.students)]
+    at_rest, began = memory("VmRSS"), time.perf_counter()
+    with contextlib.redirect_stdout(None):
+        rows = distill.encode(distill.load_data(args)[0], students)
+    h = distill.embed(rows, args, torch.device("cpu"))
+    seconds = time.perf_counter() - began
+    held = h.nbytes + sum(len(row["question"] + row["text"]) + sum(x.nbytes for key in ("responses", "segments")
+                                                                   for x in row[key]) for row in rows)
+    return seconds, (memory("VmRSS") - at_rest) * 1e3, held / 1e6
+
+
 def step_flops(student, s, rows):
     """Model FLOPs of alone_step: real tokens only. Per weight and token 2 forward and 2 for the input's gradient, LoRA
     2 more for its own; attention 4 T^2 per head feature forward (Chowdhery et al., 2022: no causal half), 8 backward;
@@ -350,13 +426,14 @@ def matrix_product(device):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--json", metavar="FILE", help="write the table: a list of {name, ours, other, ratio, unit, device}")
-    p.add_argument("--only", default="a,b,c,d,e,f,g", help="sections (all)")
+    p.add_argument("--only", default="a,b,c,d,e,f,g,h,i,k,l", help="sections (all)")
     p.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     p.add_argument("--rows", type=int, default=6, help="paths in a step (6)")
     p.add_argument("--repeats", type=int, default=3, help="times that each side runs (3)")
-    flags = p.parse_args()
-    if not set(flags.only.split(",")) <= set("abcdefg"):
-        tasks.stop(f"--only {flags.only}: the sections are a to g, with commas between")
+    p.add_argument("--start_paths", type=int, default=4000, help="k: a start over N paths, and over 4 N (4000)")
+    flags, more = p.parse_known_args()
+    if not set(flags.only.split(",")) <= set("abcdefghikl"):
+        tasks.stop(f"--only {flags.only}: the sections are a to i, k, l, with commas between")
     device, only, repeats = torch.device(flags.device), flags.only.split(","), flags.repeats
     names = ["smollm2", "gemma3"]
     transformers.logging.set_verbosity_error()
@@ -375,12 +452,14 @@ def main():
     except (RuntimeError, AssertionError) as e:
         tasks.stop(f"--device {flags.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
 
-    def arguments(*names):  # max_len: so that the plain way pads as much as the published code, 77 %
+    def arguments(*names, paths=data and f"{data}/paths/gsm8k.jsonl"):
+        # max_len: so that the plain way pads as much as the published code, 77 %; binary: half of the pairs are routed
         tokens = "1024" if device.type == "cpu" else "4096"
-        pool = ["--paths", f"{data}/paths/gsm8k.jsonl", "--max_len", "1024"] if data else ["--max_len", "256"]
+        pool = ["--paths", paths, "--max_len", "1024"] if data else ["--max_len", "256"]
         return distill.parse_args([
             *pool, "--students", *(str(folder / name) for name in names), "--out_dir", f"{tmp.name}/run", "--filter",
-            "answer", "--encoder", str(folder / "minilm") if real else "hash", "--forward_tokens", tokens])
+            "answer", "--encoder", str(folder / "minilm") if real else "hash", "--forward_tokens", tokens,
+            "--gate", "binary", *more])
     args, table = arguments(*names), []
     kept, test, _ = distill.load_data(args)
     rows = pick(kept, flags.rows)
@@ -412,11 +491,46 @@ def main():
         report("d  peak, both students: routed / one after the other", joint, apart, "GB")
         report("d  peak, loss of 2048 tokens, vocabulary 262k: ours / plain",
                *(in_child(peak, side, args, None, device) for side in ("our loss", "plain loss")), "GB")
+    if "k" in only:
+        n, hashed = flags.start_paths / 1000, argparse.Namespace(**{**vars(args), "encoder": "hash"})
+        few, many = (in_child(start, hashed, k * flags.start_paths, f"{tmp.name}/pool.jsonl") for k in (1, 4))
+        report(f"k  start over {4 * n:g} thousand paths / {n:g}", many[0] / n / 4, few[0] / n, "s per 1000 paths")
+        report("k  memory of a path / bytes of its tokens, segments, text, embedding",
+               *((x - y) / n / 3 for x, y in zip(many[1:], few[1:])), "MB per 1000 paths")
+        first, second = (in_child(start, args, 500, f"{tmp.name}/pool.jsonl")[0] for _ in range(2))
+        report("k  second start over 500 paths with the encoder / first", second, first, "s")
     for name in names if "b" in only and has_trl else []:
         one = load(arguments(name), rows, device)
         ours, other = alternate(repeats, device, lambda r, one=one: alone_step(one, 0), trl_side(one, 0))
         report(f"b  {name} alone on all paths: ours / TRL", ours, other, "trained response tokens/s")
         del one
+
+    def join(label, rows, pool=args.paths, share=True):  # our batches against joined_nll, which gives the same losses
+        one = load(arguments("smollm2", paths=pool), rows, device)
+        ids = dict.fromkeys(row["id"] for row in one.rows)
+        groups = [[row for row in one.rows if row["id"] == i] for i in ids] if share else [[row] for row in one.rows]
+        with torch.no_grad(), amp(device):
+            ours = distill.forward_paths(one.students[0], 0, one.rows, [-1] * len(one.rows), one.args)[0]
+            off = ((ours - joined_nll(one.students[0], 0, groups, one.args)).cpu() / one.length[:, 0]).abs().max()
+        assert off < (1e-4 if device.type == "cpu" else 0.1), f"{label}: another loss, by {off} nats per token"
+        sides = [lambda r: alone_step(one, 0), lambda r: alone_step(one, 0, groups)]
+        report(label, *alternate(repeats, device, *sides), "trained response tokens/s")
+    if "h" in only:
+        join("h  smollm2: our batches / rows packed", rows, share=False)
+    for task in (("gsm8k", "strategyqa") if data else ("demo",)) if "i" in only else ():
+        pool = data and f"{data}/paths/{task}.jsonl"
+        some = pick(distill.load_data(arguments("smollm2", paths=pool))[0], 2 * flags.rows)
+        for routed in (some, some[::2]):
+            ids = {row["id"] for row in routed}
+            join(f"i  smollm2, {len(routed)} {task} paths: ours / {len(ids)} prompts", routed, pool)
+    if "l" in only:
+        again = [{**row, "id": row["id"] + " again"} for row in rows]
+        sides = [load(arguments(*names), x, device) for names, x in (
+            (["smollm2"], rows), (["smollm2"], rows + again), (["smollm2", "smollm2"], rows))]
+        one, paths, twins = alternate(repeats, device, *(lambda r, b=b: our_step(b, r) for b in sides))
+        report("l  smollm2: a step on twice the paths / on them", paths, one, "trained response tokens/s")
+        report("l  smollm2 twice as two students / one student", twins, one, "trained response tokens/s")
+        del sides
     if not {"a", "c", "e", "f", "g"} & set(only):
         return
     b = load(args, rows, device)
@@ -446,7 +560,7 @@ def main():
     if "g" in only:
         b.method.clear()
         rate, = alternate(repeats, device, lambda r: our_step(b, r) and 1)
-        report("g  router, alignment, mutual loss, collapse log / whole step", statistics.median(b.method[-repeats:]),
+        report("g  router, probes, alignment, mutual loss, collapse log / step", statistics.median(b.method[-repeats:]),
                1 / rate, "s/step")
 
 

@@ -141,6 +141,9 @@ def train(world, tmp_path, monkeypatch):
     return run
 
 
+AS_PRINTED = ("--gate", "binary", "--reward", "loss", "--no-probe", "--no-style_input", "--explore", "0")
+
+
 def flags_of(world, out, *flags, students=("words", "pieces")):
     return [
         "--lora_rank", "0", "--lr", "1e-2", "--max_steps", "3", "--batch_size", "4", "--warmup", "0", "--eval_limit",
@@ -574,7 +577,7 @@ def watch_forwards(monkeypatch, world, run_flags, train, students=("words", "pie
 def test_an_unrouted_pair_costs_no_forward_and_a_path_nobody_got_costs_none(monkeypatch, world, train):
     flags = (
         "--route", "random", "--route_rate", 0.1, "--max_steps", 4, "--filter", "none", "--batch_size", 5,
-        "--test_frac", 1 / 6,
+        "--test_frac", 1 / 6, "--gate", "binary",
     )
     run, ran = watch_forwards(monkeypatch, world, flags, train)
     paths = 6 * 5
@@ -588,10 +591,10 @@ def test_an_unrouted_pair_costs_no_forward_and_a_path_nobody_got_costs_none(monk
 
 
 def test_a_learned_gate_at_zero_for_everybody_costs_one_path_per_question(monkeypatch, world, train):
-    monkeypatch.setattr(
-        distill.qr, "binary_gate", lambda logits, tau, g: (0 * logits, torch.rand(logits.shape, generator=g))
+    monkeypatch.setitem(
+        distill.qr.GATES, "binary", lambda logits, tau, g, q: (0 * logits, torch.rand(logits.shape, generator=g))
     )
-    run, ran = watch_forwards(monkeypatch, world, ("--filter", "none", "--max_steps", 2), train)
+    run, ran = watch_forwards(monkeypatch, world, (*AS_PRINTED, "--filter", "none", "--max_steps", 2), train)
     assert [len(x) for x in ran] == [2 * 4, 2 * 4]
     assert all(line["rate"] == [pytest.approx(1 / 6)] * 2 for line in run.log)
 
@@ -865,8 +868,8 @@ def test_learned_router_comes_to_prefer_cheap_paths_and_the_entropy_holds_it_bac
     monkeypatch.setattr(distill, "forward_paths", planted)
     log = {
         weight: train(
-            "--max_steps", 25, "--batch_size", 10, "--router_lr", 0.02, "--entropy_weight", weight, "--mutual_weight",
-            0, "--filter", "none", name=f"weight{weight}",
+            *AS_PRINTED, "--style_input", "--max_steps", 25, "--batch_size", 10, "--entropy_weight", weight,
+            "--mutual_weight", 0, "--filter", "none", name=f"weight{weight}",
         ).log
         for weight in (0, 5)
     }
@@ -879,7 +882,7 @@ def test_learned_router_comes_to_prefer_cheap_paths_and_the_entropy_holds_it_bac
 
 
 def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
-    onehot, binary = train("--gate", "onehot", name="a"), train(name="b")
+    onehot, binary = train("--gate", "onehot", "--explore", 0, name="a"), train(*AS_PRINTED, name="b")
     assert all(sum(line["rate"]) == pytest.approx(1 + line["co_routed"]) for line in onehot.log)
     assert all(sum(line["rate"]) < 0.999 + line["co_routed"] for line in binary.log)
 
@@ -888,14 +891,16 @@ def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
     "flags",
     [
         ["--normalize", "batch"], ["--entropy", "literal", "--entropy_weight", 1],
-        ["--router_hidden", 8, "--router_lr", 0.3], ["--tau", 0.3], ["--projection", "trained"],
+        ["--router_hidden", 8], ["--tau", 0.3], ["--projection", "trained"],
         ["--no-standardize"], ["--reward", "interaction"],
         ["--shared_dim", 8], ["--mutual_weight", 0], ["--mutual_weight", 2], ["--weight_decay", 1], ["--clip", 1e-3],
-        ["--warmup", 1], ["--entropy_weight", 50],
+        ["--warmup", 1], ["--entropy_weight", 50], ["--gate", "categorical"], ["--probe"], ["--style_input"],
+        ["--reward", "sum", "--max_steps", 8], ["--explore", 0.5],
     ],
 )
 def test_every_training_flag_changes_the_run_and_ends_well(train, flags):
-    flags, more = ["--max_steps", 4, "--router_lr", 0.3, *flags], ["--max_steps", 4, "--router_lr", 0.3]
+    more = [*AS_PRINTED, "--max_steps", 4, "--router_lr", 3]
+    flags = [*more, *flags]
     a, b = train(*more, name="a"), train(*flags, name="b")
     assert not all(same_tensors(a.weights[k], b.weights[k]) for k in a.weights)
     assert all(np.isfinite(w).all() for k in b.weights for w in b.weights[k].values())
@@ -910,7 +915,7 @@ def test_competence_comes_to_prefer_the_student_with_the_lower_loss(monkeypatch,
         return nll * (0.1 if s == better else 1), z, segment
 
     monkeypatch.setattr(distill, "forward_paths", planted)
-    gamma = [line["gamma"][better] for line in train("--router_lr", 0.02, "--max_steps", 10, "--route", "all").log]
+    gamma = [line["gamma"][better] for line in train("--max_steps", 20, "--route", "all").log]
     assert gamma[0] == pytest.approx(0.5) and gamma[-1] > 0.65
 
 
@@ -926,6 +931,27 @@ def test_learning_rates_are_one_per_student(world, train):
     assert moved[0] < 1e-6 and moved[1] > 1e-3
 
 
+def test_first_phase_trains_all_paths_and_then_each_student_one_of_each_question(monkeypatch, world, train):
+    flags = ("--filter", "none", "--max_steps", 4, "--explore", 0.5, "--no-probe")
+    run, ran = watch_forwards(monkeypatch, world, flags, train)
+    assert [line["rate"] for line in run.log] == [[1, 1]] * 2 + [[pytest.approx(1 / 6)] * 2] * 2
+    assert [len(x) for x in ran] == [2 * 4 * 6 + 2 * 4] * 2
+    assert all(line["router_grad_norm"] > 0 for line in run.log[:2])  # it learns from all losses
+    assert all(line["router_grad_norm"] < 1e-6 * run.log[0]["router_grad_norm"] for line in run.log[2:])  # one path alone has no peer
+
+
+def test_probes_run_one_skipped_path_per_question_which_trains_the_router_and_no_student(monkeypatch, world, train):
+    flags = ("--filter", "none", "--max_steps", 3, "--explore", 0)
+    with_probe, ran = watch_forwards(monkeypatch, world, flags, train)
+    assert [len(x) for x in ran] == [3 * 4 * 2] * 2 and all(line["router_grad_norm"] > 0 for line in with_probe.log)
+    assert all(line["rate"] == [pytest.approx(1 / 6)] * 2 for line in with_probe.log)
+    plain = train(*flags, "--no-probe", "--max_steps", 1, name="plain")
+    probed = train(*flags, "--max_steps", 1, name="probed")
+    for i in (0, 1):  # the first step's gates are the same, and so is what the students learn in it
+        assert same_tensors(*(run.weights[f"student_{i}/model.safetensors"] for run in (plain, probed)))
+    assert plain.results["tokens_trained"] == probed.results["tokens_trained"]
+
+
 # ---------------------------------------------------------------- several processes
 def test_two_processes_end_where_one_does(world, tmp_path):
     flags = ("--max_steps", "4", "--batch_size", "3", "--lora_rank", "4", "--seed", "3", "--router_lr", "0.05")
@@ -938,7 +964,8 @@ def test_two_processes_end_where_one_does(world, tmp_path):
     assert one.keys() == two.keys()
     for name in one:
         if name.startswith(("student", "router", "collab")):
-            assert torch.allclose(one[name], two[name], atol=2e-5), name
+            # Adam makes a whole step of a gradient that is zero but for rounding: the router's words that tell no path
+            assert torch.allclose(one[name], two[name], atol=1e-3 if name.startswith("router") else 2e-5), name
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert [json.loads(line)["rate"] for line in logs[0]] == [json.loads(line)["rate"] for line in logs[1]]
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]

@@ -206,6 +206,63 @@ def test_path_weights_are_means_over_routed_paths(normalize):
         assert abs((weight * nll).sum() - distill_loss_by_hand(alpha.numpy(), nll.numpy(), normalize)) < 1e-12
 
 
+def test_categorical_gate_draws_one_path_of_each_question_with_the_odds_of_its_softmax():
+    logits, generator = randn(9, 2), seeded()
+    want = torch.cat([torch.softmax(logits[QUESTION == q], 0) for q in range(3)])
+    draws = torch.stack([qr.categorical_gate(logits, 0.5, generator, QUESTION)[0] for _ in range(4000)])
+    for q in range(3):
+        assert torch.equal(draws[:, QUESTION == q].sum(1), torch.ones(4000, 2, dtype=torch.float64))
+    assert ((draws.mean(0) - want).abs() < 4 * (want * (1 - want) / 4000).sqrt()).all()
+
+
+def test_categorical_gate_has_the_gradient_of_the_soft_draw_within_a_question():
+    logits, g, tau = randn(9, 2).requires_grad_(), randn(9, 2, seed=1), 0.7
+    alpha, soft = qr.categorical_gate(logits, tau, seeded(), QUESTION)
+    closed = torch.cat([soft[QUESTION == q] * (g - (soft * g)[QUESTION == q].sum(0))[QUESTION == q] / tau for q in range(3)])
+    assert torch.allclose(torch.autograd.grad((alpha * g).sum(), logits)[0], closed.detach(), atol=1e-12)
+
+
+def test_best_path_is_the_first_of_the_highest():
+    score = torch.tensor([[1.0, 5], [3, 5], [3, 2], [0, 0], [-2, -1], [-1, -1], [7, 7], [7, 8], [1, 8]])
+    kept = qr.keep_best(score, QUESTION)
+    for q, s in itertools.product(range(3), range(2)):
+        mine = [p for p in range(9) if QUESTION[p] == q]
+        best = max(mine, key=lambda p: (score[p, s], -p))
+        assert [p for p in mine if kept[p, s]] == [best]
+
+
+def test_skipped_losses_are_the_mean_of_the_known_ones():
+    nll, known = randn(9, 2), torch.rand(9, 2, generator=seeded()) < 0.6
+    filled = qr.fill_skipped(torch.where(known, nll, 1e9), known, QUESTION)  # a bool mask: sums of bools are no counts
+    for p, s in itertools.product(range(9), range(2)):
+        peers = [k for k in range(9) if QUESTION[k] == QUESTION[p] and known[k, s]]
+        want = nll[p, s] if known[p, s] else nll[peers, s].mean() if peers else 0
+        assert abs(filled[p, s] - want) < 1e-12
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_router_finds_each_students_cheapest_path_when_skipped_paths_are_probed(probe):
+    question = torch.arange(8).repeat_interleave(4)
+    cost = torch.tensor([[20.0, 30], [22, 20], [60, 25], [200, 90]]).repeat(8, 1)  # per style and student, nats a path
+    router, generator = qr.Router(4, 2), seeded()
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
+    for _ in range(150):
+        alpha, _ = qr.categorical_gate(router(torch.eye(4).repeat(8, 1)), 1.0, generator, question)
+        routed = alpha.detach() > 0.5
+        noisy = cost * torch.exp(0.2 * torch.randn(cost.shape, generator=generator))
+        dice = torch.rand(cost.shape, generator=generator).masked_fill(routed, -1)
+        known = routed | (qr.keep_best(dice, question) > 0) & probe
+        optimizer.zero_grad()
+        (qr.path_weights(alpha, question) * qr.fill_skipped(noisy * known, known, question)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimizer.step()
+    rate = torch.softmax(router(torch.eye(4)), 0)
+    if probe:
+        assert rate[0, 0] > 0.6 and rate[1, 1] > 0.6 and rate[3].max() < 0.02
+    else:  # one path a question has nothing to be compared with: no gradient at all
+        assert torch.equal(rate, torch.full((4, 2), 0.25))
+
+
 @pytest.mark.parametrize("normalize", ["question", "batch"])
 def test_gate_receives_the_full_information_derivative_of_the_student_losses(normalize):
     nll, alpha, eps = randn(9, 2).exp(), torch.ones(9, 2, dtype=torch.float64, requires_grad=True), 1e-5
