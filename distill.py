@@ -97,8 +97,6 @@ def parse_args(argv=None):
     g.add_argument("--reward", default="sum", choices=["sum", "loss", "interaction"],
                    help="what a gate lowers: a path's loss summed over its tokens; their mean, as in Eq 9; of that the "
                         "part that is the student's own (sum)")
-    g.add_argument("--probe", action=argparse.BooleanOptionalAction, default=True,
-                   help="run one skipped path per question and student forward, so that its gate feels it (on)")
     g.add_argument("--explore", type=share, default=0.2, help="share of the steps in which all paths go to all "
                    "students, while the router learns from losses that its choices did not shape (0.2)")
     g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
@@ -162,6 +160,9 @@ def parse_args(argv=None):
         stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and --lora_rank above 0")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
+    if args.route == "learned" and args.gate == "categorical" and not args.explore:
+        stop("--explore 0: a student that gets one path of a question has nothing to compare it with, and the router "
+             "never learns; pass a share above 0, or --gate binary")
     if args.reward == "interaction" and n == 1:
         stop("--reward interaction compares students: it needs two or more")
     if len(args.lr) not in (1, n):
@@ -488,11 +489,12 @@ def embed(rows, args, device):
         new = dict(zip(keys, pairs))
         for key in known:
             new.pop(key, None)
-        if new:
-            parts = {"keys": torch.tensor([list(key) for key in new], dtype=torch.uint8),
-                     "h": encode_new(list(new.values()), args, device)}
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(new), 8192):  # saved as it grows: a kill does not cost hours
+            some = [*new][start:start + 8192]
+            parts = {"keys": torch.tensor([list(key) for key in some], dtype=torch.uint8),
+                     "h": encode_new([new[key] for key in some], args, device)}
             saved = {name: torch.cat([saved[name], part]) if saved else part for name, part in parts.items()}
-            cache.parent.mkdir(parents=True, exist_ok=True)
             save_atomic(saved, cache)
         row_of = {key: i for i, key in enumerate([*known, *new])}
         h = saved["h"][[row_of[key] for key in keys]]
@@ -534,6 +536,12 @@ def batches(lengths, max_tokens):
     yield batch
 
 
+def put(array, device):
+    """Whole numbers on the device, to a GPU from pinned memory: nothing waits, the next batch is built meanwhile."""
+    x = torch.from_numpy(array.astype(np.int64))
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def response_states(student, prompts, responses, args):
     """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens, row after row.
 
@@ -548,8 +556,8 @@ def response_states(student, prompts, responses, args):
         for b, i in enumerate(batch):
             ids[b, :lengths[i]] = np.concatenate([prompts[i], responses[i][:-1]])
             where.append(b * width + len(prompts[i]) - 1 + np.arange(len(responses[i])))  # prompt[-1] predicts [0]
-        hidden = student.blocks(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
-        yield batch, hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(where)).to(device)]
+        hidden = student.blocks(input_ids=put(ids, device), use_cache=False).last_hidden_state
+        yield batch, hidden.flatten(0, 1)[put(np.concatenate(where), device)]
 
 
 def forward_paths(student, s, rows, base, args):
@@ -569,10 +577,10 @@ def forward_paths(student, s, rows, base, args):
             text.append((np.arange(len(response)) > 0) & (base[i] >= 0))  # state k has read response[k - 1]
             segment.append(rows[i]["segments"][s] + base[i] if base[i] >= 0 else [])
     h = torch.cat(h)  # (N, D), response positions only
-    target, owner, text, segment = (torch.from_numpy(np.concatenate(x).astype(np.int64)).to(h.device)
-                                    for x in (target, owner, text, segment))
+    text = [np.flatnonzero(np.concatenate(text))]  # numbers and not a mask, whose size a GPU would be asked for
+    target, owner, text, segment = (put(np.concatenate(x), h.device) for x in (target, owner, text, segment))
     nll = h.new_zeros(len(rows), dtype=torch.float32).index_add(0, owner, response_nll(student, h, target))
-    return nll, h[text.bool()].float(), segment
+    return nll, h[text].float(), segment
 
 
 @torch.no_grad()
@@ -714,9 +722,12 @@ def main(argv=None):
     kept, test, before_filter = load_data(args)
     print("\nquality filter (training questions)")
     judge.filter_table(before_filter, args.filter)
+    fates = dict(Counter(judge.fate(row, args.filter) for row in before_filter))
+    digest = hashlib.sha256(json.dumps([kept, test]).encode()).hexdigest()
     students = load_students(args, device)
     S = len(students)
     rows = encode(kept, students)
+    del before_filter, kept  # `rows` has what training needs
     styles = sorted({row["style"] for row in rows})
     questions = defaultdict(list)
     for p, row in enumerate(rows):
@@ -761,7 +772,6 @@ def main(argv=None):
     # ---- start, or go on where a killed run stopped
     checkpoint, log_file = out / "checkpoint.safetensors", out / "log.jsonl"
     state = (students, router, collab, optimizers, generator)
-    digest = hashlib.sha256(json.dumps([kept, test]).encode()).hexdigest()
     run = {"step": 0, "tokens": [0] * S, "seconds": 0.0, "data": digest}
     if args.resume and checkpoint.is_file():
         run = load_state(checkpoint, *state)
@@ -799,14 +809,11 @@ def main(argv=None):
             alpha, soft = qr.GATES[args.gate](odds, args.tau, generator, question)  # Eq 2
         else:
             alpha = soft = chosen[index]
-        learns = args.route == "learned"
-        if learns and step < args.explore * steps:  # all paths to all students: losses that no choice has shaped
+        if args.route == "learned" and step < args.explore * steps:  # all to all: losses that no choice has shaped
             alpha = qr.straight_through(torch.ones_like(soft), soft)
         alpha = qr.at_least_one(alpha, soft, question)
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S): how a path's loss enters Eq 9
-        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on, unless it is probed
-        dice = torch.rand(logits.shape, generator=generator).masked_fill(routed, -1)
-        probed = ~routed & (qr.keep_best(dice, question) > 0) & (args.probe and learns)
+        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
         shared = (routed.sum(1) > 1) & collaborate  # (P,) co-routed
         length = torch.tensor([[len(r) for r in rows[p]["responses"]] for p in index])  # (P, S) response tokens
 
@@ -831,11 +838,6 @@ def main(argv=None):
                 total[mine.to(device), s] = nll.detach()
                 z.append(z_s)
                 segment.append(segment_s)
-                tried = probed[here, s].nonzero().squeeze(1)
-                if len(tried):
-                    with amp, torch.no_grad():
-                        losses.append((here[tried], s, forward_paths(
-                            student, s, [rows[p] for p in index[here[tried]]], [-1] * len(tried), args)[0]))
                 if not student.frozen:
                     loss = loss + (weight.detach()[here[mine], s].to(device) * mean).sum()  # Eq 9: L_distill^(s)
             if len(co):
@@ -873,9 +875,8 @@ def main(argv=None):
         p = {"binary": torch.sigmoid(logits), "onehot": torch.softmax(logits, -1), "categorical": alpha}[args.gate]
         per_student = args.entropy == "student"
         entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)  # Eq 3 and Eq 4
-        if learns:
-            known = routed | probed
-            cost = qr.fill_skipped(cost if args.reward == "sum" else nll, known, question, args.normalize)  # (P, S)
+        if args.route == "learned":
+            cost = qr.fill_skipped(cost if args.reward == "sum" else nll, routed, question, args.normalize)  # (P, S)
             l_distill = (weight * (qr.interaction(cost) if args.reward == "interaction" else cost)).sum()
             (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted
 
@@ -892,7 +893,7 @@ def main(argv=None):
             continue
 
         def over(rows, values):
-            return ((values * routed)[rows].sum(0) / routed[rows].sum(0).clamp(min=1)).tolist()  # noqa: B023
+            return (values[rows].sum(0) / routed[rows].sum(0).clamp(min=1)).tolist()  # noqa: B023
         of = {"style": defaultdict(list), "level": defaultdict(list)}  # numbers of the step's paths, by what rows have
         for i, p in enumerate(index):
             for key in of.keys() & rows[p].keys():
@@ -928,7 +929,7 @@ def main(argv=None):
                                   if any(style in x for x in last)},
                "tokens_trained": run["tokens"], "seconds": round(run["seconds"], 1),
                "counts": {"steps": steps, "training_questions": len(questions), "training_paths": len(rows),
-                          "filter": dict(Counter(judge.fate(row, args.filter) for row in before_filter))}}
+                          "filter": fates}}
     write_atomic(json.dumps(results, indent=1), out / "results.json")
     print_results(results, out)
 

@@ -165,17 +165,17 @@ def path_weights(alpha, question, normalize="question"):
     return alpha / routed.clamp(min=1)[question] / seen
 
 
-def fill_skipped(nll, known, question, normalize="question"):
-    """Losses (P, S), those of pairs that were not run, where known (P, S) is 0, filled in by the mean of the others.
+def fill_skipped(nll, alpha, question, normalize="question"):
+    """Losses (P, S) with the skipped pairs filled in by the mean that the routed ones have.
 
-    Under this estimate the gate of a pair that was neither routed nor probed has gradient (nll_ij - mean_i) / n_i = 0;
-    and a routed path is judged against its question's other known paths.
+    A pair that was not routed was not run, so its loss is unknown. Under this estimate its gate's gradient,
+    (nll_ij - mean_i) / n_i, is zero; and a routed path is judged against its question's other routed paths.
     """
-    known = known.detach().to(nll)
+    alpha = alpha.detach().to(nll)  # the sum of a mask would be a mask
     if normalize == "batch":
         question = torch.zeros_like(question)
-    mean = per_question(known * nll, question) / per_question(known, question).clamp(min=1)
-    return torch.where(known > 0, nll, mean[question])
+    mean = per_question(alpha * nll, question) / per_question(alpha, question).clamp(min=1)
+    return torch.where(alpha > 0, nll, mean[question])
 
 
 def interaction(nll):

@@ -11,7 +11,7 @@ a  training step of both students, routed, against the plain way: every row padd
    pair forwarded, the encoder run in every step       b  one student on all paths, against TRL's SFTTrainer with LoRA
 c  both students with routing, against one after the other on all paths           d  peak memory of a, b, c, of a loss
 e  greedy answers, against model.generate in file order            f  share of the measured matrix-product peak reached
-g  share of a step that router, probes, alignment, mutual loss and the collapse log cost
+g  share of a step that router, alignment, mutual loss and the collapse log cost
 h  our batches of rows of similar length, against rows packed into one sequence behind a dense mask       i  against a
    question's prompt once for all its paths, too; half of the paths second       k  a start over N paths, a second start
 l  a step with more paths, more students
@@ -112,20 +112,16 @@ def now(device):
 # ---------------------------------------------------------------- the sides: each makes one step and returns its units
 def gates(b, repeat):
     """The router's part of a step; a repeat's seed gives all sides the same routed pairs."""
-    logits, generator = b.router(b.h), torch.Generator().manual_seed(max(repeat, 0))
-    alpha, soft = qr.GATES[b.args.gate](logits, b.args.tau, generator, b.question)
+    logits = b.router(b.h)
+    alpha, soft = qr.GATES[b.args.gate](logits, b.args.tau, torch.Generator().manual_seed(max(repeat, 0)), b.question)
     alpha = qr.at_least_one(alpha, soft, b.question)
-    routed = alpha.detach() > 0.5
-    dice = torch.rand(logits.shape, generator=generator).masked_fill(routed, -1)
-    probed = (qr.keep_best(dice, b.question) > 0) & ~routed & b.args.probe
-    return logits, alpha, qr.path_weights(alpha, b.question), routed, probed
+    return logits, alpha, qr.path_weights(alpha, b.question), alpha.detach() > 0.5
 
 
-def router_step(b, logits, alpha, weight, cost, known):
+def router_step(b, logits, alpha, weight, cost):
     p = torch.sigmoid(logits) if b.args.gate == "binary" else alpha
     entropy = qr.balance_entropy(p, b.question)
-    cost = qr.fill_skipped(cost, known, b.question)
-    ((weight * cost).sum() - b.args.entropy_weight * entropy).backward()
+    ((weight * qr.fill_skipped(cost, alpha, b.question)).sum() - b.args.entropy_weight * entropy).backward()
     distill.clip_and_step(b.optimizers[-1], b.args.clip)
 
 
@@ -134,27 +130,21 @@ def our_step(b, repeat):
 
     A copy, to be timed by parts: b.method gets the seconds of all that fine-tuning has not, L_mutual is differentiated
     up to z first. It has main()'s forwards, losses and backward passes; where main() gets others, a, c, d, g and l
-    measure a step that nobody trains with. It is a step after --explore, in which fewer pairs are probed.
+    measure a step that nobody trains with.
     """
     began = now(b.device)
-    logits, alpha, weight, routed, probed = gates(b, repeat)
+    logits, alpha, weight, routed = gates(b, repeat)
     segments, co = torch.tensor([row["n_segments"] for row in b.rows]), (routed.sum(1) > 1).nonzero().squeeze(1)
     base = torch.full((len(b.rows),), -1)
     base[co] = segments[co].cumsum(0) - segments[co]
     method = now(b.device) - began
     loss, z, segment, total = 0.0, [], [], torch.zeros(len(b.rows), len(b.students), device=b.device)
     for s, student in enumerate(b.students):
-        mine, tried = (x[:, s].nonzero().squeeze(1) for x in (routed, probed))
+        mine = routed[:, s].nonzero().squeeze(1)
         with amp(b.device):
             nll, z_s, segment_s = distill.forward_paths(student, s, [b.rows[p] for p in mine], base[mine].tolist(),
                                                         b.args)
         total[mine.to(b.device), s] = nll.detach()
-        if len(tried):
-            began = now(b.device)
-            with amp(b.device), torch.no_grad():
-                total[tried.to(b.device), s] = distill.forward_paths(student, s, [b.rows[p] for p in tried],
-                                                                     [-1] * len(tried), b.args)[0]
-            method += now(b.device) - began
         loss = loss + (nll * (weight.detach() / b.length)[mine, s].to(b.device)).sum()
         z.append(z_s)
         segment.append(segment_s)
@@ -172,7 +162,7 @@ def our_step(b, repeat):
         distill.clip_and_step(optimizer, b.args.clip)
     began = now(b.device)
     distill.clip_and_step(b.optimizers[-2], b.args.clip)
-    router_step(b, logits, alpha, weight, total.cpu(), routed | probed)
+    router_step(b, logits, alpha, weight, total.cpu())
     b.method.append(method + now(b.device) - began)
     return int(b.length[routed].sum())
 
@@ -182,7 +172,7 @@ def plain_step(b, repeat):
     after each. It has no mutual loss, which is to its favour. -> the same trained response tokens."""
     pairs = [(row["question"], row["text"]) for row in b.rows]
     qr.encoder_embed(*b.encoder, pairs) if b.encoder else qr.hash_embed([f"{q}\n{p}" for q, p in pairs])
-    logits, alpha, weight, routed, _ = gates(b, repeat)  # from the cached embeddings: the very same pairs
+    logits, alpha, weight, routed = gates(b, repeat)  # from the cached embeddings: the very same pairs
     nll = torch.zeros(len(b.rows), len(b.students))
     width = b.args.max_len
     for s, student in enumerate(b.students):
@@ -203,7 +193,7 @@ def plain_step(b, repeat):
             nll[part, s] = loss.detach().cpu()
             del out, loss
         distill.clip_and_step(b.optimizers[s], b.args.clip)
-    router_step(b, logits, alpha, weight, nll * b.length, torch.ones_like(routed))
+    router_step(b, logits, alpha, weight, nll * b.length)
     return int(b.length[routed].sum())
 
 
@@ -560,7 +550,7 @@ def main():
     if "g" in only:
         b.method.clear()
         rate, = alternate(repeats, device, lambda r: our_step(b, r) and 1)
-        report("g  router, probes, alignment, mutual loss, collapse log / step", statistics.median(b.method[-repeats:]),
+        report("g  router, alignment, mutual loss, collapse log / whole step", statistics.median(b.method[-repeats:]),
                1 / rate, "s/step")
 
 

@@ -42,9 +42,10 @@ TABLES = {
         "one style scrambled for student 1": "--scramble", "scrambled, all paths to both": "--scramble --route all",
         "scrambled, random path": "--scramble --route random"},
     "ablation": {
-        FULL: "", "gates as in the paper": "--gate binary --reward loss --no-probe --no-style_input --explore 0",
-        "binary gates": "--gate binary", "reward: mean loss": "--reward loss", "no probe": "--no-probe",
-        "no style input": "--no-style_input", "no first phase": "--explore 0", "MLP router": "--router_hidden 256"},
+        FULL: "", "gates as in the paper": "--gate binary --reward loss --no-style_input --explore 0",
+        "binary gates": "--gate binary --explore 0", "reward: mean loss": "--reward loss",
+        "no style input": "--no-style_input", "MLP router": "--router_hidden 256",
+        **{f"first phase {share}": f"--explore {share}" for share in (0.05, 0.1, 0.5)}},
     "samples": {FULL: "", **ALL, **{f"{name}, {share:.0%} of the questions": f"{flags} --train_frac {share}"
                                     for share in (0.5, 0.25, 0.1) for name, flags in ((FULL, ""), *ALL.items())}},
     "competence": {

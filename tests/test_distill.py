@@ -141,7 +141,7 @@ def train(world, tmp_path, monkeypatch):
     return run
 
 
-AS_PRINTED = ("--gate", "binary", "--reward", "loss", "--no-probe", "--no-style_input", "--explore", "0")
+AS_PRINTED = ("--gate", "binary", "--reward", "loss", "--no-style_input", "--explore", "0")
 
 
 def flags_of(world, out, *flags, students=("words", "pieces")):
@@ -894,7 +894,7 @@ def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
         ["--router_hidden", 8], ["--tau", 0.3], ["--projection", "trained"],
         ["--no-standardize"], ["--reward", "interaction"],
         ["--shared_dim", 8], ["--mutual_weight", 0], ["--mutual_weight", 2], ["--weight_decay", 1], ["--clip", 1e-3],
-        ["--warmup", 1], ["--entropy_weight", 50], ["--gate", "categorical"], ["--probe"], ["--style_input"],
+        ["--warmup", 1], ["--entropy_weight", 50], ["--gate", "categorical", "--explore", 0.2], ["--style_input"],
         ["--reward", "sum", "--max_steps", 8], ["--explore", 0.5],
     ],
 )
@@ -932,24 +932,12 @@ def test_learning_rates_are_one_per_student(world, train):
 
 
 def test_first_phase_trains_all_paths_and_then_each_student_one_of_each_question(monkeypatch, world, train):
-    flags = ("--filter", "none", "--max_steps", 4, "--explore", 0.5, "--no-probe")
+    flags = ("--filter", "none", "--max_steps", 4, "--explore", 0.5)
     run, ran = watch_forwards(monkeypatch, world, flags, train)
     assert [line["rate"] for line in run.log] == [[1, 1]] * 2 + [[pytest.approx(1 / 6)] * 2] * 2
     assert [len(x) for x in ran] == [2 * 4 * 6 + 2 * 4] * 2
     assert all(line["router_grad_norm"] > 0 for line in run.log[:2])  # it learns from all losses
     assert all(line["router_grad_norm"] < 1e-6 * run.log[0]["router_grad_norm"] for line in run.log[2:])  # one path alone has no peer
-
-
-def test_probes_run_one_skipped_path_per_question_which_trains_the_router_and_no_student(monkeypatch, world, train):
-    flags = ("--filter", "none", "--max_steps", 3, "--explore", 0)
-    with_probe, ran = watch_forwards(monkeypatch, world, flags, train)
-    assert [len(x) for x in ran] == [3 * 4 * 2] * 2 and all(line["router_grad_norm"] > 0 for line in with_probe.log)
-    assert all(line["rate"] == [pytest.approx(1 / 6)] * 2 for line in with_probe.log)
-    plain = train(*flags, "--no-probe", "--max_steps", 1, name="plain")
-    probed = train(*flags, "--max_steps", 1, name="probed")
-    for i in (0, 1):  # the first step's gates are the same, and so is what the students learn in it
-        assert same_tensors(*(run.weights[f"student_{i}/model.safetensors"] for run in (plain, probed)))
-    assert plain.results["tokens_trained"] == probed.results["tokens_trained"]
 
 
 # ---------------------------------------------------------------- several processes

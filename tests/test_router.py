@@ -240,27 +240,26 @@ def test_skipped_losses_are_the_mean_of_the_known_ones():
         assert abs(filled[p, s] - want) < 1e-12
 
 
-@pytest.mark.parametrize("probe", [True, False])
-def test_router_finds_each_students_cheapest_path_when_skipped_paths_are_probed(probe):
+@pytest.mark.parametrize("first_phase", [True, False])
+def test_router_finds_each_students_cheapest_path_while_it_sees_all_losses(first_phase):
     question = torch.arange(8).repeat_interleave(4)
-    cost = torch.tensor([[20.0, 30], [22, 20], [60, 25], [200, 90]]).repeat(8, 1)  # per style and student, nats a path
+    cost = torch.tensor([[20.0, 30], [25, 20], [60, 25], [200, 90]]).repeat(8, 1)  # per style and student, nats a path
     router, generator = qr.Router(4, 2), seeded()
     optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
-    for _ in range(150):
-        alpha, _ = qr.categorical_gate(router(torch.eye(4).repeat(8, 1)), 1.0, generator, question)
-        routed = alpha.detach() > 0.5
-        noisy = cost * torch.exp(0.2 * torch.randn(cost.shape, generator=generator))
-        dice = torch.rand(cost.shape, generator=generator).masked_fill(routed, -1)
-        known = routed | (qr.keep_best(dice, question) > 0) & probe
+    for _ in range(60):
+        alpha, soft = qr.categorical_gate(router(torch.eye(4).repeat(8, 1)), 1.0, generator, question)
+        if first_phase:
+            alpha = qr.straight_through(torch.ones_like(soft), soft)
+        noisy = cost * torch.exp(0.2 * torch.randn(cost.shape, generator=generator)) * (alpha.detach() > 0)
         optimizer.zero_grad()
-        (qr.path_weights(alpha, question) * qr.fill_skipped(noisy * known, known, question)).sum().backward()
+        (qr.path_weights(alpha, question) * qr.fill_skipped(noisy, alpha, question)).sum().backward()
         torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
         optimizer.step()
     rate = torch.softmax(router(torch.eye(4)), 0)
-    if probe:
-        assert rate[0, 0] > 0.6 and rate[1, 1] > 0.6 and rate[3].max() < 0.02
-    else:  # one path a question has nothing to be compared with: no gradient at all
-        assert torch.equal(rate, torch.full((4, 2), 0.25))
+    if first_phase:
+        assert rate[0, 0] > 0.7 and rate[1, 1] > 0.7 and rate[3].max() < 0.02
+    else:  # one path of a question has nothing to be compared with
+        assert torch.allclose(rate, torch.full((4, 2), 0.25), atol=1e-4)
 
 
 @pytest.mark.parametrize("normalize", ["question", "batch"])
