@@ -86,7 +86,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("routing")
     g.add_argument("--route", default="learned", choices=["learned", "all", "random", *qr.SCORES],
                    help="who decides: a router, nobody, chance, or a score of the untrained student (learned)")
-    g.add_argument("--route_rate", type=share, default=0.5, help="selection rate of --route random (0.5)")
+    g.add_argument("--route_rate", type=share, default=0.5, help="selection rate of --route random --gate binary (0.5)")
     g.add_argument("--encoder", default="hash", metavar="MODEL", help="Eq 1: 'hash' or a Hugging Face encoder (hash)")
     g.add_argument("--router_hidden", type=natural, default=0, help="Eq 2: width of the paper's MLP, 0: linear (0)")
     g.add_argument("--router_lr", type=weight, default=0.1, help="learning rate of the router (0.1)")
@@ -160,7 +160,10 @@ def parse_args(argv=None):
         stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and --lora_rank above 0")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
-    if args.route == "learned" and args.gate == "categorical" and not args.explore:
+    categorical = args.route == "learned" and args.gate == "categorical"
+    if categorical and args.normalize == "batch":
+        stop("--normalize batch: with one path of each question all weigh the same anyway; pass --gate binary too")
+    if categorical and not args.explore:
         stop("--explore 0: a student that gets one path of a question has nothing to compare it with, and the router "
              "never learns; pass a share above 0, or --gate binary")
     if args.reward == "interaction" and n == 1:
@@ -291,8 +294,7 @@ def response_costs(student, h, target):
 
 # ---------------------------------------------------------------- students
 def load_students(args, device):
-    """The students in memory: a list of namespaces (model, blocks, tokenizer, source,
-    end, lr, frozen, max_len)."""
+    """The students in memory: namespaces (model, blocks, tokenizer, source, end, lr, frozen, max_len)."""
     loaded = []
     for name in args.students or []:
         if os.path.isfile(os.path.join(name, "adapter_config.json")):
@@ -475,7 +477,8 @@ def encode(rows, students):
 
 
 def embed(rows, args, device):
-    """Eq 1 for the whole pool, once: (P, d) on the CPU, each feature standardised. Kept on disk, path by path."""
+    """Eq 1 for the whole pool, once: (P, d) on the CPU, embeddings standardised and divided by their size, styles
+    one-hot. The embeddings are kept on disk, path by path."""
     pairs = [(row["question"], row["text"]) for row in rows]
     if args.encoder == "hash":
         h = qr.hash_embed(tqdm([f"{question}\n{path}" for question, path in pairs], desc="embed paths", leave=False))
@@ -498,8 +501,8 @@ def embed(rows, args, device):
             save_atomic(saved, cache)
         row_of = {key: i for i, key in enumerate([*known, *new])}
         h = saved["h"][[row_of[key] for key in keys]]
-    h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]  # Adam moves all weights
-    # alike, so that d features of an embedding get about as much of a logit as the one style
+    # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit as the one style
+    h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
         one_hot = torch.tensor([[row["style"] == style for style in styles] for row in rows]).float()
@@ -625,7 +628,7 @@ def best_paths(rows, questions, students, args, rank=0, world=1):
 # ---------------------------------------------------------------- checkpoints: tensors and JSON, replaced atomically
 def save_atomic(tensors, file, metadata=None):
     """Write a safetensors file such that a kill leaves the old one or the new one, never half of one."""
-    part = Path(f"{file}.part")
+    part = Path(f"{file}.{os.getpid()}.part")  # several runs may fill the cache of embeddings
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
     with open(part, "rb") as f:
         os.fsync(f.fileno())
@@ -735,7 +738,7 @@ def main(argv=None):
     questions = list(questions.values())  # each a list of its paths' numbers in `rows`
     if rank:
         dist.barrier()  # rank 0 fills the cache
-    h = embed(rows, args, device)  # (P, d), Eq 1
+    h = embed(rows, args, device) if args.route == "learned" else torch.zeros(len(rows), 1)  # (P, d), Eq 1
     if world > 1 and not rank:
         dist.barrier()
 
@@ -809,6 +812,7 @@ def main(argv=None):
             alpha, soft = qr.GATES[args.gate](odds, args.tau, generator, question)  # Eq 2
         else:
             alpha = soft = chosen[index]
+        drawn = alpha
         if args.route == "learned" and step < args.explore * steps:  # all to all: losses that no choice has shaped
             alpha = qr.straight_through(torch.ones_like(soft), soft)
         alpha = qr.at_least_one(alpha, soft, question)
@@ -872,9 +876,9 @@ def main(argv=None):
                 collab.zero_grad()
         cost = cost.cpu()
         nll = cost / length  # per token
-        p = {"binary": torch.sigmoid(logits), "onehot": torch.softmax(logits, -1), "categorical": alpha}[args.gate]
+        p = {"binary": torch.sigmoid(logits), "onehot": torch.softmax(logits, -1), "categorical": drawn}[args.gate]
         per_student = args.entropy == "student"
-        entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)  # Eq 3 and Eq 4
+        entropy = qr.balance_entropy(p if per_student else drawn, question, per_student)  # Eq 3 and Eq 4
         if args.route == "learned":
             cost = qr.fill_skipped(cost if args.reward == "sum" else nll, routed, question, args.normalize)  # (P, S)
             l_distill = (weight * (qr.interaction(cost) if args.reward == "interaction" else cost)).sum()

@@ -19,7 +19,6 @@ import zlib
 from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 
 import mpmath
 import numpy as np
@@ -172,7 +171,7 @@ def braces(text):
     text = text.lstrip()
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
-    depth = list(accumulate((c == "{") - (c == "}") for c in text))
+    depth = list(itertools.accumulate((c == "{") - (c == "}") for c in text))
     return text[1:depth.index(0)] if 0 in depth else text[1:]
 
 
@@ -324,7 +323,7 @@ def clean_latex(s):
 
 
 def depths(s):
-    return list(accumulate((c in "([{") - (c in ")]}") for c in s))
+    return list(itertools.accumulate((c in "([{") - (c in ")]}") for c in s))
 
 
 def split_top(s, separators):

@@ -56,7 +56,7 @@ class Router(nn.Module):
             nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, students))
         self.bound = bound
         last = self.net if hidden == 0 else self.net[-1]
-        nn.init.zeros_(last.weight)  # every gate starts at 1/2: no style is favoured by the initialisation
+        nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured by the initialisation
         nn.init.zeros_(last.bias)
 
     def forward(self, h):
@@ -139,9 +139,10 @@ def keep_best(score, question):
 def balance_entropy(p, question, per_student=True):
     """Eq 3 and Eq 4: the binary entropy (nats, at most ln 2) of a question's selection rate, mean over questions.
 
-    p (P, S): gate probabilities (or sampled alpha for the literal form), question (P,) -> scalar. It is MAXIMISED:
-    Eq 9 departs and subtracts it. Eq 3 departs: each student has its own rate, else "everything to one student,
-    nothing to the other" would be the optimum (open point 3). per_student=False is Eq 3 as printed.
+    p (P, S): gate probabilities (sampled alpha for the literal form and for categorical gates), question (P,) ->
+    scalar. It is MAXIMISED: Eq 9 departs and subtracts it. Eq 3 departs: each student has its own rate, else
+    "everything to one student, nothing to the other" would be the optimum (open point 3). per_student=False is Eq 3 as
+    printed.
     """
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
     if not per_student:

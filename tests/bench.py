@@ -16,7 +16,8 @@ h  our batches of rows of similar length, against rows packed into one sequence 
    question's prompt once for all its paths, too; half of the paths second       k  a start over N paths, a second start
 l  a step with more paths, more students
 
-Flags that are not the bench's are distill.py's: --gate categorical, --checkpointing ...
+Flags that are not the bench's are distill.py's: --gate categorical, --checkpointing ... Half of the pairs are routed here
+(--gate binary); the default routes them all in its first phase and then one of each question.
 """
 import argparse
 import contextlib

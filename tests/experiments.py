@@ -6,10 +6,12 @@
 Every run is a `distill.py` run in OUT/, and one JSON line in OUT/runs.jsonl; a run whose line is there is not repeated.
 A row is compared with QR-Distill seed by seed (the same questions, split and untrained students): once at equal steps
 with equally many questions a step, once at equal trained response tokens, for which first the questions per step and then
-the steps are scaled. The difference is the mean over the students that the row trains, its interval Student's t.
+the steps are scaled ("both": its tokens are within 15 % anyway). The difference is the mean over the students that the
+row trains, its interval Student's t.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
@@ -17,7 +19,8 @@ import os
 import random
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -38,20 +41,20 @@ TABLES = {
         "student 0 alone": "--alone 0", "student 1 alone": "--alone 1"},
     "routing": {
         FULL: "", **ALL, **RANDOM, "only STYLE": "--route all --styles STYLE",
-        **{f"--route {name}": f"--route {name}" for name in ("nll", "lalp", "rsr", "lark")},
-        "one style scrambled for student 1": "--scramble", "scrambled, all paths to both": "--scramble --route all",
-        "scrambled, random path": "--scramble --route random"},
+        **{f"--route {name}": f"--route {name}" for name in ("nll", "lalp", "rsr", "lark")}},
+    # one style is scrambled for student 1 and for no other: a router must find it
+    "harmful": {FULL: "--scramble", **{name: f"--scramble {flags}" for name, flags in (ALL | RANDOM).items()}},
     "ablation": {
         FULL: "", "gates as in the paper": "--gate binary --reward loss --no-style_input --explore 0",
         "binary gates": "--gate binary --explore 0", "reward: mean loss": "--reward loss",
-        "no style input": "--no-style_input", "MLP router": "--router_hidden 256",
+        "no style input": "--no-style_input", "MLP router": "--router_hidden 256 --router_lr 0.01",
         **{f"first phase {share}": f"--explore {share}" for share in (0.05, 0.1, 0.5)}},
     "samples": {FULL: "", **ALL, **{f"{name}, {share:.0%} of the questions": f"{flags} --train_frac {share}"
                                     for share in (0.5, 0.25, 0.1) for name, flags in ((FULL, ""), *ALL.items())}},
     "competence": {
         FULL: "", "no collaboration": "--mutual_weight 0", "ten times the mutual loss": "--mutual_weight 1",
         "competence from Eq 8": "--competence eq8", "trained projections": "--projection trained",
-        "all paths, collaboration": "--route all", "all paths, no collaboration": "--route all --mutual_weight 0"},
+        **ALL, "all paths to both, no collaboration": "--route all --mutual_weight 0"},
 }
 
 
@@ -71,11 +74,11 @@ def prepare(seed, args):
 
 
 def scrambled(encode, style):
-    """distill.encode with the words of one style's paths shuffled, for student 1 alone: harmful for it and for no other."""
+    """distill.encode with the tokens of one style's paths shuffled, for student 1 alone."""
     def encode_and_scramble(rows, students):
         rows = encode(rows, students)
         for row in rows:
-            if row["style"] == style:  # the tokens move, the end token stays
+            if row["style"] == style:  # the end token stays
                 order = list(range(len(row["responses"][1]) - 1))
                 random.Random(row["id"]).shuffle(order)
                 row["responses"][1][:-1] = row["responses"][1][order]
@@ -96,8 +99,9 @@ def run(job):
         try:
             if not (folder / "results.json").exists():
                 distill.main(["--resume", str(folder)] if resumed else [*flags, "--out_dir", str(folder)])
-        except SystemExit:
-            return {**line, "failed": Path(text.name).read_text().strip().splitlines()[-1]}
+        except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
+            traceback.print_exc()
+            return {**line, "failed": f"see {text.name}"}
         finally:
             distill.encode = encode
     results = json.loads((folder / "results.json").read_text())
@@ -129,9 +133,13 @@ def jobs_of(args, table, seed, full=None):
         scramble = None
         if "--scramble" in flags:
             flags.remove("--scramble")
-            scramble = args.harmful if args.harmful in styles else styles[-1]
+            scramble = args.harmful
+            if scramble not in styles or len(styles) == 1:
+                tasks.stop(f"--harmful {scramble}: not one of several styles of the pool ({', '.join(styles)})")
         paths = pool
         if "--paths" in flags:
+            if args.paths and "--eval_questions" not in args.more:  # another pool would be split otherwise
+                tasks.stop("distilling step-by-step on --paths needs common test questions: --more --eval_questions FILE")
             paths = args.out / f"step_by_step{'' if args.paths else seed}.jsonl"
             flags = flags[:-2]
             kept = judge.filter_pool(judge.grade_paths(tasks.read_jsonl(pool)), "answer")
@@ -155,9 +163,14 @@ def mean_sd(values):
     return f"{statistics.mean(values):.1f}" + (f" ({statistics.stdev(values):.1f})" if len(values) > 1 else "")
 
 
+def accuracy(line, s):
+    """Of student number s, also where it was trained alone and is the run's only one."""
+    return line["accuracy"][s if len(line["accuracy"]) > 1 else 0]
+
+
 def difference(row, full):
     """Paired difference to QR-Distill in points, mean over a row's trained students, with its 95 % interval."""
-    d = [100 * statistics.mean(line["accuracy"][line["trained"].index(s)] - full[seed]["accuracy"][s]
+    d = [100 * statistics.mean(accuracy(line, s) - accuracy(full[seed], s)
                                for s in line["trained"]) for seed, line in row.items() if seed in full]
     if len(d) < 2:
         return f"{d[0]:+.1f}" if d else ""
@@ -170,7 +183,7 @@ def print_table(lines):
     cells = {}
     for line in lines:
         cells.setdefault((line["row"], line["budget"]), {})[line["seed"]] = line
-    full = cells.get((FULL, "steps"), {})
+    full = {seed: line for seed, line in cells.get((FULL, "steps"), {}).items() if "failed" not in line}
     print("\n| | equal | student 0 | student 1 | ensemble | any right | tokens | less QR-Distill, 95 % |\n|---" + "|---" * 7 + "|")
     if full:
         before = [[line["before"][s] for line in full.values()] for s in range(2)]
@@ -183,7 +196,7 @@ def print_table(lines):
             print(f"| {name} | {budget} | failed: {next(iter(row.values()))['failed']} |")
             continue
         trained = next(iter(good.values()))["trained"]
-        students = [mean_sd([line["accuracy"][trained.index(s)] for line in good.values()]) if s in trained else ""
+        students = [mean_sd([accuracy(line, s) for line in good.values()]) if s in trained else ""
                     for s in range(2)]
         both = [mean_sd([line[key] for line in good.values()]) if len(trained) > 1 else ""
                 for key in ("ensemble", "upper_bound")]
@@ -213,11 +226,11 @@ def main():
         tasks.stop("real runs need --students and --paths together")
     args.out.mkdir(parents=True, exist_ok=True)
     file, table = args.out / "runs.jsonl", TABLES[args.table]
+    if unknown := sorted({*(args.rows or [])} - {*table}):
+        tasks.stop(f"--rows {unknown[0]!r}: the rows of {args.table} are {', '.join(map(repr, table))}")
     if args.rows:
         table = {name: flags for name, flags in table.items() if name in (FULL, *args.rows)}
-    known = {}
-    for line in tasks.read_jsonl(file) if file.exists() else []:
-        known[line["key"]] = line
+    known = {line["key"]: line for line in (tasks.read_jsonl(file) if file.exists() else []) if "failed" not in line}
     threads = max(1, (os.cpu_count() or 1) // args.workers)
     spawn = multiprocessing.get_context("spawn")
 
@@ -225,18 +238,18 @@ def main():
         def finish(jobs):
             """Run what has no line yet, write each line as it comes -> all lines."""
             new = [job for job in jobs if job[1]["key"] not in known]
-            for line in distill.tqdm((f.result() for f in [pool.submit(run, job) for job in new]), total=len(new),
-                                     desc="runs", unit="run", disable=not new):
-                known[line["key"]] = line
+            for done in distill.tqdm(as_completed([pool.submit(run, job) for job in new]), total=len(new), desc="runs",
+                                     unit="run", disable=not new):
+                line = known[done.result()["key"]] = done.result()
                 with open(file, "a") as f:
                     f.write(json.dumps(line) + "\n")
-            return [known[job[1]["key"]] for job in jobs]
+            return [{**known[job[1]["key"]], **job[1]} for job in jobs]  # its name in this table
 
         def job(seed, name, flags, trained, scramble, budget, steps, batch):
             flags = [*flags, "--max_steps", str(steps), "--batch_size", str(batch)]
             key = " ".join([*flags, f"scramble {scramble}"])
-            folder = args.out / "".join(c if c.isalnum() else "_" for c in f"{args.table} {name} {budget} {seed} {steps} {batch}")
-            line = {"key": key, "table": args.table, "row": name, "budget": budget, "seed": seed, "trained": trained,
+            folder = args.out / hashlib.sha256(key.encode()).hexdigest()[:16]
+            line = {"key": key, "row": name, "budget": budget, "seed": seed, "trained": trained,
                     "steps": steps, "batch_size": batch}
             return folder, line, flags, scramble, threads
 
@@ -244,22 +257,25 @@ def main():
             list(pool.map(prepare, args.seeds, [args] * len(args.seeds)))
         rows = {seed: list(jobs_of(args, table, seed)) for seed in args.seeds}
         lines = finish([job(seed, *row, "steps", args.steps, args.batch_size) for seed in args.seeds for row in rows[seed]])
+        table_names = list(dict.fromkeys(name for seed in args.seeds for name, *_ in rows[seed]))
         if "tokens" in args.budgets:
-            jobs, full = [], {line["seed"]: sum(line["tokens"]) for line in lines if line["row"] == FULL}
-            for seed in args.seeds:
-                for (name, flags, trained, scramble), line in zip(rows[seed], (x for x in lines if x["seed"] == seed)):
-                    if name == FULL or "failed" in line:
-                        continue
-                    share = full[seed] * len(trained) / 2 / sum(line["tokens"])  # of what a step should have
-                    if abs(share - 1) < 0.15:  # a row with as many tokens: both budgets are one
-                        line["budget"] = "both"
-                        continue
-                    batch = max(1, round(args.batch_size * share))
-                    steps = round(args.steps * share * args.batch_size / batch)
+            jobs, full = [], {x["seed"]: x["tokens"] for x in lines if x["row"] == FULL and "failed" not in x}
+            good = [line for line in lines if "failed" not in line and line["seed"] in full]
+            for line in good:  # share: of the tokens that a step would need to have
+                line["share"] = sum(full[line["seed"]][s] for s in line["trained"]) / sum(line["tokens"])
+            for name in table_names:
+                row = {line["seed"]: line for line in good if line["row"] == name}
+                if row and abs(statistics.mean(line["share"] for line in row.values()) - 1) < 0.15:
+                    for line in row.values():
+                        line["budget"] = "steps" if name == FULL else "both"
+                    continue
+                for seed, line in row.items():
+                    flags, trained, scramble = next(r[1:] for r in rows[seed] if r[0] == name)
+                    batch = max(1, round(args.batch_size * line["share"]))
+                    steps = round(args.steps * line["share"] * args.batch_size / batch)
                     jobs.append(job(seed, name, flags, trained, scramble, "tokens", steps, batch))
             lines += finish(jobs)
-    order = list(dict.fromkeys(name for seed in args.seeds for name, *_ in rows[seed]))
-    print_table(sorted(lines, key=lambda line: (order.index(line["row"]), line["budget"])))
+    print_table(sorted(lines, key=lambda line: (table_names.index(line["row"]), line["budget"])))
 
 
 if __name__ == "__main__":
