@@ -891,7 +891,7 @@ def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
     "flags",
     [
         ["--normalize", "batch"], ["--entropy", "literal", "--entropy_weight", 1],
-        ["--router_hidden", 8], ["--tau", 0.3], ["--projection", "trained"],
+        ["--router_hidden", 8], ["--tau", 0.3, "--router_lr", 30], ["--projection", "trained"],
         ["--no-standardize"], ["--reward", "interaction"],
         ["--shared_dim", 8], ["--mutual_weight", 0], ["--mutual_weight", 2], ["--weight_decay", 1], ["--clip", 1e-3],
         ["--warmup", 1], ["--entropy_weight", 50], ["--gate", "categorical", "--explore", 0.2], ["--style_input"],
@@ -899,7 +899,7 @@ def test_onehot_gate_drops_no_path_and_binary_gate_does(train):
     ],
 )
 def test_every_training_flag_changes_the_run_and_ends_well(train, flags):
-    more = [*AS_PRINTED, "--max_steps", 4, "--router_lr", 3]
+    more = [*AS_PRINTED, "--max_steps", 4, "--router_lr", 1]
     flags = [*more, *flags]
     a, b = train(*more, name="a"), train(*flags, name="b")
     assert not all(same_tensors(a.weights[k], b.weights[k]) for k in a.weights)

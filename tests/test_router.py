@@ -246,7 +246,7 @@ def test_router_finds_each_students_cheapest_path_while_it_sees_all_losses(first
     cost = torch.tensor([[20.0, 30], [25, 20], [60, 25], [200, 90]]).repeat(8, 1)  # per style and student, nats a path
     router, generator = qr.Router(4, 2), seeded()
     optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
-    for _ in range(60):
+    for _ in range(150):
         alpha, soft = qr.categorical_gate(router(torch.eye(4).repeat(8, 1)), 1.0, generator, question)
         if first_phase:
             alpha = qr.straight_through(torch.ones_like(soft), soft)
