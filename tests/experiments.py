@@ -7,7 +7,7 @@ Every run is a `distill.py` run in OUT/, and one JSON line in OUT/runs.jsonl; a 
 A row is compared with QR-Distill seed by seed (the same questions, split and untrained students): once at equal steps
 with equally many questions a step, once at equal trained response tokens, for which first the questions per step and then
 the steps are scaled ("both": its tokens are within 15 % anyway). The difference is the mean over the students that the
-row trains, its interval Student's t.
+row trains, in table harmful that of the student whose paths were scrambled; its interval is Student's t.
 """
 import argparse
 import contextlib
@@ -169,9 +169,9 @@ def accuracy(line, s):
 
 
 def difference(row, full):
-    """Paired difference to QR-Distill in points, mean over a row's trained students, with its 95 % interval."""
+    """Paired difference to QR-Distill in points, mean over a row's compared students, with its 95 % interval."""
     d = [100 * statistics.mean(accuracy(line, s) - accuracy(full[seed], s)
-                               for s in line["trained"]) for seed, line in row.items() if seed in full]
+                               for s in line["compared"]) for seed, line in row.items() if seed in full]
     if len(d) < 2:
         return f"{d[0]:+.1f}" if d else ""
     half = T975[min(len(d) - 2, len(T975) - 1)] * statistics.stdev(d) / math.sqrt(len(d))
@@ -250,6 +250,7 @@ def main():
             key = " ".join([*flags, f"scramble {scramble}"])
             folder = args.out / hashlib.sha256(key.encode()).hexdigest()[:16]
             line = {"key": key, "row": name, "budget": budget, "seed": seed, "trained": trained,
+                    "compared": [1] if scramble else trained,
                     "steps": steps, "batch_size": batch}
             return folder, line, flags, scramble, threads
 
