@@ -97,7 +97,7 @@ def parse_args(argv=None):
     g.add_argument("--reward", default="sum", choices=["sum", "loss", "interaction"],
                    help="what a gate lowers: a path's loss summed over its tokens; their mean, as in Eq 9; of that the "
                         "part that is the student's own (sum)")
-    g.add_argument("--explore", type=share, default=0.2, help="share of the steps in which all paths go to all "
+    g.add_argument("--explore", type=share, default=0.2, help="first share of the steps: all paths go to all "
                    "students, while the router learns from losses that its choices did not shape (0.2)")
     g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
