@@ -613,7 +613,7 @@ def best_paths(rows, questions, students, args, rank=0, world=1):
         share = cost[rank::world]  # a view
         with tqdm(total=len(share), desc=f"score paths, student {s}", leave=False) as bar:
             for batch, h in response_states(student, context, scored, args):
-                target = torch.from_numpy(np.concatenate([scored[i] for i in batch]).astype(np.int64)).to(h.device)
+                target = put(np.concatenate([scored[i] for i in batch]), h.device)
                 tokens = response_costs(student, h, target).cpu().split([len(scored[i]) for i in batch])
                 share[batch] = torch.stack([x.mean(0) for x in tokens])
                 bar.update(len(batch))
@@ -719,7 +719,8 @@ def main(argv=None):
     if world > 1:  # under torchrun all ranks route alike, each runs its share of the questions, rank 0 speaks and saves
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
         if rank:
-            sys.stdout, tqdm.__init__ = open(os.devnull, "w"), partialmethod(tqdm.__init__, disable=True)  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
     # ---- the pool: filter, split, students in memory, everything tokenised and embedded once
     kept, test, before_filter = load_data(args)

@@ -88,8 +88,7 @@ def scrambled(encode, style):
 
 def run(job):
     """One run of distill.py -> its line of runs.jsonl."""
-    folder, line, flags, scramble, threads = job
-    torch.set_num_threads(threads)
+    folder, line, flags, scramble = job
     folder.parent.mkdir(parents=True, exist_ok=True)
     resumed = (folder / "args.json").exists()
     encode = distill.encode
@@ -112,7 +111,7 @@ def run(job):
             "rate": results["selection_rate"]}
 
 
-def jobs_of(args, table, seed, full=None):
+def jobs_of(args, table, seed):
     """The runs of one seed: [(name, flags, trained students, style to scramble)]."""
     source = args.out / "demo" / str(seed)
     students = args.students or [str(source / f"student_{i}") for i in range(2)]
@@ -250,9 +249,8 @@ def main():
             key = " ".join([*flags, f"scramble {scramble}"])
             folder = args.out / hashlib.sha256(key.encode()).hexdigest()[:16]
             line = {"key": key, "row": name, "budget": budget, "seed": seed, "trained": trained,
-                    "compared": [1] if scramble else trained,
-                    "steps": steps, "batch_size": batch}
-            return folder, line, flags, scramble, threads
+                    "compared": [1] if scramble else trained, "steps": steps, "batch_size": batch}
+            return folder, line, flags, scramble
 
         if not args.paths:
             list(pool.map(prepare, args.seeds, [args] * len(args.seeds)))
