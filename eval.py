@@ -866,6 +866,7 @@ def plot(folders):
 
 
 def main():
+    """The command: evaluate saved students, or draw run folders. Bad input stops with one sentence."""
     natural, positive = within(int, 0), within(int, 1)
     p = argparse.ArgumentParser(usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
                                 description="Evaluate saved students on a file of questions, or draw runs.",

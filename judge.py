@@ -793,6 +793,7 @@ def baseline_rows(name, rows, args, spent):
 
 # ---------------------------------------------------------------- the command
 def main():
+    """The command: sample, grade, judge or rewrite a pool. Bad input stops with one sentence."""
     natural, positive = tasks.within(int, 0), tasks.within(int, 1)
     p = argparse.ArgumentParser(usage="python judge.py (--questions FILE | --paths POOL | --demo N) --out POOL [flags]",
                                 description=__doc__, epilog="Defaults in brackets.",
