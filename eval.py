@@ -34,6 +34,9 @@ ASK = {"number": 'Reason step by step and end with "The answer is N." where N is
        "math": 'Reason step by step and end with "The answer is $\\boxed{X}$." where X is the result.',
        "yesno": 'Reason step by step and end with "The answer is yes." or "The answer is no."',
        "choice": 'Reason step by step and end with "The answer is (X)." where X is the letter of one choice.'}
+# That sentence, once something follows it: a student that goes on after it need not be heard out.
+ASKED = {kind: re.compile(rf"(?i)\bthe answer is (?:{answer})(?!\w)[^\n]*?(?:\.(?=\s)|(?=\n))") for kind, answer in {
+    "number": r"[$€£]?-?\d[\d,.]*", "math": r"\$[^$\n]+\$", "yesno": "yes|no", "choice": r"\([A-Z]\)"}.items()}
 YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
 
@@ -613,11 +616,13 @@ def merge_adapter(model, config, weights):
 
 # ---------------------------------------------------------------- generation
 @torch.no_grad()
-def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None):
+def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None,
+             until=None):
     """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without special tokens,
     "logprob": mean log-probability of its tokens and the one that ended it, "tokens": their number, "stopped": it
     ended by itself}. Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
-    sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends."""
+    sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends, and at the
+    first match of their prompt's pattern in `until`, which is looked for every 16 tokens."""
     temperature = temperature if temperature is not None else 0.8 if samples > 1 else 0
     device = model.device
     eos = model.generation_config.eos_token_id
@@ -627,31 +632,41 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
     if prompts and max(map(len, prompts)) >= context:
         stop(f"a prompt of {max(map(len, prompts))} tokens leaves no room in the model's context of {context}")
     accepted = inspect.signature(model.forward).parameters
-    jobs = [(i, k) for i in range(len(prompts)) for k in range(samples)]
+
+    def read(i, response):
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        return text, until and until[i].search(text)
+
+    jobs = [(i, k, [], 0.0) for i in range(len(prompts)) for k in range(samples)]  # [], 0.0: response, its logprob
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what doesn't fit into memory shows at once
-    results = [[None] * samples for _ in prompts]
+    results, aside = [[None] * samples for _ in prompts], []
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(jobs), desc=desc, disable=desc is None, leave=False)
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start:start + batch_size]
-        n, width = len(batch), max(len(prompts[i]) for i, _ in batch)
+    while jobs or aside:
+        jobs, aside = (jobs, aside) if jobs else (aside, [])
+        batch, jobs = jobs[:batch_size], jobs[batch_size:]
+        few = batch_size // 4 if jobs or aside else 0
+        said = torch.tensor([len(response) for _, _, response, _ in batch], device=device)
+        n, new = len(batch), max_new_tokens - int(said.min())
+        width = max(len(prompts[i]) + len(response) for i, _, response, _ in batch)
         ids = torch.zeros(n, width, dtype=torch.long)
-        mask = torch.ones(n, width + max_new_tokens, dtype=torch.long)
-        noise = torch.zeros(n, max_new_tokens)
-        for b, (i, k) in enumerate(batch):  # left-padded, so that all continue at the right edge
-            ids[b, width - len(prompts[i]):] = torch.tensor(prompts[i])
-            mask[b, :width - len(prompts[i])] = 0
+        mask = torch.ones(n, width + new, dtype=torch.long)
+        noise = torch.zeros(n, new)
+        for b, (i, k, response, _) in enumerate(batch):  # left-padded, so that all continue at the right edge
+            pad = width - len(prompts[i]) - len(response)
+            ids[b, pad:], mask[b, :pad] = torch.tensor(prompts[i] + response), 0
             if temperature:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
-                noise[b] = torch.rand(max_new_tokens, generator=generator)
+                drawn = torch.rand(max_new_tokens, generator=generator)[len(response):]
+                noise[b, :len(drawn)] = drawn
         mask, noise, inputs = mask.to(device), noise.to(device), ids.to(device)
         position = (mask.cumsum(1) - 1).clamp(min=0)
-        tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
+        tokens = torch.zeros(n, new, dtype=torch.long, device=device)
         logprob, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
         stopped = torch.zeros(n, dtype=torch.bool, device=device)
         rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows: those still running
-        for t in range(max_new_tokens):
+        for t in range(new):
             extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
             out = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,
                         **{k: v for k, v in extra.items() if k in accepted})
@@ -665,20 +680,28 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
             logprob[rows] += logp.gather(1, token[:, None]).squeeze(1)
             length[rows] += 1
             stopped[rows] = torch.isin(token, ends)
-            going = ~stopped[rows] & (position[rows, width + t] < context)
+            length_now = said[rows] + t + 1
+            going = ~stopped[rows] & (position[rows, width + t] < context) & (length_now < max_new_tokens)
+            for r in (going & (length_now % 16 == 0)).nonzero().flatten().tolist() if until else ():
+                i, _, response, _ = batch[rows[r]]
+                going[r] = not read(i, response + tokens[rows[r], :t + 1].tolist())[1]
             if not going.all():  # finished rows leave the batch
                 going = going.nonzero().squeeze(1)
                 bar.update(len(rows) - len(going))
                 rows, token = rows[going], token[going]
-                if not len(rows):
-                    break
+                if len(rows) <= few:  # a few rows take almost the time of many: what is left of several batches goes on
+                    break             # together, for the price of reading prompt and response again
                 cache.reorder_cache(going)  # batch_select_indices would forget the states of linear attention
             inputs = token[:, None]
-        bar.update(len(rows))
-        for b, (i, k) in enumerate(batch):
-            response = tokens[b, :length[b] - stopped[b].long()].tolist()
-            results[i][k] = {"text": tokenizer.decode(response, skip_special_tokens=True), "tokens": int(length[b]),
-                             "logprob": float(logprob[b] / length[b]), "stopped": bool(stopped[b])}
+        left = rows.tolist()
+        for b, (i, k, response, total) in enumerate(batch):
+            response, total = response + tokens[b, :length[b]].tolist(), total + float(logprob[b])
+            if b in left:
+                aside.append((i, k, response, total))
+                continue
+            text, end = read(i, response[:len(response) - int(stopped[b])])
+            results[i][k] = {"text": text[:end.end()] if end else text, "tokens": len(response),
+                             "logprob": total / len(response), "stopped": bool(stopped[b])}
     bar.close()
     model.train(was_training)
     return results
@@ -693,8 +716,8 @@ def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=
     responses = []  # [student][question][sample]
     for s, (model, tokenizer) in enumerate(students):
         prompts = [encode_prompt(tokenizer, student_prompt(row)) for row in rows]
-        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples, temperature,
-                                  seed=seed + s, desc=f"student {s} answers"))
+        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples, temperature, seed + s,
+                                  f"student {s} answers", [ASKED[TASKS[row["task"]]] for row in rows]))
         for row, answers in zip(rows, responses[s]):
             for r in answers:
                 r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))

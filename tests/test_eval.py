@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import math
 import random
@@ -57,8 +58,9 @@ def tiny_gpt2():
                                       initializer_range=0.4, bos_token_id=1, eos_token_id=2))
 
 
-def tiny_gemma3():  # a sliding window shorter than most prompts
+def tiny_gemma3():  # a sliding window shorter than most prompts; with a tied head it would repeat its last token
     return Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=4, head_dim=8, sliding_window=6, **SHAPE,
+                                              tie_word_embeddings=False,
                                               layer_types=["sliding_attention", "full_attention"] * 2))
 
 
@@ -121,6 +123,61 @@ def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(model, prompts):
     assert texts(batch_size=36) == texts(batch_size=2)
     assert texts(batch_size=36) != texts(batch_size=36, seed=1)
     assert any(len(set(rs)) == 3 for rs in texts(batch_size=36))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_the_last_rows_of_several_batches_go_on_together_and_say_what_they_would_have_said(model, prompts, temperature):
+    sizes, forward = [], model.forward
+    free = [r["text"].split() for [r] in E.generate(model, word_tokenizer(), prompts, 30, batch_size=12)]
+    model.generation_config.eos_token_id = [2, *{int(words[-1][1:]) for words in free[::2] if words}]
+
+    def watched(*args, **kwargs):
+        sizes.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    watched.__signature__ = inspect.signature(forward)
+    alone = E.generate(model, word_tokenizer(), prompts, 30, batch_size=1, temperature=temperature)
+    model.forward = watched
+    together = E.generate(model, word_tokenizer(), prompts, 30, batch_size=4, temperature=temperature)
+    read = [shape for shape in sizes if shape[1] > 1]  # a batch's prompts, or its prompts and what was said so far
+    assert len(read) > 3 and len({r["tokens"] for [r] in alone}) > 1
+    for [a], [b] in zip(alone, together):
+        assert (a["text"], a["tokens"], a["stopped"]) == (b["text"], b["tokens"], b["stopped"])
+        assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
+
+
+def test_a_response_ends_with_the_first_match_of_its_pattern(model, prompts):
+    whole = E.generate(model, word_tokenizer(), prompts, 40, batch_size=6)
+    words = [r["text"].split() for [r] in whole]
+    until = [re.compile(rf"{w[2]}(?=\s)" if len(w) > 25 else "never") for w in words]
+    assert any(len(w) > 25 for w in words)
+    for batch_size in (1, 6):
+        cut = E.generate(model, word_tokenizer(), prompts, 40, batch_size, until=until)
+        for [a], [b], w, pattern in zip(whole, cut, words, until):
+            if len(w) > 25:
+                assert b["text"] == a["text"][:pattern.search(a["text"]).end()] and not b["stopped"]
+                assert b["tokens"] <= 16  # it was not heard out
+            else:
+                assert a["text"] == b["text"] and a["tokens"] == b["tokens"]
+
+
+@pytest.mark.parametrize("task, text, needed", [
+    ("gsm8k", "So 3.5.\nThe answer is $1,234.50. Next question: 7", "So 3.5.\nThe answer is $1,234.50."),
+    ("gsm8k", "The answer is 36 + 48 = 84.\n\nThe answer is 5.", "The answer is 36 + 48 = 84."),
+    ("gsm8k", "the answer is 18 dollars\nQuestion", "the answer is 18 dollars"),
+    ("strategyqa", "Thus the answer is no. Is it?", "Thus the answer is no."),
+    ("date", "The answer is (B) 01/02/2003. (C)", "The answer is (B) 01/02/2003."),
+    ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$.")])
+def test_after_the_answer_that_the_prompt_asks_for_nothing_is_needed(task, text, needed):
+    assert text[:E.ASKED[E.TASKS[task]].search(text).end()] == needed
+
+
+@pytest.mark.parametrize("task, text", [
+    ("gsm8k", "The answer is 3."), ("gsm8k", "The answer is 3.5"), ("gsm8k", "The answer is clear. There are 5. "),
+    ("strategyqa", "The answer is not known. "), ("strategyqa", "The answer is nowhere. "),
+    ("date", "The answer is Bad. "), ("math", "The answer is 5. "), ("gsm8k", "If the answer is correct, 5. ")])
+def test_a_sentence_that_may_go_on_or_gives_no_answer_is_heard_out(task, text):
+    assert not E.ASKED[E.TASKS[task]].search(text)
 
 
 def test_sampling_follows_the_model_distribution():
