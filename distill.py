@@ -468,8 +468,7 @@ def encode(rows, students):
         for row, offsets in zip(part, zip(*spans)):
             fits = all(len(p) + len(r) <= s.max_len for p, r, s in zip(row["prompts"], row["responses"], students))
             if all(offsets) and fits:  # whole and with something to train on, else left out
-                segments, row["n_segments"] = qr.shared_segments(offsets)
-                row["segments"] = [np.array(x, np.int32) for x in segments]
+                row["segments"], row["n_segments"] = qr.shared_segments(offsets)
                 out.append(row)
     if len(out) < len(rows):
         print(f"left out {len(rows) - len(out)} of {len(rows)} paths: longer, with their prompt, than --max_len "

@@ -256,13 +256,18 @@ def step_starts(text, spans):
 def shared_segments(offsets):
     """Cut one path where all tokenizers end a token, so that states of different tokenizers can be compared.
 
-    offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for each student a
-    list of T_s segment numbers 0..n-1. Equal tokenizers give one segment per token, and Eq 8 is token by token.
+    offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for each student the
+    segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give one segment per token, and Eq 8 is token by token.
     A token is a cut only if the next one starts at or after its end: byte pieces of a character stay together.
     """
-    clean = [{end for (_, end), (start, _) in itertools.pairwise(spans) if start >= end} for spans in offsets]
-    cuts = sorted(set.intersection(*clean))
-    return [[bisect.bisect_left(cuts, end) for _, end in spans] for spans in offsets], len(cuts) + 1
+    spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
+    cut = np.ones(1 + max(x.max() for x in spans), bool)  # by character
+    for x in spans:
+        clean = np.zeros_like(cut)
+        clean[x[:-1, 1][x[1:, 0] >= x[:-1, 1]]] = True
+        cut &= clean
+    before = np.cumsum(cut, dtype=np.int32) - cut  # cuts before a token's end
+    return [before[x[:, 1]] for x in spans], int(cut.sum()) + 1
 
 
 def segment_mean(x, segment, n):

@@ -10,7 +10,7 @@ it runs, not how fast. Memory needs Linux.
 a  training step of both students, routed, against the plain way: every row padded to --max_len, full logits, every
    pair forwarded, the encoder run in every step       b  one student on all paths, against TRL's SFTTrainer with LoRA
 c  both students with routing, against one after the other on all paths           d  peak memory of a, b, c, of a loss
-e  greedy answers, against model.generate in file order            f  share of the measured matrix-product peak reached
+e  greedy answers of up to --eval_max_new_tokens, against model.generate in file order            f  share of the measured matrix-product peak reached
 g  share of a step that router, alignment, mutual loss and the collapse log cost
 h  our batches of rows of similar length, against rows packed into one sequence behind a dense mask       i  against a
    question's prompt once for all its paths, too; half of the paths second       k  a start over N paths, a second start
@@ -287,17 +287,17 @@ def trl_side(b, s):
     return step
 
 
-def our_generate(student, prompts, max_new_tokens, batch_size):
+def our_generate(student, prompts, max_new_tokens, batch_size, until=None):
     with amp(student.model.device):
-        return len(tasks.generate(student.model, student.tokenizer, prompts, max_new_tokens, batch_size))
+        return len(tasks.generate(student.model, student.tokenizer, prompts, max_new_tokens, batch_size, until=until))
 
 
-def plain_generate(student, prompts, max_new_tokens, batch_size, width=0):
-    """model.generate in file order, left-padded to `width` or to the batch's longest prompt -> number of questions."""
+def plain_generate(student, prompts, max_new_tokens, batch_size):
+    """model.generate in file order, left-padded to the batch's longest prompt -> number of questions."""
     model, device = student.model.eval(), student.model.device
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
-        longest = max(width, *map(len, batch))
+        longest = max(map(len, batch))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
         with torch.no_grad(), amp(device):
@@ -421,6 +421,7 @@ def main():
     p.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     p.add_argument("--rows", type=int, default=6, help="paths in a step (6)")
     p.add_argument("--repeats", type=int, default=3, help="times that each side runs (3)")
+    p.add_argument("--questions", type=int, default=64, help="e: questions answered (64)")
     p.add_argument("--start_paths", type=int, default=4000, help="k: a start over N paths, and over 4 N (4000)")
     flags, more = p.parse_known_args()
     if not set(flags.only.split(",")) <= set("abcdefghikl"):
@@ -534,13 +535,14 @@ def main():
                                 lambda r: [alone_step(b, s) for s in range(2)] and 1)
         report("c  both students: routed together / one after the other", 1 / ours, 1 / other, "s/step")
     if "e" in only:
-        student, n, new = b.students[0], flags.rows, 128
-        prompts = [tasks.encode_prompt(student.tokenizer, tasks.student_prompt(row)) for row in test[:2 * n]]
-        sides = [lambda r: our_generate(student, prompts, new, n), lambda r: plain_generate(student, prompts, new, n),
-                 lambda r: plain_generate(student, prompts, new, n, args.max_len - new)]
-        ours, sized, padded = alternate(repeats, device, *sides)
-        report("e  smollm2 answers: ours / plain, padded to max_len", ours, padded, "questions/s")
-        report("e  smollm2 answers: ours / plain, padded to the batch's longest", ours, sized, "questions/s")
+        student, rows_of, new = b.students[0], test[:flags.questions], args.eval_max_new_tokens if real else 64
+        prompts = [tasks.encode_prompt(student.tokenizer, tasks.student_prompt(row)) for row in rows_of]
+        until, n = [tasks.ASKED[tasks.TASKS[row["task"]]] for row in rows_of], args.eval_batch_size
+        sides = [lambda r: our_generate(student, prompts, new, n, until),
+                 lambda r: plain_generate(student, prompts, new, n), lambda r: plain_generate(student, prompts, new, 8)]
+        ours, same, eight = alternate(repeats, device, *sides)
+        report(f"e  smollm2 answers, {n} at a time / generate, {n}", ours, same, "questions/s")
+        report(f"e  smollm2 answers, {n} at a time / generate, 8, as transformers has it", ours, eight, "questions/s")
     for s, name in enumerate(names if "f" in only else []):
         flops = step_flops(b.students[s], s, b.rows)
         ours, best = alternate(repeats, device, lambda r, s=s, n=flops: alone_step(b, s) and n,

@@ -351,14 +351,19 @@ def segments_by_hand(offsets):
     return [[sum(c <= start for c in cuts) for start, _ in spans] for spans in offsets], len(cuts) + 1
 
 
+def segments_of(offsets):
+    segments, n = qr.shared_segments(offsets)
+    return [x.tolist() for x in segments], n
+
+
 def test_segments_of_hand_made_spans():
     one, two = [(0, 2), (2, 5), (5, 6)], [(0, 1), (1, 2), (2, 3), (3, 6)]
-    assert qr.shared_segments([one, two]) == ([[0, 1, 1], [0, 0, 1, 1]], 2)
-    assert qr.shared_segments([one, one]) == ([[0, 1, 2], [0, 1, 2]], 3)  # equal tokenizers: token by token
-    assert qr.shared_segments([one, two, [(0, 6)]]) == ([[0, 0, 0], [0, 0, 0, 0], [0]], 1)
+    assert segments_of([one, two]) == ([[0, 1, 1], [0, 0, 1, 1]], 2)
+    assert segments_of([one, one]) == ([[0, 1, 2], [0, 1, 2]], 3)  # equal tokenizers: token by token
+    assert segments_of([one, two, [(0, 6)]]) == ([[0, 0, 0], [0, 0, 0, 0], [0]], 1)
     pieces = [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]  # the second character is an emoji in three byte pieces
-    assert qr.shared_segments([pieces, [(0, 1), (1, 3)]]) == ([[0, 1, 1, 1, 1], [0, 1]], 2)
-    assert qr.shared_segments([pieces, pieces]) == ([[0, 1, 1, 1, 2]] * 2, 3)
+    assert segments_of([pieces, [(0, 1), (1, 3)]]) == ([[0, 1, 1, 1, 1], [0, 1]], 2)
+    assert segments_of([pieces, pieces]) == ([[0, 1, 1, 1, 2]] * 2, 3)
 
 
 def test_segments_match_brute_force_on_random_tokenisations():
@@ -372,7 +377,7 @@ def test_segments_match_brute_force_on_random_tokenisations():
                 if b < 12 and rng.random() < 0.1:
                     spans.append((b - 1, b + 1))
             offsets.append(spans)
-        assert qr.shared_segments(offsets) == segments_by_hand(offsets), offsets
+        assert segments_of(offsets) == segments_by_hand(offsets), offsets
 
 
 TEXTS = ["Natalia sold 48/2 = 24 clips.\n\nSo 1,234.50 + 9999999 = 10001233.50\n",
@@ -383,7 +388,7 @@ TEXTS = ["Natalia sold 48/2 = 24 clips.\n\nSo 1,234.50 + 9999999 = 10001233.50\n
 
 
 def check_segments(text, offsets, ignore=""):
-    segments, n = qr.shared_segments(offsets)
+    segments, n = segments_of(offsets)
     owned = []
     for spans, segment in zip(offsets, segments):
         assert segment == sorted(segment) and set(segment) == set(range(n))  # monotone, none empty
@@ -409,7 +414,7 @@ def test_segments_of_real_tokenizers_hold_the_same_characters(models_dir, data_d
     offsets = [spans(t, TEXTS[0]) for t in (smollm2, gemma3, minilm)]
     check_segments(TEXTS[0], offsets, ignore=" \n")  # WordPiece skips white space
     for text in paths:
-        assert qr.shared_segments([spans(smollm2, text)] * 2)[1] == len({end for _, end in spans(smollm2, text)})
+        assert segments_of([spans(smollm2, text)] * 2)[1] == len({end for _, end in spans(smollm2, text)})
 
 
 # ---------------------------------------------------------------- Eq 5 to Eq 8
