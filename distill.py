@@ -191,7 +191,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):  # under AMP all layers that read x keep the same x for their gradients: no copy of it here
-        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * (self.alpha / self.rank)
+        return self.base(x) + F.linear(F.linear(x, self.A) * (self.alpha / self.rank), self.B)  # scaled where small
 
 
 def add_lora(model, rank, alpha):

@@ -621,8 +621,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
     """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without special tokens,
     "logprob": mean log-probability of its tokens and the one that ended it, "tokens": their number, "stopped": it
     ended by itself}. Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
-    sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends, and at the
-    first match of their prompt's pattern in `until`, which is looked for every 16 tokens."""
+    sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends, or
+    with the first match of `until`, a pattern for each prompt, which is looked for every 16 tokens."""
     temperature = temperature if temperature is not None else 0.8 if samples > 1 else 0
     device = model.device
     eos = model.generation_config.eos_token_id
@@ -680,17 +680,17 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
             logprob[rows] += logp.gather(1, token[:, None]).squeeze(1)
             length[rows] += 1
             stopped[rows] = torch.isin(token, ends)
-            length_now = said[rows] + t + 1
-            going = ~stopped[rows] & (position[rows, width + t] < context) & (length_now < max_new_tokens)
-            for r in (going & (length_now % 16 == 0)).nonzero().flatten().tolist() if until else ():
+            size = said[rows] + t + 1
+            going = ~stopped[rows] & (position[rows, width + t] < context) & (size < max_new_tokens)
+            for r in (going & (size % 16 == 0)).nonzero().flatten().tolist() if until else ():
                 i, _, response, _ = batch[rows[r]]
                 going[r] = not read(i, response + tokens[rows[r], :t + 1].tolist())[1]
             if not going.all():  # finished rows leave the batch
                 going = going.nonzero().squeeze(1)
                 bar.update(len(rows) - len(going))
                 rows, token = rows[going], token[going]
-                if len(rows) <= few:  # a few rows take almost the time of many: what is left of several batches goes on
-                    break             # together, for the price of reading prompt and response again
+                if len(rows) <= few:  # they would take almost the time of many: what is left of several batches goes on
+                    break  # together, for the price of reading prompt and response again
                 cache.reorder_cache(going)  # batch_select_indices would forget the states of linear attention
             inputs = token[:, None]
         left = rows.tolist()

@@ -257,7 +257,7 @@ def shared_segments(offsets):
     """Cut one path where all tokenizers end a token, so that states of different tokenizers can be compared.
 
     offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for each student the
-    segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give one segment per token, and Eq 8 is token by token.
+    segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give a segment per token, and Eq 8 is token by token.
     A token is a cut only if the next one starts at or after its end: byte pieces of a character stay together.
     """
     spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
