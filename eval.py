@@ -637,36 +637,31 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
         text = tokenizer.decode(response, skip_special_tokens=True)
         return text, until and until[i].search(text)
 
-    jobs = [(i, k, [], 0.0) for i in range(len(prompts)) for k in range(samples)]  # [], 0.0: response, its logprob
+    jobs = [(i, k) for i in range(len(prompts)) for k in range(samples)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what doesn't fit into memory shows at once
-    results, aside = [[None] * samples for _ in prompts], []
+    results = [[None] * samples for _ in prompts]
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(jobs), desc=desc, disable=desc is None, leave=False)
-    while jobs or aside:
-        jobs, aside = (jobs, aside) if jobs else (aside, [])
-        batch, jobs = jobs[:batch_size], jobs[batch_size:]
-        few = batch_size // 4 if jobs or aside else 0
-        said = torch.tensor([len(response) for _, _, response, _ in batch], device=device)
-        n, new = len(batch), max_new_tokens - int(said.min())
-        width = max(len(prompts[i]) + len(response) for i, _, response, _ in batch)
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start:start + batch_size]
+        n, width = len(batch), max(len(prompts[i]) for i, _ in batch)
         ids = torch.zeros(n, width, dtype=torch.long)
-        mask = torch.ones(n, width + new, dtype=torch.long)
-        noise = torch.zeros(n, new)
-        for b, (i, k, response, _) in enumerate(batch):  # left-padded, so that all continue at the right edge
-            pad = width - len(prompts[i]) - len(response)
-            ids[b, pad:], mask[b, :pad] = torch.tensor(prompts[i] + response), 0
+        mask = torch.ones(n, width + max_new_tokens, dtype=torch.long)
+        noise = torch.zeros(n, max_new_tokens)
+        for b, (i, k) in enumerate(batch):  # left-padded, so that all continue at the right edge
+            ids[b, width - len(prompts[i]):] = torch.tensor(prompts[i])
+            mask[b, :width - len(prompts[i])] = 0
             if temperature:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
-                drawn = torch.rand(max_new_tokens, generator=generator)[len(response):]
-                noise[b, :len(drawn)] = drawn
+                noise[b] = torch.rand(max_new_tokens, generator=generator)
         mask, noise, inputs = mask.to(device), noise.to(device), ids.to(device)
         position = (mask.cumsum(1) - 1).clamp(min=0)
-        tokens = torch.zeros(n, new, dtype=torch.long, device=device)
+        tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
         logprob, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
         stopped = torch.zeros(n, dtype=torch.bool, device=device)
         rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows: those still running
-        for t in range(new):
+        for t in range(max_new_tokens):
             extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
             out = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,
                         **{k: v for k, v in extra.items() if k in accepted})
@@ -680,28 +675,23 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
             logprob[rows] += logp.gather(1, token[:, None]).squeeze(1)
             length[rows] += 1
             stopped[rows] = torch.isin(token, ends)
-            size = said[rows] + t + 1
-            going = ~stopped[rows] & (position[rows, width + t] < context) & (size < max_new_tokens)
-            for r in (going & (size % 16 == 0)).nonzero().flatten().tolist() if until else ():
-                i, _, response, _ = batch[rows[r]]
-                going[r] = not read(i, response + tokens[rows[r], :t + 1].tolist())[1]
+            going = ~stopped[rows] & (position[rows, width + t] < context)
+            if until and t % 16 == 15:
+                said = zip(rows.tolist(), tokens[rows, :t + 1].tolist())
+                going &= torch.tensor([not read(batch[b][0], response)[1] for b, response in said], device=device)
             if not going.all():  # finished rows leave the batch
                 going = going.nonzero().squeeze(1)
                 bar.update(len(rows) - len(going))
                 rows, token = rows[going], token[going]
-                if len(rows) <= few:  # they would take almost the time of many: what is left of several batches goes on
-                    break  # together, for the price of reading prompt and response again
+                if not len(rows):
+                    break
                 cache.reorder_cache(going)  # batch_select_indices would forget the states of linear attention
             inputs = token[:, None]
-        left = rows.tolist()
-        for b, (i, k, response, total) in enumerate(batch):
-            response, total = response + tokens[b, :length[b]].tolist(), total + float(logprob[b])
-            if b in left:
-                aside.append((i, k, response, total))
-                continue
-            text, end = read(i, response[:len(response) - int(stopped[b])])
-            results[i][k] = {"text": text[:end.end()] if end else text, "tokens": len(response),
-                             "logprob": total / len(response), "stopped": bool(stopped[b])}
+        bar.update(len(rows))
+        for b, (i, k) in enumerate(batch):
+            text, end = read(i, tokens[b, :length[b] - stopped[b].long()].tolist())
+            results[i][k] = {"text": text[:end.end()] if end else text, "tokens": int(length[b]),
+                             "logprob": float(logprob[b] / length[b]), "stopped": bool(stopped[b])}
     bar.close()
     model.train(was_training)
     return results

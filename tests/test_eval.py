@@ -1,5 +1,4 @@
 import copy
-import inspect
 import json
 import math
 import random
@@ -123,27 +122,6 @@ def test_samples_depend_on_seed_and_prompt_and_not_on_the_batch(model, prompts):
     assert texts(batch_size=36) == texts(batch_size=2)
     assert texts(batch_size=36) != texts(batch_size=36, seed=1)
     assert any(len(set(rs)) == 3 for rs in texts(batch_size=36))
-
-
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def test_the_last_rows_of_several_batches_go_on_together_and_say_what_they_would_have_said(model, prompts, temperature):
-    sizes, forward = [], model.forward
-    free = [r["text"].split() for [r] in E.generate(model, word_tokenizer(), prompts, 30, batch_size=12)]
-    model.generation_config.eos_token_id = [2, *{int(words[-1][1:]) for words in free[::2] if words}]
-
-    def watched(*args, **kwargs):
-        sizes.append(kwargs["input_ids"].shape)
-        return forward(*args, **kwargs)
-
-    watched.__signature__ = inspect.signature(forward)
-    alone = E.generate(model, word_tokenizer(), prompts, 30, batch_size=1, temperature=temperature)
-    model.forward = watched
-    together = E.generate(model, word_tokenizer(), prompts, 30, batch_size=4, temperature=temperature)
-    read = [shape for shape in sizes if shape[1] > 1]  # a batch's prompts, or its prompts and what was said so far
-    assert len(read) > 3 and len({r["tokens"] for [r] in alone}) > 1
-    for [a], [b] in zip(alone, together):
-        assert (a["text"], a["tokens"], a["stopped"]) == (b["text"], b["tokens"], b["stopped"])
-        assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-4)
 
 
 def test_a_response_ends_with_the_first_match_of_its_pattern(model, prompts):
