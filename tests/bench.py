@@ -10,7 +10,8 @@ it runs, not how fast. Memory needs Linux.
 a  training step of both students, routed, against the plain way: every row padded to --max_len, full logits, every
    pair forwarded, the encoder run in every step       b  one student on all paths, against TRL's SFTTrainer with LoRA
 c  both students with routing, against one after the other on all paths           d  peak memory of a, b, c, of a loss
-e  greedy answers of up to --eval_max_new_tokens, against model.generate in file order            f  share of the measured matrix-product peak reached
+e  greedy answers of up to --eval_max_new_tokens tokens, against model.generate in file order
+f  share of the measured matrix-product peak that a step reaches
 g  share of a step that router, alignment, mutual loss and the collapse log cost
 h  our batches of rows of similar length, against rows packed into one sequence behind a dense mask       i  against a
    question's prompt once for all its paths, too; half of the paths second       k  a start over N paths, a second start
