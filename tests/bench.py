@@ -357,10 +357,11 @@ def peak(side, args, rows, device):
 
 
 def start(args, n, file):
-    """A start up to the first step, without the models, over n training paths written to `file`: the pool's again and
-    again, with ids and questions of their own. Called in a child -> seconds, MB that this process grew by, and MB of
-    the paths' tokens, segments, texts and embeddings."""
+    """A start up to the first step, without the models, over n training paths written to `file`, graded as judge.py
+    leaves them: the pool's again and again, with ids and questions of their own. Called in a child -> seconds, MB that
+    this process grew by, and MB of the paths' tokens, segments, texts and embeddings."""
     rows = judge.read_pool(args.paths) if args.paths else judge.demo_paths(judge.demo_questions(300, 0), 0)
+    rows = [{**row, "valid": None, "verdict": None} for row in judge.grade_paths(rows)]
     with open(file, "w") as f:
         for i in range(n):
             row, k = rows[i % len(rows)], i // len(rows)
