@@ -167,14 +167,18 @@ def accuracy(line, s):
     return line["accuracy"][s if len(line["accuracy"]) > 1 else 0]
 
 
-def difference(row, full):
-    """Paired difference to QR-Distill in points, mean over a row's compared students, with its 95 % interval."""
-    d = [100 * statistics.mean(accuracy(line, s) - accuracy(full[seed], s)
-                               for s in line["compared"]) for seed, line in row.items() if seed in full]
+def interval(d):
+    """'mean ± half of the 95 % interval' of differences d, by Student's t."""
     if len(d) < 2:
         return f"{d[0]:+.1f}" if d else ""
     half = T975[min(len(d) - 2, len(T975) - 1)] * statistics.stdev(d) / math.sqrt(len(d))
     return f"{statistics.mean(d):+.1f} ± {half:.1f}"
+
+
+def difference(row, full):
+    """Paired difference to QR-Distill in points, mean over a row's compared students, with its 95 % interval."""
+    return interval([100 * statistics.mean(accuracy(line, s) - accuracy(full[seed], s)
+                                           for s in line["compared"]) for seed, line in row.items() if seed in full])
 
 
 def print_table(lines):
