@@ -1,6 +1,6 @@
 """Peer teaching across tokenizers: the right answers of one student join the paths of the other (the demo).
 
-    python tests/peer_answers.py [--seeds 20 21 22 23 24]        # three minutes a seed and core; resumes
+    python tests/peer_answers.py [--seeds 20 21 22 23 24]        # two minutes a seed and core; resumes
 
 QR-Distill for 100 steps; then each student goes on alone for 75: on its pool, on that and the other's right greedy
 answers to the training questions, or on that and its own. They pass the same filter and are routed as a style "peer".
@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as tasks
 
-ARMS = {"the pool": None, "and the other's answers": 1, "and its own answers": 0}
+ARMS = {"pool": "the pool", "other": "and the other's answers", "own": "and its own answers"}
 
 
 def right_answers(student, questions):
@@ -49,11 +49,10 @@ def run_seed(job):
     answers = [right_answers(student, questions) for student in students]
     result = {arm: [] for arm in ARMS}
     for s, student in enumerate(students):
-        for arm, other in ARMS.items():
-            paths = out / f"{s} {arm}.jsonl"
-            rows = pool + ([] if other is None else answers[s ^ other])
-            paths.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            result[arm].append(train(f"{s} {arm}", [student], paths, 75)["accuracy"][0])
+        for arm, more in (("pool", []), ("other", answers[1 - s]), ("own", answers[s])):
+            paths = out / f"{arm}_{s}.jsonl"
+            paths.write_text("".join(json.dumps(row) + "\n" for row in pool + more))
+            result[arm].append(train(f"{arm}_{s}", [student], paths, 75)["accuracy"][0])
     return result
 
 
@@ -68,13 +67,12 @@ def main():
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"),
                              initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = list(pool.map(run_seed, [(seed, args) for seed in args.seeds]))
-    first = next(iter(ARMS))
     print("\n| trained on | student 0 | student 1 | less the pool alone, 95 %: student 0 | student 1 | both |\n|---" + "|---" * 5 + "|")
-    for arm in ARMS:
+    for arm, label in ARMS.items():
         shares = [[r[arm][s] for r in results] for s in range(2)]
-        gains = [[100 * (r[arm][s] - r[first][s]) for r in results] for s in range(2)]
+        gains = [[100 * (r[arm][s] - r["pool"][s]) for r in results] for s in range(2)]
         cells = [experiments.interval(x) for x in (*gains, [statistics.mean(x) for x in zip(*gains)])]
-        print(f"| {arm} | " + " | ".join([*map(experiments.mean_sd, shares), *(cells if arm != first else [""] * 3)]) + " |")
+        print(f"| {label} | " + " | ".join([*map(experiments.mean_sd, shares), *(cells if arm != "pool" else [""] * 3)]) + " |")
     print(f"\nseeds: {', '.join(map(str, args.seeds))}")
 
 
