@@ -246,7 +246,8 @@ class ChunkedNLL(torch.autograd.Function):
     def forward(ctx, h, weight, bias, target, softcap):
         nll = h.new_empty(len(h), dtype=torch.float32)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for rows, nll[rows], dlogits in ChunkedNLL.chunks(h, weight, bias, target, softcap):
+        for rows, chunk_nll, dlogits in ChunkedNLL.chunks(h, weight, bias, target, softcap):
+            nll[rows] = chunk_nll
             if dh is not None:
                 dh[rows] = (dlogits.T.to(weight.dtype) @ weight).to(dh.dtype)
         ctx.save_for_backward(h, weight, bias, target, dh)
@@ -259,7 +260,7 @@ class ChunkedNLL(torch.autograd.Function):
         for rows, logits in logit_chunks(h, weight, bias, softcap):
             slope = 1 - (logits / softcap).square() if softcap else None
             own, top = logits.gather(0, target[None, rows]), logits.amax(0)
-            p = logits.sub_(top).exp_()  # in place, as all from here on: a second such block costs as much as the sums
+            p = logits.sub_(top).exp_()  # in place from here on: a CPU is as long at fresh memory as at the arithmetic
             total = p.sum(0)
             p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(own))
             yield rows, total.log() + top - own[0], p if slope is None else p.mul_(slope)

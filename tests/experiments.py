@@ -31,6 +31,7 @@ import eval as tasks
 import judge
 
 FULL = "QR-Distill"
+DEMO = ["--lora_rank", "0", "--lr", "2e-3", "--eval_max_new_tokens", "96", "--eval_batch_size", "100"]
 ALL, RANDOM = {"all paths to both": "--route all"}, {"random path": "--route random"}
 TABLES = {
     "main": {
@@ -147,8 +148,7 @@ def jobs_of(args, table, seed):
             paths.write_text("".join(json.dumps(row) + "\n" for row in new))
         common = ["--students", *mine, "--paths", str(paths), "--seed", str(seed), "--save_every", "1000000"]
         if not args.paths:
-            common += ["--eval_questions", str(source / "test.jsonl"), "--lora_rank", "0", "--lr", "2e-3",
-                       "--eval_max_new_tokens", "96", "--eval_batch_size", "100"]
+            common += ["--eval_questions", str(source / "test.jsonl"), *DEMO]
         yield name, [*common, *args.more, *flags], trained, scramble
 
 

@@ -36,12 +36,12 @@ def run_seed(job):
     experiments.prepare(seed, args)
     source, out = args.out / "demo" / str(seed), args.out / f"peer_answers_{seed}"
     pool = tasks.read_jsonl(source / "pool.jsonl")
-    common = ["--eval_questions", str(source / "test.jsonl"), "--lora_rank", "0", "--lr", "2e-3", "--eval_max_new_tokens",
-              "96", "--eval_batch_size", "100", "--seed", str(seed), "--save_every", "1000000"]
+    common = ["--eval_questions", str(source / "test.jsonl"), *experiments.DEMO, "--seed", str(seed)]
 
     def train(name, students, paths, steps):
         flags = ["--students", *map(str, students), "--paths", str(paths), "--max_steps", str(steps), *common]
-        return experiments.run((out / name, {}, flags, None))
+        line = experiments.run((out / name, {}, flags, None))
+        return line if "failed" not in line else tasks.stop(f"{out / name} failed: {line['failed']}")
 
     train("first", [source / f"student_{s}" for s in range(2)], source / "pool.jsonl", 100)
     students = [out / "first" / f"student_{s}" for s in range(2)]
