@@ -118,6 +118,8 @@ def parse_args(argv=None):
     g.add_argument("--batch_size", type=count, default=8, help="questions per step, with all their paths (8)")
     g.add_argument("--micro_batch_size", type=count, help="questions per backward pass: memory, not results (all)")
     g.add_argument("--forward_tokens", type=count, help="padded tokens per forward pass (4096; CPU: 1024)")
+    g.add_argument("--share_prompts", action="store_true",
+                   help="one sequence for a question's paths, its prompt once: faster where many paths run")
     g.add_argument("--epochs", type=count, help="passes over the training questions (3; demo: 8)")
     g.add_argument("--max_steps", type=count, help="optimiser steps, instead of --epochs")
     g.add_argument("--warmup", type=share, default=0.05, help="share of steps with a rising rate, then cosine (0.05)")
@@ -321,9 +323,13 @@ def load_students(args, device):
                                   lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
                                   max_len=min(args.max_len, context))
         check_head(student)
+        student.blocks = model.base_model
+        if args.share_prompts:
+            check_sharing(student)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        student.blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
+        if args.compile:
+            student.blocks = torch.compile(model.base_model, dynamic=True)
         students.append(student)
     return students
 
@@ -346,6 +352,19 @@ def check_head(student):
         nll = response_nll(student, student.model.base_model(input_ids=ids).last_hidden_state[0, :-1], ids[0, 1:])
     if not torch.allclose(nll, F.cross_entropy(logits, ids[0, 1:], reduction="none"), rtol=0.05, atol=0.05):
         stop(f"student {student.source}: its output head changes the logits in a way that is not supported here")
+
+
+@torch.no_grad()
+def check_sharing(student):
+    """stop() if two paths in one sequence get other states than alone: not every model heeds positions and masks."""
+    prompt, states = np.array([student.end, 1, 2, 3]), []
+    for share in (False, True):
+        args = SimpleNamespace(forward_tokens=64, compile=False, share_prompts=share)
+        with contextlib.suppress(TypeError, ValueError, RuntimeError), \
+                torch.autocast(student.model.device.type, torch.bfloat16, enabled=student.model.device.type == "cuda"):
+            states += [h.float() for _, h in response_states(student, [prompt] * 2, [[4, 5], [6, 7, 8]], args)]
+    if len(states) < 2 or not torch.allclose(*states, rtol=0.05, atol=0.05):
+        stop(f"--share_prompts: student {student.source} can't keep the paths of one prompt apart; leave the flag out")
 
 
 def demo_students(seed):
@@ -551,19 +570,43 @@ def put(array, device):
 def response_states(student, prompts, responses, args):
     """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens, row after row.
 
-    Rows are padded on the right, where a causal model's real tokens cannot look: no attention mask is needed. The
-    last token is predicted, never read.
+    Sequences are padded on the right, where a causal model's real tokens cannot look: no attention mask is needed. The
+    last token is predicted, never read. With --share_prompts the rows of one prompt are one sequence: the prompt once,
+    then each response at the positions that it has alone, seeing the prompt and itself.
     """
     device, pad_to = student.model.device, 64 if args.compile or student.model.device.type == "cuda" else 1
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
+    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses)) if prompts else 0
+    window = getattr(student.model.config.get_text_config(), "sliding_window", None) or longest
+    share = args.share_prompts and longest <= window  # one mask is right for all layers where no window cuts it
+    groups, lengths, last = [], [], {}  # sequences: row numbers, tokens; the last one of each prompt
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        g = last.get(prompt.tobytes()) if share else None
+        if g is None or lengths[g] + len(response) - 1 > args.forward_tokens:
+            g = last[prompt.tobytes()] = len(groups)
+            groups.append([])
+            lengths.append(len(prompt))
+        groups[g].append(i)
+        lengths[g] += len(response) - 1
     for batch in batches(lengths, args.forward_tokens):
-        width = -(-max(lengths[i] for i in batch) // pad_to) * pad_to
-        ids, where = np.zeros((len(batch), width), np.int64), []
-        for b, i in enumerate(batch):
-            ids[b, :lengths[i]] = np.concatenate([prompts[i], responses[i][:-1]])
-            where.append(b * width + len(prompts[i]) - 1 + np.arange(len(responses[i])))  # prompt[-1] predicts [0]
-        hidden = student.blocks(input_ids=put(ids, device), use_cache=False).last_hidden_state
-        yield batch, hidden.flatten(0, 1)[put(np.concatenate(where), device)]
+        width, more = -(-max(lengths[g] for g in batch) // pad_to) * pad_to, {}
+        ids, position, own = np.zeros((3, len(batch), width), np.int64)  # own: 0 in a prompt, a response's number
+        rows, where = [i for g in batch for i in groups[g]], []
+        for b, g in enumerate(batch):
+            n = end = len(prompts[groups[g][0]])
+            ids[b, :n], position[b, :n] = prompts[groups[g][0]], np.arange(n)
+            for k, i in enumerate(groups[g], 1):
+                start, end = end, end + len(responses[i]) - 1
+                ids[b, start:end], own[b, start:end] = responses[i][:-1], k
+                position[b, start:end] = n + np.arange(end - start)
+                where.append(b * width + np.r_[n - 1, start:end])  # prompt[-1] predicts [0]
+        if len(rows) > len(batch):
+            own = put(own, device)
+            seen = ((own[:, None] == 0) | (own[:, None] == own[:, :, None])).tril()  # (B, query, key)
+            mask = torch.zeros(seen.shape, dtype=student.model.dtype, device=device)  # added to the attention scores
+            mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
+            more = {"position_ids": put(position, device), "attention_mask": mask[:, None]}
+        hidden = student.blocks(input_ids=put(ids, device), use_cache=False, **more).last_hidden_state
+        yield rows, hidden.flatten(0, 1)[put(np.concatenate(where), device)]
 
 
 def forward_paths(student, s, rows, base, args):

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 # task -> kind of answer: how a prompt ends, how an answer is found in a text and when two answers are equal
 TASKS = {"gsm8k": "number", "math": "math", "strategyqa": "yesno", "arc": "choice", "commonsense_qa": "choice",
@@ -615,6 +616,31 @@ def merge_adapter(model, config, weights):
 
 
 # ---------------------------------------------------------------- generation
+class Roomy(DynamicLayer):
+    """A cache layer whose states (rows, heads, length, d) lie in buffers with room for 64 more tokens: the library's
+    own concatenates, which copies the whole cache for every token."""
+
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        old = self.get_seq_length()
+        end = old + keys.shape[2]
+        if self.room is None or self.room[0].shape[2] < end:
+            self.room = [new.new_empty(*new.shape[:2], end + 64, new.shape[3]) for new in (keys, values)]
+            for room, states in zip(self.room, (self.keys, self.values) if old else ()):
+                room[:, :, :old] = states
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, old:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)
+        self.room = None
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None,
              until=None):
@@ -661,6 +687,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
         logprob, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
         stopped = torch.zeros(n, dtype=torch.bool, device=device)
         rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows: those still running
+        cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         for t in range(max_new_tokens):
             extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
             out = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,

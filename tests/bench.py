@@ -13,8 +13,8 @@ c  both students with routing, against one after the other on all paths         
 e  greedy answers of up to --eval_max_new_tokens tokens, against model.generate in file order
 f  share of the measured matrix-product peak that a step reaches
 g  share of a step that router, alignment, mutual loss and the collapse log cost
-h  our batches of rows of similar length, against rows packed into one sequence behind a dense mask       i  against a
-   question's prompt once for all its paths, too; half of the paths second       k  a start over N paths, a second start
+h  rows packed into one sequence behind a dense mask, against our batches of rows of similar length       i  a prompt once
+   for all its paths (--share_prompts), against our batches; then on half of the paths   k  a start over N paths, a second
 l  a step with more paths, more students
 
 Flags that are not the bench's are distill.py's: --gate categorical, --checkpointing ... Half of the pairs are routed here
@@ -199,46 +199,43 @@ def plain_step(b, repeat):
     return int(b.length[routed].sum())
 
 
-def alone_step(b, s, groups=None):
-    """Our step of student number s alone, on all paths -> trained response tokens. groups: join rows so."""
+def alone_step(b, s, share_prompts=False, packed=False):
+    """Our step of student number s alone, on all paths -> trained response tokens. packed: see packed_nll."""
+    args = argparse.Namespace(**{**vars(b.args), "share_prompts": share_prompts})
     with amp(b.device):
-        nll = joined_nll(b.students[s], s, groups, b.args) if groups else \
-            distill.forward_paths(b.students[s], s, b.rows, [-1] * len(b.rows), b.args)[0]
+        nll = packed_nll(b.students[s], s, b.rows, args) if packed else \
+            distill.forward_paths(b.students[s], s, b.rows, [-1] * len(b.rows), args)[0]
     (nll / b.length[:, s].to(b.device)).mean().backward()
     distill.clip_and_step(b.optimizers[s], b.args.clip)
     return int(b.length[:, s].sum())
 
 
-def joined_nll(student, s, groups, args):
-    """Losses (P,) of the rows of `groups`, concatenated into sequences of --forward_tokens: of a group its prompt once,
-    then its responses. A token sees its group's prompt and its own response, and has the position that it has alone.
+def packed_nll(student, s, rows, args):
+    """Losses (P,) of rows that are concatenated into sequences of --forward_tokens behind a block mask: no padding.
     Not for layers with a sliding window."""
     sequences, size = [[]], 0
-    for rows in groups:
-        n = len(rows[0]["prompts"][s]) + sum(len(row["responses"][s]) - 1 for row in rows)
+    for row in rows:
+        n = len(row["prompts"][s]) + len(row["responses"][s]) - 1
         if size and size + n > args.forward_tokens:
             sequences.append([])
             size = 0
-        sequences[-1].append(rows)
+        sequences[-1].append(row)
         size += n
     losses = []
     for sequence in sequences:
-        ids, where, target = [], [], []  # ids: (token, position, group, response, 0 in the prompt)
-        for g, rows in enumerate(sequence):
-            prompt = rows[0]["prompts"][s].tolist()
-            start = len(ids) + len(prompt) - 1
-            ids += [(token, k, g, 0) for k, token in enumerate(prompt)]
-            for r, row in enumerate(rows, 1):
-                response = row["responses"][s].tolist()
-                where += [start, *range(len(ids), len(ids) + len(response) - 1)]
-                ids += [(token, len(prompt) + k, g, r) for k, token in enumerate(response[:-1])]
-                target.append(torch.tensor(response))
-        ids, position, group, own = torch.tensor(ids, device=student.model.device).T
-        seen = (group[:, None] == group) & ((own == 0) | (own[:, None] == own)) & (position[:, None] >= position)
+        tokens = [np.concatenate([row["prompts"][s], row["responses"][s][:-1]]) for row in sequence]
+        lengths = [len(x) for x in tokens]
+        start = np.cumsum(lengths) - lengths
+        where = [i + n - len(row["responses"][s]) + np.arange(len(row["responses"][s]))
+                 for i, n, row in zip(start, lengths, sequence)]
+        ids, position, owner, where, target = (torch.from_numpy(np.concatenate(x)).to(student.model.device) for x in (
+            tokens, [np.arange(n) for n in lengths], [np.full(n, i) for i, n in enumerate(lengths)], where,
+            [row["responses"][s] for row in sequence]))
+        seen = (owner[:, None] == owner).tril()
         h = student.blocks(input_ids=ids[None], position_ids=position[None], attention_mask=seen[None, None],
                            use_cache=False).last_hidden_state[0, where]
-        nll = distill.response_nll(student, h, torch.cat(target).to(h.device))
-        losses += [x.sum() for x in nll.split([len(x) for x in target])]
+        nll = distill.response_nll(student, h, target)
+        losses += [x.sum() for x in nll.split([len(row["responses"][s]) for row in sequence])]
     return torch.stack(losses)
 
 
@@ -495,28 +492,32 @@ def main():
         report("k  second start over 500 paths with the encoder / first", second, first, "s")
     for name in names if "b" in only and has_trl else []:
         one = load(arguments(name), rows, device)
-        ours, other = alternate(repeats, device, lambda r, one=one: alone_step(one, 0), trl_side(one, 0))
-        report(f"b  {name} alone on all paths: ours / TRL", ours, other, "trained response tokens/s")
+        plain, shared, other = alternate(repeats, device, lambda r, one=one: alone_step(one, 0),
+                                         lambda r, one=one: alone_step(one, 0, share_prompts=True), trl_side(one, 0))
+        report(f"b  {name} alone on all paths: ours / TRL", plain, other, "trained response tokens/s")
+        report(f"b  {name} alone on all paths: --share_prompts / TRL", shared, other, "trained response tokens/s")
         del one
 
-    def join(label, rows, pool=args.paths, share=True):  # our batches against joined_nll, which gives the same losses
+    def compare(label, rows, pool=args.paths, **how):  # with another forward pass, which gives the same losses
         one = load(arguments("smollm2", paths=pool), rows, device)
-        ids = dict.fromkeys(row["id"] for row in one.rows)
-        groups = [[row for row in one.rows if row["id"] == i] for i in ids] if share else [[row] for row in one.rows]
         with torch.no_grad(), amp(device):
-            ours = distill.forward_paths(one.students[0], 0, one.rows, [-1] * len(one.rows), one.args)[0]
-            off = ((ours - joined_nll(one.students[0], 0, groups, one.args)).cpu() / one.length[:, 0]).abs().max()
+            losses = [distill.forward_paths(one.students[0], 0, one.rows, [-1] * len(one.rows), args)[0]
+                      for args in (one.args, argparse.Namespace(**{**vars(one.args), "share_prompts": True}))]
+            if "packed" in how:
+                losses[1] = packed_nll(one.students[0], 0, one.rows, one.args)
+            off = ((losses[0] - losses[1]).cpu() / one.length[:, 0]).abs().max()
         assert off < (1e-4 if device.type == "cpu" else 0.1), f"{label}: another loss, by {off} nats per token"
-        sides = [lambda r: alone_step(one, 0), lambda r: alone_step(one, 0, groups)]
-        report(label, *alternate(repeats, device, *sides), "trained response tokens/s")
+        report(label, *alternate(repeats, device, lambda r: alone_step(one, 0, **how), lambda r: alone_step(one, 0)),
+               "trained response tokens/s")
     if "h" in only:
-        join("h  smollm2: our batches / rows packed", rows, share=False)
+        compare("h  smollm2: rows packed / our batches", rows, packed=True)
     for task in (("gsm8k", "strategyqa") if data else ("demo",)) if "i" in only else ():
         pool = data and f"{data}/paths/{task}.jsonl"
         some = pick(distill.load_data(arguments("smollm2", paths=pool))[0], 2 * flags.rows)
         for routed in (some, some[::2]):
-            ids = {row["id"] for row in routed}
-            join(f"i  smollm2, {len(routed)} {task} paths: ours / {len(ids)} prompts", routed, pool)
+            n = len({row["id"] for row in routed})
+            compare(f"i  smollm2, {len(routed)} {task} paths of {n} questions: --share_prompts / not", routed, pool,
+                    share_prompts=True)
     if "l" in only:
         again = [{**row, "id": row["id"] + " again"} for row in rows]
         sides = [load(arguments(*names), x, device) for names, x in (

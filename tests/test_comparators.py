@@ -126,7 +126,7 @@ def test_costs_equal_those_of_hugging_faces_logits(kind):
     prompts, responses = ([row[name][0] for row in rows] for name in ("prompts", "responses"))
     student, seen = as_student(model), []
     with torch.no_grad():
-        for batch, h in distill.response_states(student, prompts, responses, SimpleNamespace(forward_tokens=60, compile=False)):
+        for batch, h in distill.response_states(student, prompts, responses, SimpleNamespace(forward_tokens=60, compile=False, share_prompts=False)):
             costs = distill.response_costs(student, h, torch.from_numpy(np.concatenate([responses[i] for i in batch])))
             for i, got in zip(batch, costs.split([len(responses[i]) for i in batch])):
                 ids = torch.from_numpy(np.concatenate([prompts[i], responses[i]]))
@@ -229,7 +229,7 @@ def test_lalp_forgets_what_lies_more_than_four_steps_back_and_nll_does_not(selec
     rows = distill.encode(rows, select.students)
     seen = []
     monkeypatch.setitem(qr.SCORES, "lalp", lambda cost, path, question: seen.append((cost, path)) or torch.zeros(2))
-    distill.best_paths(rows, [[0, 1]], select.students, SimpleNamespace(route="lalp", forward_tokens=500, compile=False))
+    distill.best_paths(rows, [[0, 1]], select.students, SimpleNamespace(route="lalp", forward_tokens=500, compile=False, share_prompts=False))
     for cost, path in seen:
         a, b = (cost[path == p, 0] for p in (0, 1))
         changed = ((a - b).abs() > 1e-5).tolist()

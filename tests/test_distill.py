@@ -277,11 +277,22 @@ ARCHITECTURES = ["llama", "untied", "gpt2", "neox", "gemma2", "gemma3", "phi"]
 LENGTHS = [(5, 9), (1, 2), (12, 20), (3, 3), (30, 4), (2, 31), (7, 1)]
 
 
+def with_common_prompts(rows):
+    """Prompts of two, three and one paths; the first's paths lie apart."""
+    for i, same in ((1, 0), (4, 2), (5, 2)):
+        rows[i]["prompts"] = rows[same]["prompts"]
+    return rows
+
+
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_path_loss_equals_hugging_face_loss_with_labels_in_value_and_gradient(kind):
+def test_path_loss_equals_hugging_face_loss_with_labels_in_value_and_gradient(kind, share):
     model = tiny_model(kind)
-    rows = fake_rows(LENGTHS, 60)
-    args = SimpleNamespace(forward_tokens=60, compile=False)  # several padded batches, one of them a single row
+    if share and kind in ("gemma2", "gemma3"):  # from 8: paths longer than that do not share
+        model.config.sliding_window = 64
+    rows = with_common_prompts(fake_rows(LENGTHS, 60))
+    # several padded batches, one of them a single row
+    args = SimpleNamespace(forward_tokens=60, compile=False, share_prompts=share)
     nll, _, _ = distill.forward_paths(as_student(model), 0, rows, [-1] * len(rows), args)
     weight = torch.linspace(0.5, 2, len(rows))
     (weight * nll).sum().backward()
@@ -304,7 +315,7 @@ def test_collaboration_gets_the_states_on_the_text_tokens_of_co_routed_paths_onl
     rows = fake_rows(LENGTHS, 60)
     base = [0, -1, 8, 27, -1, 29, -1]  # paths 0, 2, 3 and 5; each response's end token is no text
     _, z, segment = distill.forward_paths(
-        as_student(model), 0, rows, base, SimpleNamespace(forward_tokens=60, compile=False)
+        as_student(model), 0, rows, base, SimpleNamespace(forward_tokens=60, compile=False, share_prompts=False)
     )
     assert len(z) == len(segment) == 8 + 19 + 2 + 30 and sorted(segment.tolist()) == list(range(59))
     for i, start in enumerate(base):
@@ -314,6 +325,51 @@ def test_collaboration_gets_the_states_on_the_text_tokens_of_co_routed_paths_onl
             states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
             where = ((segment >= start) & (segment < start + len(response) - 1)).nonzero().squeeze(1)
             assert torch.allclose(z[where], states[len(prompt):-1], atol=1e-4)
+
+
+def states_of(model, rows, **args):
+    """[rows of a forward pass], their states, and the tokens that the passes read, padding included."""
+    read, student = [], as_student(model)
+    student.blocks = lambda **inputs: read.append(inputs["input_ids"].numel()) or model.base_model(**inputs)
+    prompts, responses = ([row[name][0] for row in rows] for name in ("prompts", "responses"))
+    args = SimpleNamespace(**{"forward_tokens": 4096, "compile": False, "share_prompts": True} | args)
+    with torch.no_grad():
+        batches, states = zip(*distill.response_states(student, prompts, responses, args))
+    return batches, torch.cat(states), sum(read)
+
+
+def test_shared_prompt_is_read_once_and_a_long_group_is_split():
+    model, rows = tiny_model("llama"), fake_rows([(40, 6)] * 5, 60)
+    for row in rows:
+        row["prompts"] = rows[0]["prompts"]
+    batches, together, read = states_of(model, rows)
+    assert read == 40 + 5 * 5 and batches == ([0, 1, 2, 3, 4],)
+    batches, split, read = states_of(model, rows, forward_tokens=50)  # room for a prompt and two responses
+    assert read == 3 * 40 + 5 * 5 and sorted(map(sorted, batches)) == [[0, 1], [2, 3], [4]]
+    batches, alone, read = states_of(model, rows, share_prompts=False)
+    assert read == 5 * 45 and torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.sort(0).values, split.sort(0).values, atol=1e-5)
+
+
+def test_paths_longer_than_a_sliding_window_do_not_share_their_prompt():
+    model, rows = tiny_model("gemma3"), fake_rows([(10, 4), (10, 3)], 60)
+    rows[1]["prompts"] = rows[0]["prompts"]
+    for window, expected in ((14, 10 + 3 + 2), (13, 2 * 13)):
+        model.config.sliding_window = window
+        assert states_of(model, rows)[2] == expected
+
+
+def test_student_that_can_not_keep_the_paths_of_a_prompt_apart_is_refused(capsys):
+    for kind in ARCHITECTURES:
+        model = tiny_model(kind)
+        distill.check_sharing(SimpleNamespace(model=model, blocks=model.base_model, end=1, source="X"))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "bloom", vocab_size=60, hidden_size=16, n_layer=2, n_head=2, pad_token_id=2, bos_token_id=None, eos_token_id=1))
+    deaf = tiny_model("llama")
+    for blocks in (model.transformer, lambda input_ids, use_cache, **ignored: deaf.model(input_ids, use_cache=False)):
+        with pytest.raises(SystemExit) as e:
+            distill.check_sharing(SimpleNamespace(model=model, blocks=blocks, end=1, source="X"))
+        assert e.value.code == 2 and "--share_prompts: student X" in capsys.readouterr().err
 
 
 def test_softcapped_student_is_accepted_and_one_with_scaled_logits_is_refused(capsys):
@@ -450,14 +506,14 @@ def supervised(monkeypatch, tokenizer, rows, end, model=None):
     monkeypatch.setattr(distill, "response_nll", record)
     handle = student.model.base_model.register_forward_pre_hook(read, with_kwargs=True)
     for row in coded:  # one at a time: the input is the row and nothing else
-        distill.forward_paths(student, 0, [row], [-1], SimpleNamespace(forward_tokens=1, compile=False))
+        distill.forward_paths(student, 0, [row], [-1], SimpleNamespace(forward_tokens=1, compile=False, share_prompts=False))
     seen, one_by_one = [], seen
     handle.remove()
     whole = []
     monkeypatch.setattr(
         distill, "response_nll", lambda s, h, target: whole.append(target.tolist()) or h.new_zeros(len(h))
     )
-    distill.forward_paths(student, 0, coded, [-1] * len(coded), SimpleNamespace(forward_tokens=4096, compile=False))
+    distill.forward_paths(student, 0, coded, [-1] * len(coded), SimpleNamespace(forward_tokens=4096, compile=False, share_prompts=False))
     assert Counter(whole[0]) == Counter(t for one in one_by_one for t in one["target"])  # padding adds no target
     out = []
     for one in one_by_one:
