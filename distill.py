@@ -575,7 +575,7 @@ def response_states(student, prompts, responses, args):
     then each response at the positions that it has alone, seeing the prompt and itself.
     """
     device, pad_to = student.model.device, 64 if args.compile or student.model.device.type == "cuda" else 1
-    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses)) if prompts else 0
+    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
     window = getattr(student.model.config.get_text_config(), "sliding_window", None) or longest
     share = args.share_prompts and longest <= window  # one mask is right for all layers where no window cuts it
     groups, lengths, last = [], [], {}  # sequences: row numbers, tokens; the last one of each prompt

@@ -668,20 +668,21 @@ def test_route_all_runs_every_path_of_every_student(monkeypatch, world, train):
 
 
 # ---------------------------------------------------------------- accumulation
-def test_micro_batches_change_nothing(train):
-    runs = [train("--mutual_weight", 0.5, "--micro_batch_size", n, "--batch_size", 5, "--lr", 1e-3, name=f"micro{n}",
-                  students=("words", "pieces", "pad_is_eos")) for n in (1, 2, 5)]
+def test_micro_batches_and_shared_prompts_change_nothing(train):
+    runs = [train("--mutual_weight", 0.5, "--batch_size", 5, "--lr", 1e-3, *flags, name=f"micro{n}",
+                  students=("words", "pieces", "pad_is_eos"))
+            for n, flags in enumerate([("--micro_batch_size", 1), ("--micro_batch_size", 2), ["--share_prompts"], []])]
     start = train(
         "--max_steps", 1, "--lr", 1e-9, "--weight_decay", 0, name="start", students=("words", "pieces", "pad_is_eos")
     )
-    for run in runs[:2]:
-        for a, b in zip(run.log, runs[2].log):
+    for run in runs[:3]:
+        for a, b in zip(run.log, runs[3].log):
             for key in ("loss", "rate", "mutual", "gamma", "entropy", "grad_norm", "router_grad_norm", "co_routed"):
                 assert np.allclose(a[key], b[key], rtol=1e-3, atol=1e-5), key
         for file, tensors in run.weights.items():
             for name, w in tensors.items():
-                moved = (runs[2].weights[file][name] - start.weights[file][name]).abs().max()
-                assert torch.allclose(w, runs[2].weights[file][name], atol=max(1e-6, 0.02 * float(moved))), name
+                moved = (runs[3].weights[file][name] - start.weights[file][name]).abs().max()
+                assert torch.allclose(w, runs[3].weights[file][name], atol=max(1e-6, 0.02 * float(moved))), name
     assert any(line["co_routed"] for line in runs[0].log)
 
 
