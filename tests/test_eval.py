@@ -106,6 +106,16 @@ def test_batched_greedy_generation_equals_hf_generate_on_single_prompts(model, p
     assert type(model) is not LlamaForCausalLM or ends == {True, False}  # rows did leave the batch
 
 
+def test_long_responses_outgrow_the_room_of_the_cache_and_stay_those_of_hf_generate(prompts):
+    torch.manual_seed(0)
+    model = tiny_llama().eval()
+    model.generation_config.eos_token_id = [2]
+    responses = [r for r, in E.generate(model, word_tokenizer(), prompts[:3], 150, batch_size=3)]
+    for prompt, r in zip(prompts, responses):
+        assert r["text"] == word_tokenizer().decode(hf_greedy(model, prompt, 150, [2]), skip_special_tokens=True)
+    assert max(r["tokens"] for r in responses) > 2 * 64
+
+
 def test_logprob_is_the_mean_over_the_response_with_its_end_token(model, prompts):
     for prompt, [r] in zip(prompts, E.generate(model, word_tokenizer(), prompts, 9, batch_size=4)):
         expected = hf_greedy(model, prompt, 9, [2, 17, 40])
