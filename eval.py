@@ -684,7 +684,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
         mask, noise, inputs = mask.to(device), noise.to(device), ids.to(device)
         position = (mask.cumsum(1) - 1).clamp(min=0)
         tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
-        logprob, length = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+        logprob = torch.zeros(n, max_new_tokens, device=device)
+        length = torch.zeros(n, dtype=torch.long, device=device)
         stopped = torch.zeros(n, dtype=torch.bool, device=device)
         rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows: those still running
         cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -699,7 +700,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
                 token = torch.searchsorted(cumulated, noise[rows, t, None] * cumulated[:, -1:], right=True).squeeze(1)
                 token = token.clamp(max=logp.shape[1] - 1)
             tokens[rows, t] = token
-            logprob[rows] += logp.gather(1, token[:, None]).squeeze(1)
+            logprob[rows, t] = logp.gather(1, token[:, None]).squeeze(1)
             length[rows] += 1
             stopped[rows] = torch.isin(token, ends)
             going = ~stopped[rows] & (position[rows, width + t] < context)
@@ -716,9 +717,13 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
             inputs = token[:, None]
         bar.update(len(rows))
         for b, (i, k) in enumerate(batch):
-            text, end = read(i, tokens[b, :length[b] - stopped[b].long()].tolist())
-            results[i][k] = {"text": text[:end.end()] if end else text, "tokens": int(length[b]),
-                             "logprob": float(logprob[b] / length[b]), "stopped": bool(stopped[b])}
+            m, response = int(length[b]), tokens[b, :length[b] - stopped[b].long()].tolist()
+            text, end = read(i, response)
+            if end and end.end() < len(text):  # what follows the answer does not count
+                text = text[:end.end()]
+                m = next(m for m in range(1, m + 1) if read(i, response[:m])[1])
+            results[i][k] = {"text": text, "tokens": m, "logprob": float(logprob[b, :m].mean()),
+                             "stopped": bool(stopped[b])}
     bar.close()
     model.train(was_training)
     return results
@@ -922,7 +927,7 @@ def main():
     g = p.add_argument_group("how")
     g.add_argument("--samples", type=positive, default=1, metavar="N", help="responses per question, for a vote (1)")
     g.add_argument("--temperature", type=within(float, 0, 10), metavar="X", help="(one sample: 0, greedy; else 0.8)")
-    g.add_argument("--max_new_tokens", type=positive, default=300, metavar="N", help="longest response (300)")
+    g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="longest response in tokens (512)")
     g.add_argument("--batch_size", type=positive, default=16, metavar="N", help="responses generated at a time (16)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda, cuda:1, mps ... (%(default)s)")
@@ -941,7 +946,7 @@ def main():
         stop(f"--out {args.out}: no such folder; make it first")
     try:
         torch.empty(0, device=args.device)
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError) as e:
         stop(f"--device {args.device} can't be used ({str(e).splitlines()[0]})")
 
     rows = read_questions(args.questions, args.task)[:args.limit]

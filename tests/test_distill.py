@@ -24,6 +24,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -366,7 +368,10 @@ def test_student_that_can_not_keep_the_paths_of_a_prompt_apart_is_refused(capsys
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "bloom", vocab_size=60, hidden_size=16, n_layer=2, n_head=2, pad_token_id=2, bos_token_id=None, eos_token_id=1))
     deaf = tiny_model("llama")
-    for blocks in (model.transformer, lambda input_ids, use_cache, **ignored: deaf.model(input_ids, use_cache=False)):
+    windows = AutoModelForCausalLM.from_config(AutoConfig.for_model(  # windows over the sequence, whatever the positions
+        "gpt_neo", vocab_size=60, hidden_size=16, num_layers=2, num_heads=2, window_size=256, initializer_range=0.3,
+        attention_types=[[["local"], 2]], pad_token_id=2, bos_token_id=None, eos_token_id=1))
+    for blocks in (model.transformer, windows.transformer, lambda input_ids, use_cache, **ignored: deaf.model(input_ids, use_cache=False)):
         with pytest.raises(SystemExit) as e:
             distill.check_sharing(SimpleNamespace(model=model, blocks=blocks, end=1, source="X"))
         assert e.value.code == 2 and "--share_prompts: student X" in capsys.readouterr().err
@@ -757,6 +762,33 @@ def test_killed_run_resumes_to_exactly_the_unkilled_one(world, tmp_path, unkille
     torch.manual_seed(99), random.seed(99)  # nothing may hang on the state of this process
     distill.main(["--resume", str(tmp_path / "run")])
     same_run(files_of(tmp_path / "run"), unkilled[kind])
+
+
+def test_loss_scale_of_fp16_is_part_of_the_checkpoint(world, tmp_path):
+    flags = *LONG, "--dtype", "fp16", "--reward", "loss"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    distill.main(flags_of(world, whole, *flags))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_after(patch, distill, "clip_and_step", 4 * 6 + 3)
+        distill.main(flags_of(world, killed, *flags))
+    with distill.safe_open(killed / "checkpoint.safetensors", "pt") as f:
+        state = json.loads(f.metadata()["run"])["scaler"]
+    assert state["_growth_tracker"] or state["scale"] < 65536  # another scaler than a new one
+    distill.main(["--resume", str(killed)])
+    same_run(files_of(killed), files_of(whole))
+
+
+def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(tmp_path / "encoder")
+    runs = []
+    for name in ("cold", "warm"):  # the second one finds all embeddings in the cache
+        distill.main(flags_of(world, tmp_path / name, "--encoder", tmp_path / "encoder", "--router_hidden", 4))
+        runs.append(files_of(tmp_path / name))
+    same_run(*runs)
 
 
 def test_half_written_checkpoint_leaves_the_old_one_valid(world, tmp_path, unkilled, monkeypatch):

@@ -144,7 +144,10 @@ def test_a_response_ends_with_the_first_match_of_its_pattern(model, prompts):
         for [a], [b], w, pattern in zip(whole, cut, words, until):
             if len(w) > 25:
                 assert b["text"] == a["text"][:pattern.search(a["text"]).end()] and not b["stopped"]
-                assert b["tokens"] <= 16  # it was not heard out
+                n = b["tokens"]  # those that say it, and their log-probability: of the rest, up to 16, none
+                assert len(b["text"].split()) <= n <= 16 and pattern.search(a["text"]).start() == b["text"].rfind(w[2])
+                short = E.generate(model, word_tokenizer(), prompts, n, 6)[whole.index([a])]
+                assert b["logprob"] == pytest.approx(short[0]["logprob"], abs=1e-4)
             else:
                 assert a["text"] == b["text"] and a["tokens"] == b["tokens"]
 
