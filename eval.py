@@ -919,14 +919,16 @@ def main():
     p.error = stop  # one sentence and exit code 2
     g = p.add_argument_group("what")
     g.add_argument("--students", nargs="+", metavar="NAME", help="models or PEFT LoRA adapters, by folder or name")
-    g.add_argument("--questions", metavar="FILE", help="in a published format, flat or a path pool")
+    g.add_argument("--questions", metavar="FILE",
+                   help="a dataset's own file, JSON Lines with id, task, question, answer, or a pool")
     g.add_argument("--task", help=f"overrides the task that the file names: {', '.join(TASKS)}")
     g.add_argument("--limit", type=positive, metavar="N", help="use only the first N questions (all)")
     g.add_argument("--plot", nargs="+", metavar="RUN_DIR",
                    help="draw runs of distill.py instead; pictures of several runs go into the first one's folder")
     g = p.add_argument_group("how")
     g.add_argument("--samples", type=positive, default=1, metavar="N", help="responses per question, for a vote (1)")
-    g.add_argument("--temperature", type=within(float, 0, 10), metavar="X", help="(one sample: 0, greedy; else 0.8)")
+    g.add_argument("--temperature", type=within(float, 0, 10), metavar="X",
+                   help="sampling temperature (0, greedy, for one sample; else 0.8)")
     g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="longest response in tokens (512)")
     g.add_argument("--batch_size", type=positive, default=16, metavar="N", help="responses generated at a time (16)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",

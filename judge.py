@@ -810,7 +810,8 @@ def main():
     g.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES, metavar="STYLE",
                    help=f"of {', '.join(STYLES)} (all)")
     g.add_argument("--samples", type=positive, default=1, metavar="N", help="paths per question, style and teacher (1)")
-    g.add_argument("--temperature", type=tasks.within(float, 0), default=0.8, metavar="X", help="the paper's (0.8)")
+    g.add_argument("--temperature", type=tasks.within(float, 0), default=0.8, metavar="X",
+                   help="of the teacher's sampling (0.8, the paper's)")
     g.add_argument("--max_new_tokens", type=positive, default=1000, metavar="N",
                    help="longest reply, the paper's (1000)")
     g.add_argument("--baseline", choices=("step_by_step", "revthink", "rephrased", "generated"),
@@ -819,7 +820,8 @@ def main():
     g.add_argument("--judge", action="append", default=[], metavar="MODEL",
                    help="step 2: MODEL@URL, a local model, rule (the demo's) or none; repeatable (none)")
     g.add_argument("--accept", type=positive, metavar="N", help="judges that must call a path valid (all)")
-    g.add_argument("--canaries", type=natural, default=0, metavar="N", help="bad and good paths to test judges on (0)")
+    g.add_argument("--canaries", type=natural, default=0, metavar="N",
+                   help="judge N paths known to be bad and N known to be good, too (0)")
     g = p.add_argument_group("calls")
     g.add_argument("--api_key_env", default="OPENAI_API_KEY", metavar="NAME",
                    help="environment variable with the key (OPENAI_API_KEY)")
