@@ -14,7 +14,7 @@ e  greedy answers of up to --eval_max_new_tokens tokens, against model.generate 
 f  share of the measured matrix-product peak that a step reaches
 g  share of a step that router, alignment, mutual loss and the collapse log cost
 h  rows packed into one sequence behind a dense mask, against our batches of rows of similar length       i  a prompt once
-   for all its paths (--share_prompts), against our batches; then on half of the paths   k  a start over N paths, a second
+   for all its paths (--share_prompts), against our batches; then on half of the paths   k  a start over N paths, and again
 l  a step with more paths, more students
 
 Flags that are not the bench's are distill.py's: --gate categorical, --checkpointing ... Half of the pairs are routed here
@@ -199,13 +199,17 @@ def plain_step(b, repeat):
     return int(b.length[routed].sum())
 
 
-def alone_step(b, s, share_prompts=False, packed=False):
-    """Our step of student number s alone, on all paths -> trained response tokens. packed: see packed_nll."""
+def alone_nll(b, s, share_prompts=False, packed=False):
+    """Losses (P,) of all paths under student number s. packed: see packed_nll."""
     args = argparse.Namespace(**{**vars(b.args), "share_prompts": share_prompts})
     with amp(b.device):
-        nll = packed_nll(b.students[s], s, b.rows, args) if packed else \
+        return packed_nll(b.students[s], s, b.rows, args) if packed else \
             distill.forward_paths(b.students[s], s, b.rows, [-1] * len(b.rows), args)[0]
-    (nll / b.length[:, s].to(b.device)).mean().backward()
+
+
+def alone_step(b, s, **how):
+    """Our step of student number s alone, on all paths, the losses by alone_nll -> trained response tokens."""
+    (alone_nll(b, s, **how) / b.length[:, s].to(b.device)).mean().backward()
     distill.clip_and_step(b.optimizers[s], b.args.clip)
     return int(b.length[:, s].sum())
 
@@ -500,12 +504,8 @@ def main():
 
     def compare(label, rows, pool=args.paths, **how):  # with another forward pass, which gives the same losses
         one = load(arguments("smollm2", paths=pool), rows, device)
-        with torch.no_grad(), amp(device):
-            losses = [distill.forward_paths(one.students[0], 0, one.rows, [-1] * len(one.rows), args)[0]
-                      for args in (one.args, argparse.Namespace(**{**vars(one.args), "share_prompts": True}))]
-            if "packed" in how:
-                losses[1] = packed_nll(one.students[0], 0, one.rows, one.args)
-            off = ((losses[0] - losses[1]).cpu() / one.length[:, 0]).abs().max()
+        with torch.no_grad():
+            off = ((alone_nll(one, 0, **how) - alone_nll(one, 0)).cpu() / one.length[:, 0]).abs().max()
         assert off < (1e-4 if device.type == "cpu" else 0.1), f"{label}: another loss, by {off} nats per token"
         report(label, *alternate(repeats, device, lambda r: alone_step(one, 0, **how), lambda r: alone_step(one, 0)),
                "trained response tokens/s")
