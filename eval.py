@@ -643,12 +643,13 @@ class Roomy(DynamicLayer):
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None,
-             until=None):
+             until=None, done=None):
     """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without special tokens,
     "logprob": mean log-probability of its tokens and the one that ended it, "tokens": their number, "stopped": it
     ended by itself}. Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
     sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends, or
-    with the first match of `until`, a pattern for each prompt, which is looked for every 16 tokens."""
+    with the first match of `until`, a pattern for each prompt, which is looked for every 16 tokens. done(i, k, response) is
+    called as soon as sample k of prompt i is finished."""
     temperature = temperature if temperature is not None else 0.8 if samples > 1 else 0
     device = model.device
     eos = model.generation_config.eos_token_id
@@ -724,6 +725,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
                 m = next(m for m in range(1, m + 1) if read(i, response[:m])[1])
             results[i][k] = {"text": text, "tokens": m, "logprob": float(logprob[b, :m].mean()),
                              "stopped": bool(stopped[b])}
+            if done:
+                done(i, k, results[i][k])
     bar.close()
     model.train(was_training)
     return results
