@@ -1,186 +1,849 @@
 """QR-Distill, the training run: students trained together on the teacher paths that a router gives them.
 
-    python distill.py                                     # the embedded demo: laptop CPU, offline, a few minutes
+    python distill.py                                     # the embedded demo: laptop CPU, offline, minutes
     python distill.py --paths POOL.jsonl --students A B    # real paths, real students
 
-main() is the run, top to bottom, with the paper's equation numbers beside their lines. The equations are in router.py,
-the path pool in judge.py, the tasks in eval.py. "departs" marks where this leaves the paper (Lei et al., EMNLP 2025).
+Read main() first: it is the run, top to bottom, and its loop is the method (Lei et al., EMNLP 2025),
+with the paper's equation numbers. The equations are in router.py, the path pool in judge.py, the tasks
+in eval.py. "departs" marks where we leave the paper, "open point N" refers to the list in
+tests/experiments/README.md. Shapes: P paths of the step's Q questions, S students.
 """
 import argparse
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
+import platform
 import random
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from tqdm import tqdm
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-from transformers.pytorch_utils import Conv1D
-
-import eval as tasks
-import judge
-import router as qr
 from eval import stop, within
+
+# What --as_printed sets: every equation as the paper prints it, but for the sign of the entropy in Eq 9,
+# which the paper's own text says is maximised.
+AS_PRINTED = {"gate": "onehot", "explore": 0.0, "reward": "loss", "entropy": "literal", "normalize": "batch",
+              "competence": "eq8", "projection": "trained", "standardize": False, "router_hidden": 256,
+              "style_input": False}
+# What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
+DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96}
+REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512}
 
 
 # ---------------------------------------------------------------- flags
-def parse_args(argv=None):
-    """The run's flags. With --resume: the saved ones, and a flag that contradicts them is refused."""
-    count, natural, share, positive, weight = (within(int, 1), within(int, 0), within(float, 0, 1), within(float, 1e-9),
-                                               within(float, 0))
+def make_parser():
+    """The flags. Every ablation is one: README.md lists them."""
+    count, natural = within(int, 1), within(int, 0)
+    share, weight, positive = within(float, 0, 1), within(float, 0), within(float, 1e-9)
     p = argparse.ArgumentParser(usage="python distill.py [flags]", description=__doc__.split("\n")[0],
                                 epilog="Defaults in brackets. Every ablation is a flag: see README.md.")
     p.error = stop  # one sentence and exit code 2
+
     g = p.add_argument_group("run")
     g.add_argument("--out_dir", help="run folder (default: out/ and the time)")
     g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
-    g.add_argument("--seed", type=within(int, 0, 2**31), default=0, help="seeds weights, gates, data order, split (0)")
+    g.add_argument("--seed", type=within(int, 0, 2**31), default=0,
+                   help="seeds weights, gates, data order and split (0)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (auto)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bf16", "fp16"],
                    help="type of the matrix products (AMP); auto: bf16 on cuda, else float32")
     g.add_argument("--compile", action="store_true", help="torch.compile the students")
-    g.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more work")
+    g.add_argument("--checkpointing", action="store_true",
+                   help="recompute activations: less memory, a third more work")
     g.add_argument("--save_every", type=count, default=100, help="steps between checkpoints (100)")
+    g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
+
     g = p.add_argument_group("data")
-    g.add_argument("--paths", metavar="POOL", help="path pool, from judge.py or not yet graded (default: the demo)")
+    g.add_argument("--paths", metavar="POOL",
+                   help="path pool, from judge.py or not yet graded (default: the demo)")
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
-                   help="full: right answer and not judged invalid; answer: right answer; none: keep all (full)")
+                   help="full: right answer and not judged invalid; answer: right answer; none: all (full)")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
-    g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0, help="share of the questions used (1)")
-    g.add_argument("--test_frac", type=within(float, 1e-6, 1), default=0.2, help="share of questions held out (0.2)")
+    g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0,
+                   help="share of the training questions that is used (1)")
+    g.add_argument("--test_frac", type=within(float, 1e-6, 1), default=0.2,
+                   help="share of the questions that is held out (0.2)")
     g.add_argument("--max_len", type=count, default=1024,
                    help="longest prompt and path in tokens; longer ones are left out (1024)")
+
     g = p.add_argument_group("students")
-    g.add_argument("--students", nargs="+", metavar="MODEL", help="Hugging Face causal LMs (default: two tiny ones)")
-    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I", help="students that do not learn")
-    g.add_argument("--lora_rank", type=natural, help="LoRA on the blocks' linear layers, 0: train all (32; demo: 0)")
-    g.add_argument("--lora_alpha", type=positive, default=64.0, help="LoRA's scale is alpha / rank (64)")
-    g.add_argument("--quantize", choices=["nf4"], help="frozen base in 4 bit under LoRA (QLoRA); needs bitsandbytes")
-    g.add_argument("--lr", nargs="+", type=positive, help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
+    g.add_argument("--students", nargs="+", metavar="MODEL",
+                   help="Hugging Face causal LMs (default: two tiny ones)")
+    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I",
+                   help="students that do not learn, by number")
+    g.add_argument("--lora_rank", type=natural,
+                   help="LoRA on the blocks' linear layers, alpha = 2 x rank; 0: train all (32; demo: 0)")
+    g.add_argument("--quantize", choices=["nf4"],
+                   help="frozen base in 4 bit under LoRA (QLoRA); needs bitsandbytes")
+    g.add_argument("--lr", nargs="+", type=positive,
+                   help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
+
     g = p.add_argument_group("routing")
-    g.add_argument("--route", default="learned", choices=["learned", "all", "random", *qr.SCORES],
-                   help="the trained router; all paths to all; at random; or one path of each question by a score of "
-                        "the untrained student (learned)")
-    g.add_argument("--route_rate", type=share, default=0.5, help="selection rate of --route random --gate binary (0.5)")
-    g.add_argument("--encoder", default="hash", metavar="MODEL", help="Eq 1: 'hash' or a Hugging Face encoder (hash)")
-    g.add_argument("--router_hidden", type=natural, default=0, help="Eq 2: width of the paper's MLP, 0: linear (0)")
+    g.add_argument("--route", default="learned",
+                   choices=["learned", "all", "random", "short", "nll"],
+                   help="the trained router; all paths to all students; or one path of each question: at "
+                        "random, the shortest, or the likeliest for the untrained student (learned)")
+    g.add_argument("--as_printed", action="store_true",
+                   help="every equation as the paper prints it, but for the sign of the entropy; sets "
+                        + ", ".join(f"{name} {value}" for name, value in AS_PRINTED.items())
+                        + " and leaves the logits unbounded; a flag beside it still counts")
+    g.add_argument("--encoder", default="hash", metavar="MODEL",
+                   help="Eq 1: 'hash' or a Hugging Face encoder, the paper's is roberta-base (hash)")
+    g.add_argument("--router_hidden", type=natural, default=0,
+                   help="Eq 2: width of the paper's MLP, 0: linear (0)")
     g.add_argument("--router_lr", type=weight, default=0.1, help="learning rate of the router (0.1)")
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
-    g.add_argument("--gate", default="categorical", choices=[*qr.GATES],
-                   help="Eq 2: categorical: a student gets one path of each question; binary: any number of them; "
-                        "onehot: a path goes to one student (categorical)")
-    g.add_argument("--reward", default="sum", choices=["sum", "loss", "interaction"],
-                   help="what the router lowers: sum: a path's total loss; loss: its mean over tokens, as in Eq 9; "
-                        "interaction: that mean less its average over students (sum)")
-    g.add_argument("--explore", type=share, default=0.2, help="first share of the steps: all paths go to all "
-                   "students, while the router learns from losses that its choices did not shape (0.2)")
-    g.add_argument("--tau", type=within(float, 0.2), default=1.0, help="Eq 2: Gumbel temperature (1)")
+    g.add_argument("--gate", default="categorical",
+                   help="Eq 2, from router.GATES: categorical: a student gets one path of each question; "
+                        "binary: any number of them; onehot: a path goes to one student (categorical)")
+    g.add_argument("--reward", default="sum", choices=["sum", "loss"],
+                   help="what the router lowers: a path's total loss, or its mean over tokens, as in Eq 9 (sum)")
+    g.add_argument("--explore", type=share, default=0.2,
+                   help="first share of the steps: all paths go to all students, while the router learns "
+                        "from losses that its choices did not shape (0.2)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
                    help="Eq 3: a rate for each student, or one for all as printed (student)")
     g.add_argument("--normalize", default="question", choices=["question", "batch"],
                    help="Eq 9: every question weighs the same, or every path (question)")
+
     g = p.add_argument_group("collaboration")
     g.add_argument("--mutual_weight", type=weight, default=0.1, help="Eq 9: l2, 0: no collaboration (0.1)")
-    g.add_argument("--shared_dim", type=count, default=64, help="Eq 5: d (64)")
     g.add_argument("--projection", default="random", choices=["random", "trained"],
                    help="Eq 5: frozen random, or trained, which loses rank (random)")
     g.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 8: compare states of mean 0 and variance 1 (on)")
     g.add_argument("--competence", default="target", choices=["target", "eq8"],
                    help="Eq 6: learned from the students' losses, or from Eq 8 as printed (target)")
+
     g = p.add_argument_group("optimisation")
     g.add_argument("--batch_size", type=count, default=8, help="questions per step, with all their paths (8)")
-    g.add_argument("--micro_batch_size", type=count, help="questions per backward pass: memory, not results (all)")
-    g.add_argument("--forward_tokens", type=count, help="padded tokens per forward pass: memory (4096; CPU: 1024)")
-    g.add_argument("--share_prompts", action="store_true",
-                   help="one sequence for a question's paths, its prompt once: faster where many paths run")
+    g.add_argument("--micro_batch_size", type=count,
+                   help="questions per backward pass: memory, not results (all)")
     g.add_argument("--epochs", type=count, help="passes over the training questions (3; demo: 8)")
     g.add_argument("--max_steps", type=count, help="optimiser steps, instead of --epochs")
-    g.add_argument("--warmup", type=share, default=0.05,
-                   help="share of steps with a rising rate, then cosine to a tenth (0.05)")
-    g.add_argument("--weight_decay", type=weight, default=0.01, help="AdamW's (0.01)")
-    g.add_argument("--clip", type=positive, default=1.0, help="largest gradient norm of student or router (1)")
-    g = p.add_argument_group("evaluation")
-    g.add_argument("--eval_questions", metavar="FILE", help="test set in any format of eval.py (default: held out)")
-    g.add_argument("--eval_limit", type=natural, default=0, help="only the first N test questions, 0: all (0)")
-    g.add_argument("--eval_max_new_tokens", type=count, help="longest answer in tokens (512; demo: 96)")
-    g.add_argument("--eval_batch_size", type=count, default=32, help="questions per generation batch (32)")
-    g.add_argument("--samples", type=count, default=1, help="answers per student, above 1: sampled, majority vote (1)")
-    args = p.parse_args(argv)
 
-    if args.resume:  # a contradiction would give a result that is neither run's
-        file = Path(args.resume) / "args.json"
-        if not file.is_file():
-            stop(f"--resume {args.resume}: no args.json there; pass the --out_dir of an earlier run")
-        try:
-            saved = json.loads(file.read_text())
-        except ValueError:
-            stop(f"--resume {args.resume}: its args.json is damaged; start the run again in another folder")
-        for action in p._actions:
-            action.default = argparse.SUPPRESS
-        for name, value in vars(p.parse_args(argv)).items():
-            if name not in ("resume", "out_dir") and saved.get(name) != value:
-                stop(f"--resume {args.resume}: that run has --{name} {saved.get(name)}, not {value}; "
-                     "leave the flag out, or start a new run")
-        return argparse.Namespace(**{**saved, "resume": args.resume, "out_dir": args.resume})
-    # What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
-    real = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512}
-    demo = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96}
-    for name, value in (real if args.students else demo).items():
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--eval_questions", metavar="FILE",
+                   help="test set in any format of eval.py (default: questions held out)")
+    g.add_argument("--eval_limit", type=natural, default=0, help="only the first N test questions, 0: all (0)")
+    g.add_argument("--eval_every", type=natural, default=0,
+                   help="steps between tests during training, 0: only before and after (0)")
+    g.add_argument("--eval_max_new_tokens", type=count, help="longest answer in tokens (512; demo: 96)")
+    return p
+
+
+def parse_args(argv=None):
+    """The run's flags. With --resume: the saved ones, and a flag that contradicts them is refused."""
+    p = make_parser()
+    args = p.parse_args(argv)
+    if args.resume is not None:
+        return resumed_args(p, args.resume, argv)
+    if args.as_printed:
+        p.set_defaults(**AS_PRINTED)
+        args = p.parse_args(argv)
+    for name, value in (REAL if args.students else DEMO).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not args.out_dir and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stop("torchrun needs --out_dir, so that all processes mean the same folder")
-    args.out_dir = args.out_dir or time.strftime("out/%Y%m%d-%H%M%S")
+    check_flags(args)
+    # The run can be resumed from any folder.
+    args.out_dir = os.path.abspath(args.out_dir or time.strftime("out/%Y%m%d-%H%M%S"))
+    for name in ("paths", "eval_questions"):
+        if getattr(args, name):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
+    args.students = args.students and [absolute_folder(name) for name in args.students]
+    args.encoder = absolute_folder(args.encoder)
+    check_out_dir(args.out_dir)
+    return args
+
+
+def absolute_folder(name):
+    """A folder's absolute path; any other name, such as one on the hub, as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def resumed_args(p, folder, argv):
+    """The flags of the run in `folder`; a flag that contradicts them would give a result that is neither run's."""
+    file = Path(folder) / "args.json"
+    if not folder or not file.is_file():
+        stop(f"--resume {folder!r}: no args.json there; pass the --out_dir of an earlier run")
+    try:
+        saved = {**json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, OSError, RecursionError):
+        stop(f"--resume {folder}: its args.json is damaged; start the run again in another folder")
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(p.parse_args(argv))
+    flags = {action.dest for action in p._actions} - {"help", "resume"}
+    if missing := sorted(flags - saved.keys()):
+        stop(f"--resume {folder}: its args.json lacks --{missing[0]}; it was written by another version, "
+             "start the run again in another folder")
+    for name, value in given.items():
+        if name not in ("resume", "out_dir") and saved[name] != value:
+            stop(f"--resume {folder}: that run has --{name} {saved[name]}, not {value}; "
+                 "leave the flag out, or start a new run")
+    folder = os.path.abspath(folder)
+    return argparse.Namespace(**{name: saved[name] for name in flags} | {"resume": folder, "out_dir": folder})
+
+
+def check_flags(args):
+    """stop() at flags that contradict one another, or that are empty."""
     n = len(args.students or [0, 0])
+    for name in ("out_dir", "paths", "eval_questions", "encoder", "wandb", "device"):
+        if getattr(args, name) == "":
+            stop(f"--{name} is empty: pass a value, or leave the flag out")
+    if "" in (args.students or []):
+        stop("--students: one of the names is empty")
+    if not args.out_dir and int_variable("WORLD_SIZE", 1) > 1:
+        stop("torchrun needs --out_dir, so that all processes mean the same folder")
     if args.quantize and not (args.students and args.lora_rank):
-        stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and --lora_rank above 0")
+        stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and "
+             "--lora_rank above 0")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
-    categorical = args.route == "learned" and args.gate == "categorical"
-    if categorical and args.normalize == "batch":
-        stop("--normalize batch: with one path of each question all weigh the same anyway; pass --gate binary too")
-    if categorical and not args.explore:
-        stop("--explore 0: a student that gets one path of a question has nothing to compare it with, and the router "
-             "never learns; pass a share above 0, or --gate binary")
-    if args.reward == "interaction" and n == 1:
-        stop("--reward interaction compares students: it needs two or more")
+    if args.route == "learned" and args.gate == "categorical":
+        if args.normalize == "batch":
+            stop("--normalize batch: with one path of each question all weigh the same anyway; "
+                 "pass --gate binary too")
+        if not args.explore:
+            stop("--explore 0: a student that gets one path of a question has nothing to compare it with, and "
+                 "the router never learns; pass a share above 0, or --gate binary")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
-    if Path(args.out_dir).is_file():
-        stop(f"--out_dir {args.out_dir} is a file: pass a folder")
-    if any((Path(args.out_dir) / name).exists() for name in ("args.json", "results.json", "log.jsonl")):
-        stop(f"--out_dir {args.out_dir} holds a run already: pass --resume {args.out_dir}, or another folder")
-    return args
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        stop("--wandb needs one more package: pip install wandb")
+
+
+def check_out_dir(folder):
+    """stop() where a run folder can't be written, or holds a run; one that never got to its start may be used again."""
+    out = Path(folder)
+    if (out / "checkpoint.safetensors").exists() or (out / "results.json").exists():
+        stop(f"--out_dir {folder} holds a run already: pass --resume {folder}, or another folder")
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        if new:
+            out.rmdir()
+    except OSError as e:
+        stop(f"--out_dir {folder}: can't be written ({e.strerror})")
+
+
+def int_variable(name, default):
+    """An environment variable as a whole number; torchrun sets RANK, LOCAL_RANK and WORLD_SIZE."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        stop(f"the environment variable {name} is {value!r}, not a whole number: unset it, or use torchrun")
+    return int(value)
+
+
+if __name__ == "__main__":
+    FLAGS = parse_args()  # before the imports below, which take seconds: --help and wrong flags answer at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+import eval as tasks  # noqa: E402
+import judge  # noqa: E402
+import router as qr  # noqa: E402
+
+WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
+WEIGHT_DECAY = 0.01  # AdamW's, of the students
+CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
+SHARED_DIM = 64  # Eq 5: d
+ROUTER_BOUND = 4.0  # of the logits; None with --as_printed
+EVAL_BATCH = 32  # answers that are generated at a time
+
+
+# ---------------------------------------------------------------- the run
+def main(args=None):
+    """One run: filter, students, router, training, test, table. args: flags as words, or parsed."""
+    args = args if isinstance(args, argparse.Namespace) else parse_args(args)
+    out = Path(args.out_dir)
+    device, amp_dtype, rank = set_up(args)
+    if args.gate not in qr.GATES:
+        stop(f"--gate {args.gate}: router.GATES has {', '.join(qr.GATES)}")
+
+    # The pool: filtered, split by question, tokenised and embedded once.
+    kept, test, pool = load_data(args)
+    print("\nquality filter (training questions)")
+    judge.filter_table(pool, args.filter)
+    students = load_students(args, device, amp_dtype)
+    rows = encode(kept, students)
+    questions = paths_by_question(rows)  # for each question the numbers of its paths in `rows`
+    lengths = torch.tensor([[len(tokens) for tokens in row["responses"]] for row in rows])  # response tokens
+    h = embed(rows, args, device)  # (all paths, d), Eq 1
+    fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), of routes that don't learn
+    tested = test[:args.eval_limit or None]
+
+    # What trains: the students, the collaboration beside them, and the router.
+    router = qr.Router(h.shape[1], len(students), args.router_hidden, None if args.as_printed else ROUTER_BOUND)
+    collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
+                              args.projection == "trained", args.standardize, args.competence == "target").to(device)
+    optimizer, router_optimizer = make_optimizers(students, collab, router, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    gates = torch.Generator().manual_seed(args.seed)  # the gates' own random numbers
+    same_weights_everywhere(optimizer)
+    per_epoch = math.ceil(len(questions) / args.batch_size)
+    steps = args.max_steps or args.epochs * per_epoch
+
+    # Start, or go on where a killed run stopped.
+    lock = lock_run_folder(out) if rank == 0 else None
+    state = State(students, router, collab, optimizer, router_optimizer, scaler, gates)
+    digest = digest_of(rows, test, students)
+    run = resume(out, state, digest) if args.resume else None
+    if run is None:
+        run = {"step": 0, "tokens": [0] * len(students), "seconds": 0.0, "digest": digest}
+        if rank == 0:
+            start_run_folder(out, args, test)
+            run["before"] = answer(students, tested, args)["summary"]
+            save_checkpoint(out, state, run)
+    logger = Logger(out, args, rank)
+    interrupted = Interrupt()
+    for student in students:
+        student.model.train(not student.frozen)
+
+    bar = tqdm(range(run["step"], steps), desc="train", unit="step", initial=run["step"], total=steps)
+    for step in bar:
+        began = time.time()
+        scale_learning_rates(optimizer, router_optimizer, lr_scale(step, steps))
+        epoch, batch = step_questions(questions, step, args)
+        paths = torch.tensor([path for question in batch for path in question])  # (P,) numbers in `rows`
+        question = torch.tensor([q for q, question in enumerate(batch) for _ in question])  # (P,) 0..Q-1
+        length = lengths[paths]  # (P, S)
+
+        # Eq 2: the gates decide for the whole step before any student runs.
+        logits = router(h[paths])  # (P, S)
+        alpha, p = route(logits, question, None if fixed is None else fixed[paths], step < args.explore * steps,
+                         gates, args)
+        weight = qr.path_weights(alpha, question, args.normalize)  # (P, S), how a path's loss enters Eq 9
+        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
+
+        # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that others got too.
+        nll, seen = student_step(students, collab, [rows[i] for i in paths], question, routed, weight.detach(),
+                                 scaler, args)  # (P, S) nats of a path
+        sum_over_processes(nll, optimizer, collab)
+        nll = nll.cpu()
+
+        # Eq 3, Eq 4 and Eq 9: the router learns from the students' losses.
+        entropy = router_step(alpha, p, weight, nll, length, question, args) if args.route == "learned" else None
+
+        norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
+        stop_if_not_finite(nll, norms, step, out, scaler)
+        scaler.step(optimizer)
+        router_optimizer.step()
+        scaler.update()
+        optimizer.zero_grad()
+        router_optimizer.zero_grad()
+
+        # One line is logged, a checkpoint is written.
+        trained = [int(n) * (not student.frozen) for n, student in zip((length * routed).sum(0), students)]
+        run["step"], run["seconds"] = step + 1, run["seconds"] + time.time() - began
+        run["tokens"] = [a + b for a, b in zip(run["tokens"], trained)]
+        line = {"step": step + 1, "epoch": epoch, "lr_scale": lr_scale(step, steps),
+                **step_numbers([rows[i] for i in paths], nll / length, routed), "entropy": entropy, **seen,
+                "grad_norm": norms[:len(students)], "router_grad_norm": norms[-1],
+                "tokens_per_s": round(sum(trained) / (time.time() - began), 1)}
+        if args.eval_every and (step + 1) % args.eval_every == 0 and rank == 0:
+            line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
+        logger.write(line, bar)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps or interrupted.signal:
+            save_checkpoint(out, state, run)
+        if interrupted.signal:
+            interrupted.stop(out)
+    interrupted.restore()
+
+    # The students on disk, the test, the table.
+    if rank == 0:
+        for number, student in enumerate(students):
+            save_student(student, out / f"student_{number}")
+        after = answer(students, tested, args)
+        write_results(out, args, run, after, students, logger.lines(), per_epoch, pool, rows, questions)
+        logger.finish()
+        lock.release()
+
+
+def set_up(args):
+    """-> the device, AMP's type (None: float32) and this process's rank; seeds torch."""
+    rank, local = int_variable("RANK", 0), int_variable("LOCAL_RANK", 0)
+    world = int_variable("WORLD_SIZE", 1)
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if args.device == "auto" else args.device)
+        if device.type == "cuda" and (world > 1 or device.index is None):
+            device = torch.device("cuda", local)  # under torchrun each process has a card of its own
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
+    name = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "float32"
+    torch.manual_seed(args.seed)
+    if world > 1:  # all processes route alike, each runs its share of the questions, rank 0 speaks and saves
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name], rank
+
+
+# ---------------------------------------------------------------- the method's steps
+def route(logits, question, fixed, first_phase, gates, args):
+    """Eq 2: which students train on which of the step's paths.
+
+    logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None; gates: their random
+    numbers -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S), the gates' probabilities.
+    """
+    if fixed is not None:
+        return fixed, fixed
+    if args.route == "random":  # the same gates, all with the same odds
+        logits = torch.zeros_like(logits)
+    alpha, p = qr.GATES[args.gate](logits, question, gates)
+    if first_phase and args.route == "learned":  # all to all: losses that no choice of the router has shaped
+        alpha = torch.ones_like(alpha) + alpha - alpha.detach()
+    return alpha, p
+
+
+def student_step(students, collab, paths, question, routed, weight, scaler, args):
+    """Eq 5 to Eq 9 for the students: run every routed pair, and send the losses' gradients back.
+
+    paths: the P rows of `encode`; question (P,); routed (P, S) bool; weight (P, S) of the losses in Eq 9 ->
+    nll (P, S), a path's nats, 0 where it was not run; seen: what the log wants to know of the collaboration.
+    """
+    device = students[0].model.device
+    nll = torch.zeros(routed.shape, device=device)
+    per_token = weight / torch.tensor([[len(tokens) for tokens in row["responses"]] for row in paths])  # (P, S)
+    segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
+    co_routed = (routed.sum(1) > 1) & (args.mutual_weight > 0)  # (P,)
+    seen = defaultdict(list)
+    for here in micro_batches(question, args):  # (p,) numbers of paths: memory, not results
+        co = here[co_routed[here]]  # (C,)
+        first = torch.full_like(question, -1)  # number of a co-routed path's first shared segment
+        first[co] = segments[co].cumsum(0) - segments[co]
+        loss, z, segment = torch.zeros((), device=device), [], []
+        for s, student in enumerate(students):
+            mine = here[routed[here, s]]
+            with torch.set_grad_enabled(not student.frozen):
+                nll_s, z_s, segment_s = forward_paths(student, s, [paths[i] for i in mine], first[mine].tolist())
+            nll[mine, s] = nll_s.detach()
+            z.append(z_s)
+            segment.append(segment_s)
+            if not student.frozen:
+                loss = loss + (per_token[mine, s].to(device) * nll_s).sum()  # Eq 9: L_distill^(s)
+        if len(co):
+            loss = loss + collaborate(collab, z, segment, segments[co], routed[co], nll[co], seen, args
+                                      ) / co_routed.sum()
+        if loss.requires_grad:
+            scaler.scale(loss).backward()
+    seen = {name: torch.cat(values).mean(0).tolist() for name, values in seen.items()}
+    return nll, {"co_routed": float(co_routed.float().mean()), **seen}
+
+
+def collaborate(collab, z, segment, segments, routed, nll, seen, args):
+    """Eq 5 to Eq 8 on C co-routed paths -> l2 L_mutual + L_competence, summed over them.
+
+    z, segment: see Collaboration; segments (C,): a path's number of shared segments; routed, nll (C, S). Puts the
+    figures of the log into `seen`.
+    """
+    path = torch.repeat_interleave(torch.arange(len(segments)), segments).to(nll.device)  # (N,) of each segment
+    per_segment = nll / segments[:, None].to(nll.device)  # comparable across tokenizers, as nats per token are not
+    on = routed.to(nll.device)
+    l_mutual, l_competence, gamma, raw, zt = collab(z, segment, path, on, per_segment)
+    seen["mutual"].append(l_mutual.detach())
+    seen["gamma"].append(gamma.detach())
+    if "spread" not in seen:  # once a step, so that neither collapse goes unseen (open point 8)
+        mine = [on[path, s] for s in range(len(z))]
+        spread = [x[m].detach().std(0, correction=0).nan_to_num().mean() for x, m in zip(raw, mine)]
+        rank = [qr.effective_rank(x[m].detach()) for x, m in zip(zt, mine)]
+        seen["spread"].append(torch.stack(spread)[None])
+        seen["rank"].append(torch.stack(rank)[None])
+    return args.mutual_weight * l_mutual.sum() + l_competence.sum()
+
+
+def router_step(alpha, p, weight, nll, length, question, args):
+    """Eq 3, Eq 4 and Eq 9 for the router: the gradient of L_distill by alpha, with the students' losses as constants.
+
+    alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path; length (P, S), tokens -> the entropy of Eq 4. A
+    pair that was not run gets the mean loss of its question's routed pairs, so its gate's gradient is zero.
+    """
+    cost = nll if args.reward == "sum" else nll / length  # departs: by the token, wordy styles win (open point 6)
+    cost = qr.fill_skipped(cost, alpha, question, args.normalize)
+    l_distill = (weight * cost).sum()
+    per_student = args.entropy == "student"
+    entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)
+    (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted
+    return float(entropy.detach())
+
+
+def step_questions(questions, step, args):
+    """-> the epoch, and the step's questions, each the numbers of its paths; the order hangs on seed and epoch."""
+    epoch, k = divmod(step, math.ceil(len(questions) / args.batch_size))
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
+    return epoch, [questions[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
+
+
+def micro_batches(question, args):
+    """Yield the numbers (p,) of the paths of a few questions, of this process's share of the step."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    size = args.micro_batch_size or math.ceil(args.batch_size / world)
+    for q in range(rank * size, int(question.max()) + 1, world * size):
+        yield ((question >= q) & (question < q + size)).nonzero().squeeze(1)
+
+
+def fixed_route(rows, questions, lengths, students, args):
+    """alpha (all paths, S) of the routes that don't learn, None for those that draw.
+
+    all: every path; short: a question's shortest path in the student's tokens; nll: the one that the untrained student
+    finds likeliest by the token (GRAPE, Zhang et al., 2025, arXiv 2502.04194).
+    """
+    if args.route in ("learned", "random"):
+        return None
+    if args.route == "all":
+        return torch.ones(lengths.shape)
+    question = torch.empty(len(rows), dtype=torch.long)
+    for q, paths in enumerate(questions):
+        question[paths] = q
+    cost = lengths if args.route == "short" else path_losses(rows, students) / lengths
+    return qr.keep_best(-cost.float(), question)
+
+
+@torch.no_grad()
+def path_losses(rows, students):
+    """The nats (all paths, S) of every path for the students as they are."""
+    nll = torch.empty(len(rows), len(students))
+    for s, student in enumerate(students):
+        for start in tqdm(range(0, len(rows), 64), desc=f"score paths, student {s}", leave=False):
+            part = rows[start:start + 64]
+            nll[start:start + 64, s] = forward_paths(student, s, part, [-1] * len(part))[0].cpu()
+    return nll
+
+
+# ---------------------------------------------------------------- optimisation
+def make_optimizers(students, collab, router, args):
+    """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose gradients AMP leaves
+    alone. A frozen student's group is empty."""
+    groups = [{"params": trainable(s.model), "peak": s.lr, "weight_decay": WEIGHT_DECAY} for s in students]
+    groups.append({"params": trainable(collab), "peak": 1e-3, "weight_decay": 0.0})
+    routing = [{"params": trainable(router), "peak": args.router_lr, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups), torch.optim.AdamW(routing)
+
+
+def trainable(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def lr_scale(step, steps):
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to a tenth."""
+    rising = max(1, round(WARMUP * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def scale_learning_rates(optimizer, router_optimizer, scale):
+    for group in optimizer.param_groups + router_optimizer.param_groups:
+        group["lr"] = group["peak"] * scale
+
+
+def clip_gradients(optimizer, scaler=None):
+    """Clip each group's gradients to CLIP -> their norms before clipping (0 where there is none)."""
+    if scaler:
+        scaler.unscale_(optimizer)
+    norms = []
+    for group in optimizer.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        norms.append(float(nn.utils.clip_grad_norm_(params, CLIP)) if params else 0.0)
+    return norms
+
+
+def stop_if_not_finite(nll, norms, step, out, scaler):
+    """stop() before a step that would leave the students without finite weights; the last checkpoint stays."""
+    lost = [s for s in range(nll.shape[1]) if not nll[:, s].isfinite().all()]
+    if not lost and not scaler.is_enabled():  # fp16's scaler skips such steps by itself
+        lost = [s for s in range(nll.shape[1]) if not math.isfinite(norms[s])]
+    if lost:
+        stop(f"step {step + 1}: the loss or gradient of student {lost[0]} is not finite, so nothing good can follow; "
+             f"the last good checkpoint stays in {out}; start again with a smaller --lr")
+
+
+def same_weights_everywhere(optimizer):
+    """Under torchrun: rank 0's weights for all processes."""
+    if dist.is_initialized():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                dist.broadcast(p.data, 0)
+
+
+def sum_over_processes(nll, optimizer, collab):
+    """Under torchrun: add up losses and gradients. The weights of Eq 9 are the whole step's, so the sum is the gradient
+    of one process."""
+    if not dist.is_initialized():
+        return
+    dist.all_reduce(nll)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, grad in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = grad.view_as(p)
+    if not any(p.grad.any() for p in trainable(collab)):
+        collab.zero_grad()  # as in one process: no gradient, not a zero one, which Adam's momentum would follow
+
+
+# ---------------------------------------------------------------- one student's forward pass over the paths that it got
+def forward_paths(student, s, rows, first):
+    """Run student number s over its rows -> nll (rows,), each one's summed loss in nats; z (T, D) and segment (T,), the
+    states on the text tokens of the co-routed rows and the shared segments that these tokens lie in.
+
+    first: for each row the number of its first shared segment, -1 if it is not co-routed.
+    """
+    h, target, row_of, read, segment = [], [], [], [], []
+    prompts, responses = ([row[name][s] for row in rows] for name in ("prompts", "responses"))
+    for batch, states in response_states(student, prompts, responses):
+        h.append(states)
+        for i in batch:
+            n = len(responses[i])
+            target.append(responses[i])
+            row_of.append(np.full(n, i))
+            read.append((np.arange(n) > 0) & (first[i] >= 0))  # state k has read responses[i][k - 1]
+            segment.append(rows[i]["segments"][s] + first[i] if first[i] >= 0 else [])
+    if not h:
+        none = torch.zeros(0, hidden_size(student), device=student.model.device)
+        return none.sum(1), none, none.sum(1).long()
+    h = torch.cat(h)  # (N, D), response positions only
+    read = [np.flatnonzero(np.concatenate(read))]  # numbers and not a mask, whose size a GPU would be asked for
+    target, row_of, read, segment = (put(np.concatenate(x), h.device) for x in (target, row_of, read, segment))
+    nll = h.new_zeros(len(rows), dtype=torch.float32).index_add(0, row_of, response_nll(student, h, target))
+    return nll, h[read].float(), segment
+
+
+def response_states(student, prompts, responses):
+    """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens, row after row.
+
+    Sequences are padded on the right, where a causal model's real tokens cannot look: no attention mask is needed. The
+    last token is predicted, never read.
+    """
+    device = student.model.device
+    multiple = 64 if student.blocks is not student.model.base_model or device.type == "cuda" else 1
+    max_tokens = 1024 if device.type == "cpu" else 4096  # small passes pad less, a GPU wants them larger
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
+    for batch in batches(lengths, max_tokens):
+        width = -(-max(lengths[i] for i in batch) // multiple) * multiple
+        ids = np.zeros((len(batch), width), np.int64)
+        predicting = []  # positions in the flattened batch
+        for b, i in enumerate(batch):
+            ids[b, :lengths[i]] = np.concatenate([prompts[i], responses[i][:-1]])
+            predicting.append(b * width + np.arange(len(prompts[i]) - 1, lengths[i]))  # prompt[-1] predicts [0]
+        with autocast(student):
+            hidden = student.blocks(input_ids=put(ids, device), use_cache=False).last_hidden_state
+        yield batch, hidden.flatten(0, 1)[put(np.concatenate(predicting), device)]
+
+
+def batches(lengths, max_tokens):
+    """Yield row numbers, shortest rows first, in batches of at most `max_tokens` padded tokens (or of one row)."""
+    batch = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def put(array, device):
+    """Whole numbers on the device, to a GPU from pinned memory: nothing waits, the next batch is built meanwhile."""
+    x = torch.from_numpy(array.astype(np.int64))
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+# ---------------------------------------------------------------- next-token loss, without ever holding all logits
+def nll_chunks(h, weight, bias, target, softcap):
+    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N rows of h at a time: about 256 MiB of float32.
+
+    Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that gives (n, V).
+    """
+    for rows in torch.arange(len(h), device=h.device).split(max(16, 2**26 // len(weight))):
+        logits = F.linear(weight, h[rows].to(weight.dtype)).float()
+        if bias is not None:
+            logits = logits + bias[:, None]
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        slope = 1 - (logits / softcap).square() if softcap else None
+        of_target, top = logits.gather(0, target[None, rows]), logits.amax(0)
+        p = logits.sub_(top).exp_()  # in place from here on: fresh memory costs a CPU as much as the arithmetic
+        total = p.sum(0)
+        p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(of_target))
+        if softcap:
+            p.mul_(slope)
+        yield rows, total.log() + top - of_target[0], p
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """-log p(target) at each position: a 262k-token vocabulary's logits would need gigabytes, so a chunk of them lives
+    at a time.
+
+    h (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. d nll / d h is computed while a
+    chunk's logits exist, so that with a frozen head they are computed once.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, softcap):
+        nll = h.new_empty(len(h), dtype=torch.float32)
+        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        for rows, chunk_nll, dlogits in nll_chunks(h, weight, bias, target, softcap):
+            nll[rows] = chunk_nll
+            if dh is not None:
+                dh[rows] = (dlogits.T.to(weight.dtype) @ weight).to(dh.dtype)
+        ctx.save_for_backward(h, weight, bias, target, dh)
+        ctx.softcap = softcap
+        return nll
+
+    @staticmethod
+    def backward(ctx, g):
+        h, weight, bias, target, dh = ctx.saved_tensors
+        dweight = dbias = None
+        if ctx.needs_input_grad[1]:  # a trained head needs each position's weight g, known only now: logits again
+            dweight, dbias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+            for rows, _, dlogits in nll_chunks(h, weight, bias, target, ctx.softcap):
+                dlogits = (dlogits * g[rows]).to(weight.dtype)
+                dweight.addmm_(dlogits, h[rows].to(weight.dtype))
+                if dbias is not None:
+                    dbias += dlogits.sum(1)
+        return None if dh is None else dh * g[:, None].to(dh.dtype), dweight, dbias, None, None
+
+
+def output_head(student):
+    """-> weight (V, D), bias (V) or None, and the softcap of the logits, Gemma 2's, or None."""
+    head = student.model.get_output_embeddings()
+    softcap = getattr(student.model.config.get_text_config(), "final_logit_softcapping", None)
+    return head.weight, head.bias, softcap
+
+
+def response_nll(student, h, target):
+    """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens target (N,)."""
+    weight, bias, softcap = output_head(student)
+    with autocast(student):
+        return ChunkedNLL.apply(h, weight, bias, target, softcap)
+
+
+def autocast(student):
+    """AMP for one student; float32 without it."""
+    return torch.autocast(student.model.device.type, student.amp_dtype, enabled=student.amp_dtype is not None)
+
+
+# ---------------------------------------------------------------- students
+@dataclass
+class Student:
+    """A student in memory."""
+    model: nn.Module
+    blocks: nn.Module  # the model without its output head, compiled with --compile
+    tokenizer: object
+    source: str  # name or folder
+    end: int  # the token that ends a response
+    lr: float
+    frozen: bool
+    max_len: int  # tokens of prompt and path
+    amp_dtype: torch.dtype | None
+
+
+def hidden_size(student):
+    return student.model.get_output_embeddings().weight.shape[1]
+
+
+def load_students(args, device, amp_dtype):
+    """The students in memory."""
+    if args.students:
+        loaded = [load_base(name, args, device) for name in args.students]
+    else:
+        loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo_students(args.seed)]
+    students = []
+    for i, (model, tokenizer, source) in enumerate(loaded):
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, 2 * args.lora_rank)
+        if i in args.freeze:
+            model.requires_grad_(False)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_len
+        student = Student(model, model.base_model, tokenizer, source, tasks.end_token(tokenizer),
+                          lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
+                          max_len=min(args.max_len, context), amp_dtype=amp_dtype)
+        check_student(student)
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if args.compile:
+            student.blocks = torch.compile(model.base_model, dynamic=True)
+        students.append(student)
+    return students
+
+
+def load_base(name, args, device):
+    """-> model, tokenizer, source; the frozen base of LoRA in half precision on a GPU, or in 4 bit."""
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
+    dtype = torch.float32
+    if device.type == "cuda" and args.lora_rank and args.dtype != "float32":
+        dtype = torch.float16 if args.dtype == "fp16" else torch.bfloat16
+    more = nf4(device, dtype) if args.quantize else {}
+    return *tasks.load_student(name, device, dtype, **more), name
+
+
+def nf4(device, dtype):
+    """from_pretrained's options for linear layers in 4-bit NormalFloat, their scales in 8 bit (Dettmers et al., 2023,
+    QLoRA): 0.516 bytes a weight. Embeddings, norms and output head keep `dtype`, in which the products are made too."""
+    if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
+        stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return {"device_map": {"": device}, "quantization_config": config}
+
+
+def check_student(student):
+    """One trial forward and backward; stop() where the model does more between last hidden states and logits than
+    response_nll knows of, or where it can't be trained."""
+    device = student.model.device
+    ids = torch.tensor([[student.end, 1, 2, 3]], device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = student.model(input_ids=ids).logits[0, :-1].float()
+        states = student.model.base_model(input_ids=ids).last_hidden_state[0, :-1]
+        nll = response_nll(student, states, ids[0, 1:])
+    if not torch.allclose(nll, F.cross_entropy(logits, ids[0, 1:], reduction="none"), rtol=0.05, atol=0.05):
+        stop(f"student {student.source}: its output head changes the logits in a way that is not supported here")
+    if student.frozen:
+        return
+    try:
+        with torch.random.fork_rng():  # dropout draws no number of the run's
+            student.model.train()
+            nll, _, _ = forward_paths(student, 0, [{"prompts": [np.array([student.end])],
+                                                    "responses": [np.array([1, 2, 3])]}], [-1])
+            nll.sum().backward()
+    except (RuntimeError, AttributeError, TypeError, ValueError) as e:
+        stop(f"student {student.source}: it can't be trained here ({' '.join(str(e).split())[:200]}); "
+             "pass another model, or try --lora_rank 0")
+    finally:
+        student.model.eval()
+    if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):
+        stop(f"student {student.source}: its gradients are not finite; try --dtype float32")
+    student.model.zero_grad()
 
 
 # ---------------------------------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
@@ -204,211 +867,52 @@ def add_lora(model, rank, alpha):
     """Freeze `model`; put LoRA on every linear layer of its blocks, not on embeddings and output head."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings():
+        if is_linear(module) and module is not model.get_output_embeddings():
             # bitsandbytes on some CPUs: the first answer repacks the weights for good, and they give no gradient then
             module.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRA(module, rank, alpha))
 
 
+def is_linear(module):
+    """A plain linear layer: subclasses, such as some routers of experts, compute something else."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "Linear4bit"
+
+
 def save_student(student, folder):
-    """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole model."""
-    folder, layers = Path(folder), {name: m for name, m in student.model.named_modules() if isinstance(m, LoRA)}
+    """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole model; its
+    tokenizer; and a model card."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     student.tokenizer.save_pretrained(folder)
-    if not layers:
+    layers = {name: module for name, module in student.model.named_modules() if isinstance(module, LoRA)}
+    if layers:
+        save_adapter(layers, student.source, folder)
+    else:
         student.model.save_pretrained(folder)
-        return
+    (folder / "README.md").write_text(model_card(student, bool(layers)), encoding="utf-8")
+
+
+def save_adapter(layers, base, folder):
+    """adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
     some = next(iter(layers.values()))
     kind = getattr(some.base, "source_cls", type(some.base))  # of a 4-bit layer: what it is in the full base
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": student.source, "r": some.rank,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": some.rank,
               "lora_alpha": some.alpha, "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": issubclass(kind, Conv1D), "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    save_atomic({f"base_model.model.{name}.lora_{x}.weight": getattr(m, x) for name, m in layers.items() for x in "AB"},
-                folder / "adapter_model.safetensors", {"format": "pt"})
+    tensors = {f"base_model.model.{name}.lora_{matrix}.weight": getattr(layer, matrix)
+               for name, layer in layers.items() for matrix in "AB"}
+    save_atomic(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-# ---------------------------------------------------------------- next-token loss on response positions, in chunks
-def logit_chunks(h, weight, bias, softcap):
-    """Yield (rows, logits (V, n)) for n of the N rows of h at a time: about 256 MiB of float32, to be overwritten.
-
-    Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that gives (n, V).
-    """
-    for rows in torch.arange(len(h), device=h.device).split(max(16, 2**26 // len(weight))):
-        logits = F.linear(weight, h[rows].to(weight.dtype)).float()
-        logits = logits if bias is None else logits + bias[:, None]
-        yield rows, softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
-class ChunkedNLL(torch.autograd.Function):
-    """-log p(target) at each position without ever holding all logits: a 262k-token vocabulary would need gigabytes.
-
-    h (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. d nll / d h is computed while a
-    chunk's logits exist, so that with a frozen head they are computed once.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, bias, target, softcap):
-        nll = h.new_empty(len(h), dtype=torch.float32)
-        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for rows, chunk_nll, dlogits in ChunkedNLL.chunks(h, weight, bias, target, softcap):
-            nll[rows] = chunk_nll
-            if dh is not None:
-                dh[rows] = (dlogits.T.to(weight.dtype) @ weight).to(dh.dtype)
-        ctx.save_for_backward(h, weight, bias, target, dh)
-        ctx.softcap = softcap
-        return nll
-
-    @staticmethod
-    def chunks(h, weight, bias, target, softcap):
-        """Yield (rows, nll (n,), d nll / d logits (V, n)) for n rows at a time."""
-        for rows, logits in logit_chunks(h, weight, bias, softcap):
-            slope = 1 - (logits / softcap).square() if softcap else None
-            own, top = logits.gather(0, target[None, rows]), logits.amax(0)
-            p = logits.sub_(top).exp_()  # in place from here on: a CPU is as long at fresh memory as at the arithmetic
-            total = p.sum(0)
-            p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(own))
-            yield rows, total.log() + top - own[0], p if slope is None else p.mul_(slope)
-
-    @staticmethod
-    def backward(ctx, g):
-        h, weight, bias, target, dh = ctx.saved_tensors
-        dweight = dbias = None
-        if ctx.needs_input_grad[1]:  # a trained head needs each position's weight g, known only now: logits again
-            dweight, dbias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-            for rows, _, dlogits in ChunkedNLL.chunks(h, weight, bias, target, ctx.softcap):
-                dlogits = (dlogits * g[rows]).to(weight.dtype)
-                dweight.addmm_(dlogits, h[rows].to(weight.dtype))
-                if dbias is not None:
-                    dbias += dlogits.sum(1)
-        return None if dh is None else dh * g[:, None].to(dh.dtype), dweight, dbias, None, None
-
-
-def output_head(student):
-    """-> weight (V, D), bias (V) or None, and the softcap of the logits, Gemma 2's, or None."""
-    head = student.model.get_output_embeddings()
-    return head.weight, head.bias, getattr(student.model.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def response_nll(student, h, target):
-    """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens target (N,)."""
-    weight, bias, softcap = output_head(student)
-    return ChunkedNLL.apply(h, weight, bias, target, softcap)
-
-
-def response_costs(student, h, target):
-    """router.token_costs (N, 3) from the same, for the offline routes."""
-    return torch.cat([qr.token_costs(x.T, target[rows]) for rows, x in logit_chunks(h, *output_head(student))])
-
-
-# ---------------------------------------------------------------- students
-def load_students(args, device):
-    """The students in memory: namespaces (model, blocks, tokenizer, source, end, lr, frozen, max_len)."""
-    loaded = []
-    for name in args.students or []:
-        if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
-        half = device.type == "cuda" and args.lora_rank and args.dtype != "float32"
-        dtype = torch.float32 if not half else torch.float16 if args.dtype == "fp16" else torch.bfloat16  # of the base
-        source = os.path.abspath(name) if os.path.isdir(name) else name
-        more = nf4(device, dtype) if args.quantize else {}
-        loaded.append((*tasks.load_student(name, device, dtype, **more), source))
-    if not args.students:
-        loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo_students(args.seed)]
-    students = []
-    for i, (model, tokenizer, source) in enumerate(loaded):
-        if args.lora_rank:
-            add_lora(model, args.lora_rank, args.lora_alpha)
-        if i in args.freeze:
-            model.requires_grad_(False)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_len
-        student = SimpleNamespace(model=model, tokenizer=tokenizer, source=source, end=tasks.end_token(tokenizer),
-                                  lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
-                                  max_len=min(args.max_len, context))
-        check_head(student)
-        student.blocks = model.base_model
-        if args.share_prompts:
-            check_sharing(student)
-        if args.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.compile:
-            student.blocks = torch.compile(model.base_model, dynamic=True)
-        students.append(student)
-    return students
-
-
-def nf4(device, dtype):
-    """from_pretrained's options for linear layers in 4-bit NormalFloat, their scales in 8 bit (Dettmers et al., 2023,
-    QLoRA): 0.516 bytes a weight. Embeddings, norms and output head keep `dtype`, in which the products are made too."""
-    if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
-        stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
-    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
-
-
-@torch.no_grad()
-def check_head(student):
-    """stop() if the model does more between last hidden states and logits than response_nll knows of."""
-    ids = torch.tensor([[student.end, 1, 2, 3]], device=student.model.device)
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        logits = student.model(input_ids=ids).logits[0, :-1].float()
-        nll = response_nll(student, student.model.base_model(input_ids=ids).last_hidden_state[0, :-1], ids[0, 1:])
-    if not torch.allclose(nll, F.cross_entropy(logits, ids[0, 1:], reduction="none"), rtol=0.05, atol=0.05):
-        stop(f"student {student.source}: its output head changes the logits in a way that is not supported here")
-
-
-@torch.no_grad()
-def check_sharing(student):
-    """stop() if six paths in one sequence get other states than alone: not every model heeds positions and masks, and
-    some cut the sequence into windows."""
-    prompt, paths = np.arange(8), [3 + (np.arange(56 + k) * (2 * k + 1)) % 29 for k in range(6)]
-    states = []
-    for share in (False, True):
-        args = SimpleNamespace(forward_tokens=1024, compile=False, share_prompts=share)
-        with contextlib.suppress(TypeError, ValueError, RuntimeError), \
-                torch.autocast(student.model.device.type, torch.bfloat16, enabled=student.model.device.type == "cuda"):
-            states += [h.float() for _, h in response_states(student, [prompt] * len(paths), paths, args)]
-    # a token's error: bf16 in two attention kernels gives a tenth at most, a path that sees another one half and more
-    if len(states) < 2 or ((states[0] - states[1]).norm(dim=1) > 0.25 * states[0].norm(dim=1)).any():
-        stop(f"--share_prompts: student {student.source} can't keep the paths of one prompt apart; leave the flag out")
-
-
-def demo_students(seed):
-    """Two tiny students, (model, tokenizer) each, "pretrained" on plain arithmetic sentences: a Llama with whole words
-    and a GPT-NeoX with BPE pieces, 0.4M parameters each, numbers being one token in both. From scratch nothing is
-    learned in minutes; after this warm start, training them means distilling."""
-    torch.manual_seed(seed)
-    sentences, questions = judge.demo_sentences(8000, seed), judge.demo_questions(200, seed)
-    numbers = [f" {n}" for n in range(200)]
-    corpus = sentences + numbers + [tasks.student_prompt(q) for q in questions]
-    corpus += [row["path"] for row in judge.demo_paths(questions, seed)]
-    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512,
-             "initializer_range": 0.05, "tie_word_embeddings": True,
-             "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 2}
-    special, students = ["<unk>", "<pad>", "<eos>"], []
-    for words in (True, False):
-        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>") if words else models.BPE(unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\d+| ?\w+|\n *| ?[^\w\s]"), "isolated")
-        tokenizer.decoder = decoders.Fuse()
-        kind, size = (trainers.WordLevelTrainer, 2000) if words else (trainers.BpeTrainer, 160)
-        tokenizer.train_from_iterator(corpus, kind(vocab_size=size, special_tokens=special, show_progress=False))
-        if not words:
-            tokenizer.add_tokens([AddedToken(n, normalized=False) for n in numbers])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
-                                            eos_token="<eos>")
-        model = (LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), intermediate_size=256, **shape)) if words else
-                 GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), intermediate_size=384, **shape)))
-        ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-        for step in tqdm(range(400), desc=f"warm start of student {len(students)}", unit="step", leave=False):
-            batch = [ids[i] for i in torch.randint(len(ids), (32,)).tolist()]
-            x = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
-            optimizer.param_groups[0]["lr"] = 4e-3 * lr_scale(step, 400, 0.05)
-            model(input_ids=x.clamp(min=0), labels=x).loss.backward()
-            clip_and_step(optimizer, 1.0)
-        students.append((model, tokenizer))
-    return students
+def model_card(student, adapter):
+    """The README.md of a student's folder, which `hf upload` shows as its page."""
+    base = "" if student.source == "demo" or os.path.isdir(student.source) else f"base_model: {student.source}\n"
+    library = "peft" if adapter else "transformers"
+    return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{base}tags:\n- qr-distill\n---\n"
+            f"# A student of QR-Distill\n\nTrained from `{os.path.basename(student.source)}` on a teacher's reasoning "
+            "paths, by routing and collaboration (Lei et al., EMNLP 2025, arXiv 2508.16861).\n")
 
 
 # ---------------------------------------------------------------- data
@@ -417,48 +921,26 @@ def load_data(args):
 
     The split is by question, none is on both sides. stop() if nothing is left to train on.
     """
-    test = tasks.read_questions(args.eval_questions) if args.eval_questions else None
-    if args.paths:
-        rows = judge.read_pool(args.paths)
-    else:  # question sets of neighbouring seeds share no question
-        rows = judge.demo_paths(judge.demo_questions(300, args.seed), args.seed)
-        test = test or judge.demo_questions(300, args.seed + 1)
-    raw = [row for row in rows if not {"prediction", "correct", "valid", "verdict"} <= row.keys()]
-    judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
-    for row in raw:
-        row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
-        row["verdict"] = verdict and {"rule": verdict}
-    if args.filter == "full" and any(row["valid"] is None for row in rows):
-        print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with wrong steps")
-
-    def source(row):  # rows that judge.py made from another question ("ID~...") stand on that question's side
-        return row["id"].split("~")[0] if row.get("train_only") else row["id"]
-
-    def text(row):
-        return " ".join(row["question"].lower().split())
-    ids = sorted({source(row) for row in rows})
+    rows, test = graded_pool(args), None
+    if args.eval_questions:
+        test = tasks.read_questions(args.eval_questions)
+    elif not args.paths:  # question sets of neighbouring seeds share no question
+        test = judge.demo_questions(300, args.seed + 1)
+    ids = sorted({row["id"] for row in rows})
     random.Random(args.seed).shuffle(ids)  # before --styles, so that ablations share their test questions
     if test is None:
-        held_out = set(ids[:max(1, round(args.test_frac * len(ids)))])
-        fields = ("id", "task", "question", "choices", "answer", "level")  # not `prompt`: the test has the plain one
-        test = list({row["id"]: {k: row[k] for k in fields if k in row} for row in rows
-                     if row["id"] in held_out and not row.get("train_only")}.values())
+        test = held_out_questions(rows, ids, args)
     if args.styles:
         styles = sorted({row["style"] for row in rows})
         if unknown := sorted(set(args.styles) - set(styles)):
             stop(f"--styles {' '.join(unknown)}: not in the pool, whose styles are {', '.join(styles)}")
         rows = [row for row in rows if row["style"] in args.styles]
-    if not test:
-        stop(f"{args.eval_questions or args.paths}: no test question; pass --eval_questions, or a larger --test_frac")
-    test_ids, test_texts = {row["id"] for row in test}, {text(row) for row in test}
-    tested = {source(row) for row in rows if source(row) in test_ids or text(row) in test_texts}
-    if tested and args.eval_questions:
-        print(f"left out {len(tested)} questions of the pool whose id or text stands in {args.eval_questions}")
-    rows = [row for row in rows if source(row) not in tested]
-    left = {source(row) for row in rows}
+
+    rows = without_test_questions(rows, test, args)
+    left = {row["id"] for row in rows}
     ids = [i for i in ids if i in left]
     used = set(ids[:math.ceil(args.train_frac * len(ids))])
-    rows = [row for row in rows if source(row) in used]
+    rows = [row for row in rows if row["id"] in used]
     if not rows:
         stop(f"{args.paths or 'the demo'}: no question is left to train on beside the {len(test)} test questions")
     kept = judge.filter_pool(rows, args.filter)
@@ -467,7 +949,45 @@ def load_data(args):
              "judge.py --paths shows why")
     if not args.students and any(row["task"] != "demo" for row in kept + test):
         stop("the demo's tiny students know no other task: pass --students with Hugging Face models for this pool")
-    return kept, test[:args.eval_limit or None], rows
+    return kept, test, rows
+
+
+def graded_pool(args):
+    """The rows of --paths, or of the demo; what nobody graded is graded here."""
+    if args.paths:
+        rows = judge.read_pool(args.paths)
+    else:
+        rows = judge.demo_paths(judge.demo_questions(300, args.seed), args.seed)
+    raw = [row for row in rows if not {"prediction", "correct", "valid", "verdict"} <= row.keys()]
+    judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
+    for row in raw:
+        row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
+        row["verdict"] = verdict and {"rule": verdict}
+    if args.filter == "full" and any(row["valid"] is None for row in rows):
+        print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with wrong steps")
+    return rows
+
+
+def held_out_questions(rows, ids, args):
+    """Test questions from the pool itself: --test_frac of the shuffled ids."""
+    held_out = set(ids[:max(1, round(args.test_frac * len(ids)))])
+    fields = ("id", "task", "question", "choices", "answer", "level")  # not `prompt`: the test has the plain one
+    test = {row["id"]: {field: row[field] for field in fields if field in row} for row in rows
+            if row["id"] in held_out and not row.get("train_only")}
+    if not test:
+        stop(f"{args.paths}: no test question; pass --eval_questions, or a larger --test_frac")
+    return list(test.values())
+
+
+def without_test_questions(rows, test, args):
+    """The rows whose question is not in the test set, by id or by text."""
+    def text(row):
+        return " ".join(row["question"].lower().split())
+    test_ids, test_texts = {row["id"] for row in test}, {text(row) for row in test}
+    tested = {row["id"] for row in rows if row["id"] in test_ids or text(row) in test_texts}
+    if tested and args.eval_questions:
+        print(f"left out {len(tested)} questions of the pool whose id or text stands in {args.eval_questions}")
+    return [row for row in rows if row["id"] not in tested]
 
 
 def encode(rows, students):
@@ -476,17 +996,17 @@ def encode(rows, students):
     Prompt and response are tokenised apart and joined, so that generation starts from the very tokens trained on
     (open point 11). The response ends with the student's end token, which is trained (10).
     """
-    out, prompts = [], [{} for _ in students]
+    encoded, prompts = [], [{} for _ in students]
     for start in tqdm(range(0, len(rows), 256), desc="tokenise", leave=False):
         part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []} for row in rows[start:start + 256]]
         spans = []
         for student, known in zip(students, prompts):
             # split_special_tokens: what looks like a special token in a path is text
-            coded = student.tokenizer([row["text"] for row in part], return_offsets_mapping=True,
-                                      return_attention_mask=False, return_token_type_ids=False,
-                                      add_special_tokens=False, split_special_tokens=True)
-            spans.append(coded["offset_mapping"])
-            for row, ids in zip(part, coded["input_ids"]):
+            tokens = student.tokenizer([row["text"] for row in part], return_offsets_mapping=True,
+                                       return_attention_mask=False, return_token_type_ids=False,
+                                       add_special_tokens=False, split_special_tokens=True)
+            spans.append(tokens["offset_mapping"])
+            for row, ids in zip(part, tokens["input_ids"]):
                 prompt = tasks.student_prompt(row)
                 if prompt not in known:
                     known[prompt] = np.array(tasks.encode_prompt(student.tokenizer, prompt), np.int32)
@@ -496,40 +1016,34 @@ def encode(rows, students):
             fits = all(len(p) + len(r) <= s.max_len for p, r, s in zip(row["prompts"], row["responses"], students))
             if all(offsets) and fits:  # whole and with something to train on, else left out
                 row["segments"], row["n_segments"] = qr.shared_segments(offsets)
-                out.append(row)
-    if len(out) < len(rows):
-        print(f"left out {len(rows) - len(out)} of {len(rows)} paths: longer, with their prompt, than --max_len "
+                encoded.append(row)
+    if len(encoded) < len(rows):
+        print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: longer, with their prompt, than --max_len "
               "or a student's context")
-    if not out:
+    if not encoded:
         stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise --max_len")
-    return out
+    return encoded
 
 
+def paths_by_question(rows):
+    """For each question, in the pool's order, the numbers of its rows."""
+    numbers = defaultdict(list)
+    for number, row in enumerate(rows):
+        numbers[row["id"]].append(number)
+    return list(numbers.values())
+
+
+# ---------------------------------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
-    """Eq 1 for the whole pool, once: (P, d) on the CPU, embeddings standardised and divided by their size, styles
-    one-hot. The embeddings are kept on disk, path by path."""
+    """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised and divided by its
+    size, and its style, one-hot."""
+    if args.route != "learned":
+        return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
     if args.encoder == "hash":
         h = qr.hash_embed(tqdm([f"{question}\n{path}" for question, path in pairs], desc="embed paths", leave=False))
     else:
-        keys = [hashlib.sha256(json.dumps(pair).encode()).digest() for pair in pairs]
-        version = f"{args.encoder} {os.path.getmtime(args.encoder) if os.path.isdir(args.encoder) else ''}"
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
-        cache /= hashlib.sha256(version.encode()).hexdigest()[:20] + ".safetensors"
-        saved = load_file(cache) if cache.is_file() else {}
-        known = [bytes(key) for key in saved["keys"].numpy()] if saved else []
-        new = dict(zip(keys, pairs))
-        for key in known:
-            new.pop(key, None)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(new), 8192):  # saved as it grows: a kill does not cost hours
-            some = [*new][start:start + 8192]
-            parts = {"keys": torch.tensor([list(key) for key in some], dtype=torch.uint8),
-                     "h": encode_new([new[key] for key in some], args, device)}
-            saved = {name: torch.cat([saved[name], part]) if saved else part for name, part in parts.items()}
-            save_atomic(saved, cache)
-        row_of = {key: i for i, key in enumerate([*known, *new])}
-        h = saved["h"][[row_of[key] for key in keys]]
+        h = encoded_once(pairs, args.encoder, device)
     # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit as the one style
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
     if args.style_input:
@@ -539,13 +1053,47 @@ def embed(rows, args, device):
     return h
 
 
-def encode_new(pairs, args, device):
-    """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d)."""
+def encoded_once(pairs, encoder, device):
+    """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d), kept in the user's cache for the next run
+    over the same pool. Under torchrun rank 0 comes first."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank:
+        dist.barrier()
+    name = hashlib.sha256(json.dumps([version_of(encoder), pairs]).encode()).hexdigest()[:32]
+    file = cache_folder() / f"embeddings-{name}.safetensors"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.encoder)
-        model = AutoModel.from_pretrained(args.encoder, dtype=torch.float32, use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as e:
-        stop(f"--encoder {args.encoder}: not an encoder that transformers can load ({' '.join(str(e).split())[:200]})")
+        h = load_file(file)["h"]
+    except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
+        h = encode_pairs(pairs, encoder, device)
+        with contextlib.suppress(OSError, SafetensorError):  # where nothing can be written, nothing is kept
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_atomic({"h": h}, file)
+    if dist.is_initialized() and not rank:
+        dist.barrier()
+    return h
+
+
+def cache_folder():
+    """Where the demo's students and the embeddings are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
+
+
+def version_of(encoder):
+    """What an encoder is now: its name and, of a folder, its files' sizes and times of change."""
+    files = sorted(Path(encoder).glob("*")) if os.path.isdir(encoder) else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [encoder, stats]
+
+
+def encode_pairs(pairs, encoder, device):
+    """Eq 1 for pairs (question, path) -> (P, d)."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # a loaded encoder may draw numbers, a cache draws none
+            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+            model = transformers.AutoModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True,
+                                                           trust_remote_code=False).to(device).eval()
+    except Exception as e:  # noqa: BLE001 (whatever a folder that is no encoder makes the libraries raise)
+        stop(f"--encoder {encoder}: not an encoder that transformers can load ({' '.join(str(e).split())[:200]})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     positions = getattr(model.config, "max_position_embeddings", 514) - 2  # RoBERTa has 514 for 512 tokens
     limit = min(512, tokenizer.model_max_length, positions)
@@ -553,132 +1101,124 @@ def encode_new(pairs, args, device):
     h = torch.empty(len(pairs), model.config.hidden_size)
     for part in tqdm([order[a:a + 32] for a in range(0, len(order), 32)], desc="embed paths", leave=False):
         h[part] = qr.encoder_embed(model, tokenizer, [pairs[i] for i in part], limit)
+    if not h.isfinite().all():
+        stop(f"--encoder {encoder}: its embeddings are not finite; its weights are damaged")
     return h
 
 
-# ---------------------------------------------------------------- one student's forward pass over the paths that it got
-def batches(lengths, max_tokens):
-    """Yield row numbers, shortest rows first, in batches of at most `max_tokens` padded tokens (or of one row)."""
-    batch = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[i] > max_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    yield batch
+# ---------------------------------------------------------------- the run folder: checkpoint, log, results
+@dataclass
+class State:
+    """Everything that the rest of a run depends on, beside its flags and its data."""
+    students: list
+    router: nn.Module
+    collab: nn.Module
+    optimizer: torch.optim.Optimizer
+    router_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    gates: torch.Generator
+
+    def tensors(self):
+        """{name: tensor}: weights that train, optimiser moments, random states."""
+        modules = {"router": self.router, "collab": self.collab}
+        modules |= {f"student_{i}": student.model for i, student in enumerate(self.students)}
+        state = {f"{name}.{key}": p.data for name, module in modules.items() for key, p in module.named_parameters()
+                 if p.requires_grad or name == "collab"}
+        for name, optimizer in (("optimizer", self.optimizer), ("router_optimizer", self.router_optimizer)):
+            for i, moments in optimizer.state_dict()["state"].items():
+                state |= {f"{name}.{i}.{key}": tensor for key, tensor in moments.items()}
+        state |= {"rng.gates": self.gates.get_state(), "rng.cpu": torch.get_rng_state()}
+        return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+    def load(self, saved):
+        """Put the tensors of a checkpoint back in place; KeyError or RuntimeError if they are another run's."""
+        for name, optimizer in (("optimizer", self.optimizer), ("router_optimizer", self.router_optimizer)):
+            moments = defaultdict(dict)
+            for key, tensor in saved.items():
+                if key.startswith(f"{name}."):
+                    i, moment = key.removeprefix(f"{name}.").split(".")
+                    moments[int(i)][moment] = tensor
+            optimizer.load_state_dict({"state": dict(moments),
+                                       "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, tensor in self.tensors().items():
+            if not name.startswith(("rng.", "optimizer.", "router_optimizer.")):
+                tensor.copy_(saved[name])
+        self.gates.set_state(saved["rng.gates"])
+        torch.set_rng_state(saved["rng.cpu"])
+        if "rng.cuda" in saved and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["rng.cuda"])
 
 
-def put(array, device):
-    """Whole numbers on the device, to a GPU from pinned memory: nothing waits, the next batch is built meanwhile."""
-    x = torch.from_numpy(array.astype(np.int64))
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+def digest_of(rows, test, students):
+    """A hash of all that training hangs on beside the flags: token ids, styles, test set, the weights at the start."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["id"], row["style"], row["question"], row["text"]]).encode())
+        for tokens in (*row["prompts"], *row["responses"]):
+            digest.update(tokens.tobytes() + b";")
+    digest.update(json.dumps(test).encode())
+    for student in students:
+        for name, p in student.model.state_dict().items():
+            if "lora" not in name:
+                bits = p.view(torch.uint8) if p.element_size() == 1 else p.contiguous().view(INTEGERS[p.element_size()])
+                digest.update(f"{name} {tuple(p.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()
 
 
-def response_states(student, prompts, responses, args):
-    """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens, row after row.
-
-    Sequences are padded on the right, where a causal model's real tokens cannot look: no attention mask is needed. The
-    last token is predicted, never read. With --share_prompts the rows of one prompt are one sequence: the prompt once,
-    then each response at the positions that it has alone, seeing the prompt and itself.
-    """
-    device, pad_to = student.model.device, 64 if args.compile or student.model.device.type == "cuda" else 1
-    longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses))
-    window = getattr(student.model.config.get_text_config(), "sliding_window", None) or longest
-    share = args.share_prompts and longest <= window  # one mask is right for all layers where no window cuts it
-    groups, lengths, last = [], [], {}  # sequences: row numbers, tokens; the last one of each prompt
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        g = last.get(prompt.tobytes()) if share else None
-        if g is None or lengths[g] + len(response) - 1 > args.forward_tokens:
-            g = last[prompt.tobytes()] = len(groups)
-            groups.append([])
-            lengths.append(len(prompt))
-        groups[g].append(i)
-        lengths[g] += len(response) - 1
-    for batch in batches(lengths, args.forward_tokens):
-        width, more = -(-max(lengths[g] for g in batch) // pad_to) * pad_to, {}
-        ids, position, own = np.zeros((3, len(batch), width), np.int64)  # own: 0 in a prompt, a response's number
-        rows, where = [i for g in batch for i in groups[g]], []
-        for b, g in enumerate(batch):
-            n = end = len(prompts[groups[g][0]])
-            ids[b, :n], position[b, :n] = prompts[groups[g][0]], np.arange(n)
-            for k, i in enumerate(groups[g], 1):
-                start, end = end, end + len(responses[i]) - 1
-                ids[b, start:end], own[b, start:end] = responses[i][:-1], k
-                position[b, start:end] = n + np.arange(end - start)
-                where.append(b * width + np.r_[n - 1, start:end])  # prompt[-1] predicts [0]
-        if len(rows) > len(batch):
-            own = put(own, device)
-            seen = ((own[:, None] == 0) | (own[:, None] == own[:, :, None])).tril()  # (B, query, key)
-            mask = torch.zeros(seen.shape, dtype=student.model.dtype, device=device)  # added to the attention scores
-            mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
-            more = {"position_ids": put(position, device), "attention_mask": mask[:, None]}
-        hidden = student.blocks(input_ids=put(ids, device), use_cache=False, **more).last_hidden_state
-        yield rows, hidden.flatten(0, 1)[put(np.concatenate(where), device)]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an exact sum, whatever the order of its terms
 
 
-def forward_paths(student, s, rows, base, args):
-    """Run student number s over P rows -> nll (P,), a row's summed loss in nats; z (T, D) and segment (T,), the states
-    on the text tokens of the co-routed rows and the shared segments that these tokens lie in.
-
-    base (P,): number of a row's first shared segment, -1 if it is not co-routed.
-    """
-    h, target, owner, text, segment = [], [], [], [], []
-    prompts, responses = ([row[name][s] for row in rows] for name in ("prompts", "responses"))
-    for batch, states in response_states(student, prompts, responses, args):
-        h.append(states)
-        for i in batch:
-            response = responses[i]
-            target.append(response)
-            owner.append(np.full(len(response), i))
-            text.append((np.arange(len(response)) > 0) & (base[i] >= 0))  # state k has read response[k - 1]
-            segment.append(rows[i]["segments"][s] + base[i] if base[i] >= 0 else [])
-    h = torch.cat(h)  # (N, D), response positions only
-    text = [np.flatnonzero(np.concatenate(text))]  # numbers and not a mask, whose size a GPU would be asked for
-    target, owner, text, segment = (put(np.concatenate(x), h.device) for x in (target, owner, text, segment))
-    nll = h.new_zeros(len(rows), dtype=torch.float32).index_add(0, owner, response_nll(student, h, target))
-    return nll, h[text].float(), segment
+def lock_run_folder(out):
+    """Keep a second run out of the folder; the system frees the lock, even after kill -9."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / ".lock", is_singleton=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        stop(f"--out_dir {out}: another run is writing there; wait for it, or choose another folder")
+    return lock
 
 
-@torch.no_grad()
-def best_paths(rows, questions, students, args, rank=0, world=1):
-    """--route nll, lalp, rsr, lark: alpha (P, S) with one path per question and student, by the students as they are.
-
-    questions: for each the numbers of its rows. Each of `world` processes scores its share and all get all scores.
-    """
-    question = torch.empty(len(rows), dtype=torch.long)
-    for q, paths in enumerate(questions):
-        question[paths] = q
-    scores = []
-    for s, student in enumerate(students):
-        student.model.eval()
-        units = []  # (path, context, tokens to score): whole responses, or for lalp each step after the few before it
-        for p, row in enumerate(rows):
-            response, starts = row["responses"][s], [0]
-            if args.route == "lalp":
-                coded = student.tokenizer(row["text"], return_offsets_mapping=True, add_special_tokens=False,
-                                          split_special_tokens=True)  # as in encode
-                starts = qr.step_starts(row["text"], coded["offset_mapping"])
-            for k, (start, end) in enumerate(itertools.pairwise([*starts, len(response)])):
-                before = response[starts[max(0, k - qr.WINDOW)]:start]
-                units.append((p, np.concatenate([row["prompts"][s], before]), response[start:end]))
-        cost = torch.zeros(len(units), 3)
-        _, context, scored = zip(*units[rank::world])
-        share = cost[rank::world]  # a view
-        with tqdm(total=len(share), desc=f"score paths, student {s}", leave=False) as bar:
-            for batch, h in response_states(student, context, scored, args):
-                target = put(np.concatenate([scored[i] for i in batch]), h.device)
-                tokens = response_costs(student, h, target).cpu().split([len(scored[i]) for i in batch])
-                share[batch] = torch.stack([x.mean(0) for x in tokens])
-                bar.update(len(batch))
-        if world > 1:  # so that all processes select alike
-            cost = cost.to(student.model.device)
-            dist.all_reduce(cost)
-        path = torch.tensor([p for p, _, _ in units])
-        scores.append(qr.SCORES[args.route](cost.cpu(), path, question))
-    return qr.keep_best(torch.stack(scores, 1), question)
+def start_run_folder(out, args, test):
+    """args.json, test.jsonl and an empty log."""
+    write_atomic(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1), out / "args.json")
+    write_atomic("".join(json.dumps(row) + "\n" for row in test), out / "test.jsonl")
+    write_atomic("", out / "log.jsonl")
 
 
-# ---------------------------------------------------------------- checkpoints: tensors and JSON, replaced atomically
+def save_checkpoint(out, state, run):
+    """checkpoint.safetensors: a kill leaves the old one or the new one."""
+    if dist.is_initialized() and dist.get_rank():
+        return
+    meta = run | {"scaler": state.scaler.state_dict()}
+    save_atomic(state.tensors(), out / "checkpoint.safetensors", {"run": json.dumps(meta)})
+
+
+def resume(out, state, digest):
+    """Go on from the checkpoint -> its run's step, tokens, seconds, first test; None if none was written yet."""
+    file, log = out / "checkpoint.safetensors", out / "log.jsonl"
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, "pt") as f:
+            saved, run = {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["run"])  # noqa: SIM118
+        done = log.read_text(encoding="utf-8").splitlines(keepends=True)[:run["step"]]
+        if run["digest"] != digest:
+            stop(f"--resume {out}: pool, test questions, prompts, tokenizers or students have changed since that "
+                 "run; start a new one")
+        if len(done) < run["step"] or any(json.loads(line)["step"] != i for i, line in enumerate(done, 1)):
+            stop(f"--resume {out}: log.jsonl is not whole up to the checkpoint's step {run['step']}; start a new run")
+        state.load(saved)
+        if scaler := run.pop("scaler"):
+            state.scaler.load_state_dict(scaler)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+        stop(f"--resume {out}: its checkpoint or log is damaged or another run's ({' '.join(str(e).split())[:120]}); "
+             "start a new run")
+    if not (dist.is_initialized() and dist.get_rank()):
+        write_atomic("".join(done), log)  # what came after is done again
+    return run
+
+
 def save_atomic(tensors, file, metadata=None):
     """Write a safetensors file such that a kill leaves the old one or the new one, never half of one."""
     part = Path(f"{file}.{os.getpid()}.part")  # several runs may fill the cache of embeddings
@@ -690,311 +1230,135 @@ def save_atomic(tensors, file, metadata=None):
 
 def write_atomic(text, file):
     """The same for text."""
-    Path(f"{file}.part").write_text(text)
+    Path(f"{file}.part").write_text(text, encoding="utf-8")
     os.replace(f"{file}.part", file)
 
 
-def run_state(students, router, collab, optimizers, generator):
-    """Every tensor that the rest of the run depends on, by name: weights, optimiser moments, random states."""
-    modules = {"router": router, "collab": collab, **{f"student_{i}": s.model for i, s in enumerate(students)}}
-    state = {f"{m}.{name}": p.data for m, module in modules.items() for name, p in module.named_parameters()
-             if p.requires_grad or m == "collab"}
-    for k, optimizer in enumerate(optimizers):
-        for i, moments in optimizer.state_dict()["state"].items():
-            state |= {f"optimizer_{k}.{i}.{name}": tensor for name, tensor in moments.items()}
-    state |= {"rng.gates": generator.get_state(), "rng.cpu": torch.get_rng_state()}
-    return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+class Logger:
+    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb. Rank 0 alone logs."""
 
+    def __init__(self, out, args, rank):
+        self.file, self.silent, self.wandb = out / "log.jsonl", rank > 0, None
+        if args.wandb and not self.silent:
+            import wandb  # installed: parse_args has looked
 
-def load_state(file, students, router, collab, optimizers, generator):
-    """Put a checkpoint back in place -> its metadata. It is safetensors: nothing is unpickled."""
-    with safe_open(file, "pt") as f:
-        saved, meta = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["run"])  # noqa: SIM118
-    moments = [{} for _ in optimizers]
-    for name, tensor in saved.items():
-        if name.startswith("optimizer_"):
-            k, i, key = name.removeprefix("optimizer_").split(".")
-            moments[int(k)].setdefault(int(i), {})[key] = tensor
-    for optimizer, state in zip(optimizers, moments):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name, tensor in run_state(students, router, collab, [], generator).items():
-        if not name.startswith("rng."):
-            tensor.copy_(saved[name])
-    generator.set_state(saved["rng.gates"])
-    torch.set_rng_state(saved["rng.cpu"])
-    if "rng.cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng.cuda"])
-    return meta
+            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
+                                    resume="allow", id=hashlib.sha256(str(out).encode()).hexdigest()[:16])
 
-
-# ---------------------------------------------------------------- the run
-def lr_scale(step, steps, warmup):
-    """Learning rate as a share of its maximum: linear warm-up, then a cosine down to a tenth."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def clip_and_step(optimizer, clip, scaler=None):
-    """Clip the gradients that are there, step, clear -> their norm before clipping (0 where there is none)."""
-    params = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-    if not params:
-        return 0.0
-    if scaler:
-        scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(params, clip))
-    scaler.step(optimizer) if scaler else optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def main(argv=None):
-    """One run: filter, students, router, training, test, table. --out_dir gets everything but cached embeddings."""
-    args = parse_args(argv)
-    out = Path(args.out_dir)
-    rank, local, world = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    world = max(world, 1)  # torchrun sets all three
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if args.device == "auto" else args.device)
-        if device.type == "cuda" and (world > 1 or device.index is None):
-            device = torch.device("cuda", local)  # under torchrun each process has a card of its own
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
-    # Rows are sorted by length, so smaller passes pad less; a GPU wants them larger.
-    args.forward_tokens = args.forward_tokens or (1024 if device.type == "cpu" else 4096)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
-    name = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "float32"
-    amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    amp = contextlib.nullcontext() if amp_dtype is None else torch.autocast(device.type, amp_dtype)
-    torch.manual_seed(args.seed)
-    if world > 1:  # under torchrun all ranks route alike, each runs its share of the questions, rank 0 speaks and saves
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-
-    # ---- the pool: filter, split, students in memory, everything tokenised and embedded once
-    kept, test, before_filter = load_data(args)
-    print("\nquality filter (training questions)")
-    judge.filter_table(before_filter, args.filter)
-    fates = dict(Counter(judge.fate(row, args.filter) for row in before_filter))
-    digest = hashlib.sha256(json.dumps([kept, test]).encode()).hexdigest()
-    students = load_students(args, device)
-    S = len(students)
-    rows = encode(kept, students)
-    del before_filter, kept  # `rows` has what training needs
-    styles = sorted({row["style"] for row in rows})
-    questions = defaultdict(list)
-    for p, row in enumerate(rows):
-        questions[row["id"]].append(p)
-    questions = list(questions.values())  # each a list of its paths' numbers in `rows`
-    if rank:
-        dist.barrier()  # rank 0 fills the cache
-    with torch.random.fork_rng(devices=[]):  # a loaded encoder may draw numbers, a cache draws none
-        h = embed(rows, args, device) if args.route == "learned" else torch.zeros(len(rows), 1)  # (P, d), Eq 1
-    if world > 1 and not rank:
-        dist.barrier()
-
-    # ---- what trains: the students, the collaboration beside them, and the router
-    router = qr.Router(h.shape[1], S, args.router_hidden)  # on the CPU: it decides which forwards are launched
-    dims = [student.model.get_output_embeddings().weight.shape[1] for student in students]
-    collab = qr.Collaboration(dims, args.shared_dim, args.projection == "trained", args.standardize, args.competence)
-    collab = collab.to(device)
-    collaborate = args.mutual_weight > 0 and S > 1
-    trained = [([p for p in s.model.parameters() if p.requires_grad], s.lr, args.weight_decay) for s in students]
-    trained += [([p for p in m.parameters() if p.requires_grad], lr, 0.0)
-                for m, lr in ((collab, 1e-3), (router, args.router_lr))]
-    optimizers = [torch.optim.AdamW(params or [torch.zeros(())], lr=lr, weight_decay=decay)  # a frozen student has none
-                  for params, lr, decay in trained]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    generator = torch.Generator().manual_seed(args.seed)  # of the gates
-    reduced = [p for params, _, _ in trained[:-1] for p in params]  # what has a gradient of its own on every rank
-    for p in reduced if world > 1 else ():
-        dist.broadcast(p.data, 0)
-    per_epoch = math.ceil(len(questions) / args.batch_size)
-    steps = args.max_steps or args.epochs * per_epoch
-
-    def evaluate():
-        with amp:
-            result = tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens,
-                                    args.eval_batch_size, args.samples, seed=args.seed)
-        return {k: v for k, v in result.items() if k != "predictions"}, result["predictions"]
-
-    chosen = torch.ones(len(rows), S)  # --route all
-    if args.route in qr.SCORES:  # here, where the students are untrained in a resumed run too
-        with amp:
-            chosen = best_paths(rows, questions, students, args, rank, world)  # (P, S)
-
-    # ---- start, or go on where a killed run stopped
-    checkpoint, log_file = out / "checkpoint.safetensors", out / "log.jsonl"
-    state = (students, router, collab, optimizers, generator)
-    run = {"step": 0, "tokens": [0] * S, "seconds": 0.0, "data": digest}
-    if args.resume and checkpoint.is_file():
-        run = load_state(checkpoint, *state)
-        scaler.load_state_dict(run.pop("scaler", {}))
-        if run["data"] != digest:
-            stop(f"--resume {out}: pool or test questions have changed since that run; start a new one")
-        if rank == 0:
-            done = log_file.read_text().splitlines(keepends=True)[:run["step"]]  # what came after is done again
-            write_atomic("".join(done), log_file)
-    elif rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1), out / "args.json")
-        log_file.write_text("")
-        run["before"] = evaluate()[0]
-        save_atomic(run_state(*state), checkpoint, {"run": json.dumps(run)})
-
-    for student in students:
-        student.model.train(not student.frozen)
-    bar = tqdm(range(run["step"], steps), desc="train", unit="step", initial=run["step"], total=steps)
-    for step in bar:
-        began = time.time()
-        for optimizer, (_, lr, _) in zip(optimizers, trained):
-            optimizer.param_groups[0]["lr"] = lr * lr_scale(step, steps, args.warmup)
-
-        # the step's questions, each with all its paths
-        epoch, k = divmod(step, per_epoch)
-        order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
-        batch = [questions[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
-        index = torch.tensor([p for paths in batch for p in paths])  # (P,) numbers in rows and h
-        question = torch.tensor([q for q, paths in enumerate(batch) for _ in paths])  # (P,)
-
-        # the router decides for the whole step before any student runs
-        logits = router(h[index])  # (P, S)
-        if args.route in ("learned", "random"):  # random: the same gates, all with the same odds
-            odds = logits if args.route == "learned" else torch.full_like(logits, args.route_rate).logit(1e-6)
-            alpha, soft = qr.GATES[args.gate](odds, args.tau, generator, question)  # Eq 2
-        else:
-            alpha = soft = chosen[index]
-        drawn = alpha
-        if args.route == "learned" and step < args.explore * steps:  # all to all: losses that no choice has shaped
-            alpha = qr.straight_through(torch.ones_like(soft), soft)
-        alpha = qr.at_least_one(alpha, soft, question)
-        weight = qr.path_weights(alpha, question, args.normalize)  # (P, S): how a path's loss enters Eq 9
-        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
-        shared = (routed.sum(1) > 1) & collaborate  # (P,) co-routed
-        length = torch.tensor([[len(r) for r in rows[p]["responses"]] for p in index])  # (P, S) response tokens
-
-        # the students, a few questions at a time; the weights are the whole step's, so accumulation changes nothing
-        size = args.micro_batch_size or math.ceil(args.batch_size / world)
-        losses, logged = [], defaultdict(list)
-        for q in range(rank * size, len(batch), world * size):
-            here = ((question >= q) & (question < q + size)).nonzero().squeeze(1)  # this micro-batch's paths
-            segments = torch.tensor([rows[p]["n_segments"] for p in index[here]])
-            co = shared[here].nonzero().squeeze(1)  # C of them are co-routed
-            base = torch.full((len(here),), -1)  # number of a co-routed path's first shared segment
-            base[co] = segments[co].cumsum(0) - segments[co]
-            loss, z, segment = torch.zeros((), device=device), [], []
-            total = torch.zeros(len(here), S, device=device)  # summed losses, for the competence
-            for s, student in enumerate(students):
-                mine = routed[here, s].nonzero().squeeze(1)
-                with amp, torch.set_grad_enabled(not student.frozen):
-                    nll, z_s, segment_s = forward_paths(student, s, [rows[p] for p in index[here[mine]]],
-                                                        base[mine].tolist(), args)
-                mean = nll / length[here[mine], s].to(device)  # nll_ij of student s: nats per response token
-                losses.append((here[mine], s, nll.detach()))
-                total[mine.to(device), s] = nll.detach()
-                z.append(z_s)
-                segment.append(segment_s)
-                if not student.frozen:
-                    loss = loss + (weight.detach()[here[mine], s].to(device) * mean).sum()  # Eq 9: L_distill^(s)
-            if len(co):
-                path = torch.repeat_interleave(torch.arange(len(co)), segments[co]).to(device)
-                per_segment = total[co.to(device)] / segments[co, None].to(device)  # comparable across tokenizers
-                mutual, competence, gamma, raw, zt = collab(z, segment, path, routed[here[co]].to(device), per_segment)
-                # l2 L_mutual of Eq 9, and what Eq 6 learns from
-                loss = loss + (args.mutual_weight * mutual.sum() + competence.sum()) / shared.sum()
-                chars = torch.tensor([len(rows[p]["text"]) for p in index[here[co]]])
-                for name, value in (("mutual", mutual), ("gamma", gamma), ("segment_chars", chars / segments[co])):
-                    logged[name].append(value.detach())
-                if q == rank * size:  # so that neither collapse goes unseen (open point 8)
-                    on = routed[here[co]][path.cpu()].to(device)  # (N, S)
-                    states = [(raw[s, on[:, s]].detach(), zt[s, on[:, s]].detach()) for s in range(S)]
-                    spread = [x.std(0, correction=0).nan_to_num().mean() for x, _ in states]  # nan: not a path of it
-                    logged["spread"].append(torch.stack(spread)[None])
-                    logged["rank"].append(torch.stack([qr.effective_rank(x) for _, x in states])[None])
-            if loss.requires_grad:
-                scaler.scale(loss).backward()
-
-        # the router: the other half of the product rule, d L_distill / d alpha with the path losses as constants
-        cost = torch.zeros(len(index), S, device=device)  # nats per path
-        for where, s, nll in losses:
-            cost[where.to(device), s] = nll
-        if world > 1:  # the weights are the whole step's, so the sum over ranks is the gradient of one process
-            dist.all_reduce(cost)
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in reduced])
-            dist.all_reduce(flat)
-            for p, grad in zip(reduced, flat.split([p.numel() for p in reduced])):
-                p.grad = grad.view_as(p)
-            if not shared.any():  # as in one process: no gradient, not a zero one, which Adam's momentum would follow
-                collab.zero_grad()
-        cost = cost.cpu()
-        nll = cost / length  # per token
-        p = {"binary": torch.sigmoid(logits), "onehot": torch.softmax(logits, -1), "categorical": drawn}[args.gate]
-        per_student = args.entropy == "student"
-        entropy = qr.balance_entropy(p if per_student else drawn, question, per_student)  # Eq 3 and Eq 4
-        if args.route == "learned":
-            cost = qr.fill_skipped(cost if args.reward == "sum" else nll, routed, question, args.normalize)  # (P, S)
-            l_distill = (weight * (qr.interaction(cost) if args.reward == "interaction" else cost)).sum()
-            (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted
-
-        norms = [clip_and_step(optimizer, args.clip, scaler) for optimizer in optimizers[:-1]]
-        router_norm = clip_and_step(optimizers[-1], args.clip)
-        scaler.update()
-
-        # one line per step
-        seconds = time.time() - began
-        tokens = (length * routed).sum(0).tolist()
-        run["step"], run["seconds"] = step + 1, run["seconds"] + seconds
-        run["tokens"] = [n + k * (not student.frozen) for n, k, student in zip(run["tokens"], tokens, students)]
-        if rank:
-            continue
-
-        def over(rows, values):
-            return (values[rows].sum(0) / routed[rows].sum(0).clamp(min=1)).tolist()  # noqa: B023
-        of = {"style": defaultdict(list), "level": defaultdict(list)}  # numbers of the step's paths, by what rows have
-        for i, p in enumerate(index):
-            for key in of.keys() & rows[p].keys():
-                of[key][str(rows[p][key])].append(i)
-        line = {"step": step + 1, "epoch": epoch, "lr_scale": lr_scale(step, steps, args.warmup),
-                "loss": over(slice(None), nll), "rate": routed.float().mean(0).tolist(),
-                "co_routed": float(shared.float().mean()),
-                "entropy": float(entropy.detach()) if args.route == "learned" else None,
-                **{f"rate_{key}": {x: routed[i].float().mean(0).tolist() for x, i in sorted(paths.items())}
-                   for key, paths in of.items()},
-                "loss_style": {style: over(i, nll) for style, i in sorted(of["style"].items())},
-                **{name: torch.cat(values).mean(0).tolist() for name, values in logged.items()},
-                "grad_norm": norms[:S], "router_grad_norm": router_norm,
-                "tokens_per_s": round(sum(tokens) / seconds, 1)}
-        with open(log_file, "a") as f:
+    def write(self, line, bar):
+        if self.silent:
+            return
+        with open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
         bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in line["loss"])
                             + ", rate " + " ".join(f"{x:.2f}" for x in line["rate"]))
-        if (step + 1) % args.save_every == 0 or step + 1 == steps:
-            save_atomic(run_state(*state), checkpoint, {"run": json.dumps(run | {"scaler": scaler.state_dict()})})
+        if "accuracy" in line:
+            bar.write(f"step {line['step']}: " + " / ".join(f"{100 * x:.1f}" for x in line["accuracy"]) + " % right")
+        if self.wandb:
+            self.wandb.log(flat(line), step=line["step"])
 
-    # ---- the students on disk, the test, the table
-    if rank:
-        return
-    (out / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
-    for i, student in enumerate(students):
-        save_student(student, out / f"student_{i}")
-    after, predictions = evaluate()
-    (out / "predictions.jsonl").write_text("".join(json.dumps(prediction) + "\n" for prediction in predictions))
-    last = [json.loads(line)["rate_style"] for line in log_file.read_text().splitlines()[-per_epoch:]]  # the last epoch
-    results = {"students": [student.source for student in students],
-               "before": run["before"], "after": after,
-               "selection_rate": {style: np.mean([x[style] for x in last if style in x], 0).tolist() for style in styles
-                                  if any(style in x for x in last)},
-               "tokens_trained": run["tokens"], "seconds": round(run["seconds"], 1),
-               "counts": {"steps": steps, "training_questions": len(questions), "training_paths": len(rows),
-                          "filter": fates}}
+    def lines(self):
+        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+
+    def finish(self):
+        if self.wandb:
+            self.wandb.finish()
+
+
+def flat(value, name=""):
+    """{"loss/0": ...} of nested lists and dicts."""
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: x for k, part in items for key, x in flat(part, f"{name}/{k}" if name else str(k)).items()}
+
+
+class Interrupt:
+    """Ctrl-C: the step is finished and a checkpoint written; a second one ends the run at once."""
+
+    def __init__(self):
+        self.signal, self.before = None, signal.signal(signal.SIGINT, self.notice)
+
+    def notice(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, self.before)
+
+    def restore(self):
+        signal.signal(signal.SIGINT, self.before)
+
+    def stop(self, out):
+        print(f"\nstopped after a checkpoint; go on with: python distill.py --resume {out}", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def step_numbers(paths, nll, routed):
+    """Of one step: loss (nats per response token) and share of paths per student, in all and by style.
+
+    paths: P rows; nll (P, S), 0 where a path was not run; routed (P, S).
+    """
+    def loss(some):
+        return (nll[some].sum(0) / routed[some].sum(0).clamp(min=1)).tolist()
+
+    def rate(some):
+        return routed[some].float().mean(0).tolist()
+
+    by_style = defaultdict(list)
+    for i, row in enumerate(paths):
+        by_style[row["style"]].append(i)
+    styles = sorted(by_style.items())
+    return {"loss": loss(slice(None)), "rate": rate(slice(None)),
+            "rate_style": {style: rate(some) for style, some in styles},
+            "loss_style": {style: loss(some) for style, some in styles}}
+
+
+# ---------------------------------------------------------------- the test and the table
+def answer(students, test, args):
+    """Greedy answers of all students to the test questions -> {"summary": shares, "predictions": every answer}."""
+    with autocast(students[0]):
+        result = tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens, EVAL_BATCH,
+                                seed=args.seed)
+    predictions = [{"question": row["question"], **line} for row, line in zip(test, result.pop("predictions"))]
+    return {"summary": result, "predictions": predictions}
+
+
+def write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions):
+    """predictions.jsonl, results.json, and the table on the screen."""
+    write_atomic("".join(json.dumps(line) + "\n" for line in after["predictions"]), out / "predictions.jsonl")
+    first = max(len(log) - per_epoch, math.ceil(args.explore * len(log)) if args.route == "learned" else 0)
+    last = log[first:] or log  # the last epoch, without the first phase
+    styles = sorted({row["style"] for row in rows})
+    rates = {style: np.mean([line["rate_style"][style] for line in last if style in line["rate_style"]], 0).tolist()
+             for style in styles if any(style in line["rate_style"] for line in last)}
+    results = {
+        "students": [student.source for student in students], "before": run["before"], "after": after["summary"],
+        "selection_rate": rates, "selection_steps": [last[0]["step"], last[-1]["step"]],
+        "tokens_trained": run["tokens"], "seconds": round(run["seconds"], 1),
+        "counts": {"steps": len(log), "training_questions": len(questions), "training_paths": len(rows),
+                   "filter": dict(Counter(judge.fate(row, args.filter) for row in pool))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__, "commit": commit()}}
     write_atomic(json.dumps(results, indent=1), out / "results.json")
+    print_samples(after["predictions"])
     print_results(results, out)
+
+
+def commit():
+    """The commit of this code, "unknown" outside of a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def print_samples(predictions):
+    """The first three questions with what each student says."""
+    for line in predictions[:3]:
+        print(f"\n{line['question']}")
+        for s, answers in enumerate(line["responses"]):
+            verdict = "right" if answers[0]["correct"] else f"wrong, it is {line['answer']}"
+            print(f"  student {s} ({verdict}): " + "\n    ".join(answers[0]["text"].strip().splitlines()))
 
 
 def print_results(results, out):
@@ -1008,18 +1372,76 @@ def print_results(results, out):
     for key, label in (("ensemble", "ensemble of the students"), ("upper_bound", "upper bound: any student right")):
         print(f"{label:40}{100 * before[key]:9.1f}{100 * after[key]:9.1f}")
     columns = "".join(f"{f'student {i}':>11}" for i in range(len(results["students"])))
-    print(f"\n{'selection rate in the last epoch':40}{columns}")
+    print(f"\n{'selection rate in steps {} to {}'.format(*results['selection_steps']):40}{columns}")
     for style, rates in results["selection_rate"].items():
         print(f"{style:40}" + "".join(f"{rate:11.2f}" for rate in rates))
     print(f"\n{counts['steps']} steps in {results['seconds']:.0f} s on {counts['training_questions']} questions with "
           f"{counts['training_paths']} paths; response tokens trained: "
-          + ", ".join(f"{n:,}" for n in results["tokens_trained"])
-          + f"\n{out}/ has results.json, log.jsonl, predictions.jsonl and the students")
+          + ", ".join(f"{n:,}" for n in results["tokens_trained"]))
+    folders = " ".join(str(out / f"student_{i}") for i in range(len(results["students"])))
+    print(f"{out}/ has results.json, log.jsonl, predictions.jsonl and the students; test them again with\n"
+          f"python eval.py --students {folders} --questions {out / 'test.jsonl'}")
+
+
+# ---------------------------------------------------------------- the demo's students
+def demo_students(seed):
+    """Two tiny students, (model, tokenizer) each, "pretrained" on plain arithmetic sentences: a Llama with whole words
+    and a GPT-NeoX with BPE pieces, 0.4M parameters each, numbers being one token in both. From scratch nothing is
+    learned in minutes; after this warm start, training them means distilling."""
+    torch.manual_seed(seed)
+    sentences, questions = judge.demo_sentences(8000, seed), judge.demo_questions(200, seed)
+    corpus = sentences + [f" {n}" for n in range(200)] + [tasks.student_prompt(q) for q in questions]
+    corpus += [row["path"] for row in judge.demo_paths(questions, seed)]
+    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512,
+             "initializer_range": 0.05, "tie_word_embeddings": True,
+             "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 2}
+    students = []
+    for number, whole_words in enumerate((True, False)):
+        tokenizer = demo_tokenizer(corpus, whole_words)
+        if whole_words:
+            config = transformers.LlamaConfig(vocab_size=len(tokenizer), intermediate_size=256, **shape)
+            model = transformers.LlamaForCausalLM(config)
+        else:
+            config = transformers.GPTNeoXConfig(vocab_size=len(tokenizer), intermediate_size=384, **shape)
+            model = transformers.GPTNeoXForCausalLM(config)
+        warm_start(model, tokenizer, sentences, f"warm start of student {number}")
+        students.append((model, tokenizer))
+    return students
+
+
+def demo_tokenizer(corpus, whole_words):
+    """A tokenizer of whole words, or of BPE pieces; the numbers 0 to 199 are one token in both."""
+    kind = models.WordLevel if whole_words else models.BPE
+    tokenizer = Tokenizer(kind(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\d+| ?\w+|\n *| ?[^\w\s]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    options = {"special_tokens": ["<unk>", "<pad>", "<eos>"], "show_progress": False}
+    if whole_words:
+        tokenizer.train_from_iterator(corpus, trainers.WordLevelTrainer(vocab_size=2000, **options))
+    else:
+        tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=160, **options))
+        tokenizer.add_tokens([AddedToken(f" {n}", normalized=False) for n in range(200)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
+                                                eos_token="<eos>")
+
+
+def warm_start(model, tokenizer, sentences, label):
+    """400 plain language-model steps of 32 sentences."""
+    ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in tqdm(range(400), desc=label, unit="step", leave=False):
+        batch = [ids[i] for i in torch.randint(len(ids), (32,)).tolist()]
+        x = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
+        optimizer.param_groups[0]["lr"] = 4e-3 * lr_scale(step, 400)
+        model(input_ids=x.clamp(min=0), labels=x).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; go on with: python distill.py --resume RUN_FOLDER", file=sys.stderr)
+        main(FLAGS)
+    except KeyboardInterrupt:  # a run that has a checkpoint ends with one more, see Interrupt
+        print("\nstopped before the first step: start it again", file=sys.stderr)
         raise SystemExit(130) from None

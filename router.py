@@ -5,7 +5,6 @@ P paths, Q questions, S students, d features; `question` (P,) holds each path's 
 is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations are open or degenerate, and
 "open point N" the list of these places in README.md.
 """
-import bisect
 import itertools
 import math
 import re
@@ -48,58 +47,74 @@ def encoder_embed(model, tokenizer, pairs, max_length=512):
 
 # ---------------------------------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
 class Router(nn.Module):
-    """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a `hidden` width."""
+    """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a `hidden` width.
+
+    bound: the largest size of a logit, None for no bound, as printed.
+    """
 
     def __init__(self, d, students, hidden=0, bound=4.0):
         super().__init__()
-        self.net = nn.Linear(d, students) if hidden == 0 else nn.Sequential(
-            nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, students))
-        self.bound = bound
-        last = self.net if hidden == 0 else self.net[-1]
-        nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured by the initialisation
+        last = nn.Linear(hidden or d, students)
+        nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured at birth
         nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), last) if hidden else last
+        self.bound = bound
 
     def forward(self, h):
-        # Bounded, so that no gate saturates for good: p stays within [.018, .982] at bound 4 (open point 5).
-        return self.bound * torch.tanh(self.net(h) / self.bound)
+        logits = self.net(h)
+        if self.bound is None:
+            return logits
+        # No gate saturates for good: at bound 4 its probability stays within [.018, .982] (open point 5).
+        return self.bound * torch.tanh(logits / self.bound)
 
 
-def binary_gate(logits, tau=1.0, generator=None, question=None):
-    """Eq 2, departs: one straight-through binary gate per student, so a path may reach one, several or no student.
+# A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample, and the
+# probabilities p (P, S) behind it, which Eq 3 averages. Add your own to GATES: nothing else needs to know.
+def categorical_gate(logits, question, generator=None, tau=1.0):
+    """Eq 2, departs: Gumbel-softmax over the paths of a question, student by student: one path each.
 
-    logits (P, S) -> alpha (P, S) and its soft value. The difference of two Gumbels is logistic noise, hence
-    P(alpha = 1) = sigmoid(logits) at every tau; the value is 0 or 1, the gradient that of the soft sample.
+    A path is compared with the question's other paths and not with easier questions, so the gate cannot learn
+    "easy", and every question is kept. A student's rate is 1 / paths: Eq 3 and 4 hold by construction.
     """
-    u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid((logits + u.logit()) / tau)
-    return straight_through(soft > 0.5, soft), soft
+    soft = softmax_per_question((logits + gumbel_noise(logits, generator)) / tau, question)
+    alpha = straight_through(keep_best(soft.detach(), question), soft)
+    return alpha, softmax_per_question(logits, question)
 
 
-def onehot_gate(logits, tau=1.0, generator=None, question=None):
+def binary_gate(logits, question, generator=None, tau=1.0):
+    """Eq 2, departs: one gate per path and student, so a path may reach one, several or no student.
+
+    The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits) at every tau. Where all of a
+    question's gates are shut for a student, the likeliest opens: without it hard questions starve (open point 5).
+    """
+    soft = torch.sigmoid((logits + uniform(logits, generator).logit()) / tau)
+    hard = (soft > 0.5).to(soft)
+    shut = per_question(hard, question) == 0  # (Q, S)
+    hard = hard + keep_best(soft.detach(), question) * shut[question]
+    return straight_through(hard, soft), torch.sigmoid(logits)
+
+
+def onehot_gate(logits, question, generator=None, tau=1.0):
     """Eq 2 to the letter: Gumbel-softmax over the students, exactly one student per path.
 
-    Same shapes as `binary_gate`. Its rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient;
-    at_least_one may open a second gate afterwards.
+    alpha's rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient (open point 1).
     """
-    u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.softmax((logits - (-u.log()).log()) / tau, -1)
-    return straight_through(F.one_hot(soft.argmax(-1), logits.shape[1]), soft), soft
-
-
-def categorical_gate(logits, tau=1.0, generator=None, question=None):
-    """Eq 2, departs: Gumbel-softmax over the paths of a question, student by student: one path of each question.
-
-    A gate that is compared with the question's other paths and not with easier questions learns no difficulty, and
-    every question is kept. The balance of Eq 3 and 4 holds by construction: a student's rate is 1 / paths.
-    """
-    u = torch.rand(logits.shape, generator=generator).to(logits).clamp(1e-6, 1 - 1e-6)
-    x = (logits - (-u.log()).log()) / tau
-    e = (x - per_question_max(x.detach(), question)[question]).exp()
-    soft = e / per_question(e, question)[question]
-    return straight_through(keep_best(soft.detach(), question), soft), soft
+    soft = torch.softmax((logits + gumbel_noise(logits, generator)) / tau, dim=1)
+    hard = F.one_hot(soft.argmax(1), logits.shape[1])
+    return straight_through(hard, soft), torch.softmax(logits, dim=1)
 
 
 GATES = {"categorical": categorical_gate, "binary": binary_gate, "onehot": onehot_gate}
+
+
+def uniform(like, generator):
+    """Random numbers in (0, 1), of the shape and type of `like`."""
+    return torch.rand(like.shape, generator=generator).to(like).clamp(1e-6, 1 - 1e-6)
+
+
+def gumbel_noise(like, generator):
+    """Noise with which an argmax is a draw from the softmax (Gumbel, 1954), of the shape and type of `like`."""
+    return -(-uniform(like, generator).log()).log()
 
 
 def straight_through(hard, soft):
@@ -107,42 +122,38 @@ def straight_through(hard, soft):
     return hard.to(soft) + (soft - soft.detach())
 
 
-def at_least_one(alpha, soft, question):
-    """Give each student one path of every question: where all of a question's gates are shut, the likeliest opens.
-
-    alpha, soft (P, S), question (P,) -> alpha (P, S). Without it hard questions starve (open point 5).
-    """
-    open_gates = per_question(alpha.detach(), question)  # (Q, S)
-    best = keep_best(soft.detach(), question)
-    return alpha + best * (open_gates[question] == 0)
-
-
 def per_question(x, question):
     """Sum of x (P, ...) over the paths of each question -> (Q, ...)."""
     return x.new_zeros(int(question.max()) + 1, *x.shape[1:]).index_add(0, question, x)
 
 
-def per_question_max(x, question):
+def max_per_question(x, question):
     """Largest x (P, S) over the paths of each question -> (Q, S)."""
     rows = question.unsqueeze(1).expand_as(x)
-    return x.new_full((int(question.max()) + 1, x.shape[1]), -math.inf).scatter_reduce(0, rows, x, "amax")
+    lowest = x.new_full((int(question.max()) + 1, x.shape[1]), -math.inf)
+    return lowest.scatter_reduce(0, rows, x, "amax")
+
+
+def softmax_per_question(x, question):
+    """Softmax of x (P, S) over the paths of each question, student by student."""
+    e = (x - max_per_question(x.detach(), question)[question]).exp()
+    return e / per_question(e, question)[question]
 
 
 def keep_best(score, question):
     """alpha (P, S): 1 for the path with a question's highest score (P, S), for each student; the first of equals."""
     place = -torch.arange(len(score)).to(score).unsqueeze(1)
-    place = torch.where(score == per_question_max(score, question)[question], place, -math.inf)
-    return (place == per_question_max(place, question)[question]).to(score)
+    place = torch.where(score == max_per_question(score, question)[question], place, -math.inf)
+    return (place == max_per_question(place, question)[question]).to(score)
 
 
 # ---------------------------------------------------------------- Eq 3 and Eq 4: balance
 def balance_entropy(p, question, per_student=True):
     """Eq 3 and Eq 4: the binary entropy (nats, at most ln 2) of a question's selection rate, mean over questions.
 
-    p (P, S): gate probabilities (sampled alpha for the literal form and for categorical gates), question (P,) ->
-    scalar. It is MAXIMISED: Eq 9 departs and subtracts it. Eq 3 departs: each student has its own rate, else
-    "everything to one student, nothing to the other" would be the optimum (open point 3). per_student=False is Eq 3 as
-    printed.
+    p (P, S): gate probabilities, or the sampled alpha for the printed form; question (P,) -> scalar. It is MAXIMISED:
+    Eq 9 departs and subtracts it (open point 2). Eq 3 departs: each student has its own rate, else "everything to one
+    student, nothing to the other" would be the optimum (open point 3). per_student=False is Eq 3 as printed.
     """
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
     if not per_student:
@@ -177,79 +188,6 @@ def fill_skipped(nll, alpha, question, normalize="question"):
         question = torch.zeros_like(question)
     mean = per_question(alpha * nll, question) / per_question(alpha, question).clamp(min=1)
     return torch.where(alpha > 0, nll, mean[question])
-
-
-def interaction(nll):
-    """Losses (P, S) less each path's mean over students: what is left says whom a path suits, not that it is easy.
-
-    A gate rewarded for low loss learns "easy", the same paths for every student (open point 6). With the centring per
-    question that path_weights does anyway, this is the two-way interaction of path and student.
-    """
-    return nll - nll.mean(1, keepdim=True)
-
-
-# ---------------------------------------------------------------- routes to compare with: each question keeps one path
-WINDOW = 4  # of LALP: steps before a step that the student reads
-
-
-def token_costs(logits, target, clip=100):
-    """What the scores below read: surprisal (nats), rank (1 is the likeliest, at most `clip`) and Brier score
-    |p - onehot|^2 of each token target (N,) under logits (N, V) -> (N, 3)."""
-    own = logits.gather(1, target[:, None])
-    logp, p = own - logits.logsumexp(1, keepdim=True), torch.softmax(logits, 1)
-    rank = (1 + (logits > own).sum(1)).clamp(max=clip)
-    return torch.stack([-logp[:, 0], rank.to(p), 1 - 2 * logp[:, 0].exp() + p.square().sum(1)], 1)
-
-
-def score_nll(cost, path, question):
-    """The likeliest path: minus the mean surprisal (GRAPE, Zhang et al., 2025, arXiv 2502.04194).
-
-    cost (P, 3): token_costs, averaged over a path's tokens; path (P,) 0..P-1; question (P,) -> (P,), high is good.
-    """
-    return -cost[:, 0]
-
-
-def score_lalp(cost, path, question):
-    """Local average log-probability (Just et al., 2025, arXiv 2510.03988): the mean over a path's steps of each step's
-    mean log-probability given the question and the WINDOW steps before it. Long steps weigh no more than short ones.
-
-    cost (U, 3): averages over each step's tokens; path (U,): the step's path. departs: the paper has an LLM cut the
-    steps, here they are sentences and lines. Uncertain: that the question stays in sight and that WINDOW is 4 come from
-    reimplementations. A path of at most five steps is all in sight: then only the equal weight of steps differs.
-    """
-    return segment_mean(-cost[:, :1], path, len(question)).squeeze(1)
-
-
-def score_rsr(cost, path, question):
-    """Minus the rank-surprisal ratio (Yang et al., 2026, arXiv 2601.14249; github.com/UmeanNever/RankSurprisalRatio):
-    the mean rank, clipped at 100, over the mean surprisal. Low: unexpected, yet among the student's next choices.
-
-    Arguments and result as in score_nll.
-    """
-    return -cost[:, 1] / cost[:, 0].clamp(min=1e-12)
-
-
-def score_lark(cost, path, question):
-    """Learnability (Yu et al., 2026, arXiv 2605.30651; github.com/Tianrun-Yu/LARK, score_lark.py): l_k / sum l *
-    (2 rho_k - sum rho l / sum l) over a question's paths, with loss l_k and rate rho_k = Brier_k / l_k.
-
-    Arguments and result as in score_nll. departs: the Brier score is exact and not over the 50 likeliest tokens; and
-    one path per question is kept, where its chi^2 policy is the argmax, while the authors weight several.
-    """
-    loss, brier = cost[:, 0].clamp(min=1e-12), cost[:, 2]
-    share = loss / per_question(loss, question)[question]
-    rho = brier / loss
-    return share * (2 * rho - per_question(share * rho, question)[question])
-
-
-SCORES = {"nll": score_nll, "lalp": score_lalp, "rsr": score_rsr, "lark": score_lark}
-
-
-def step_starts(text, spans):
-    """Numbers of the tokens that begin a step of `text`, a sentence or a line; spans: the tokens' (start, end)."""
-    ends = [m.end() for m in re.finditer(r"(?:\d+[.)]\s)?.+?(?:[.!?](?=\s)|$)\s*", text, re.MULTILINE)]
-    step = [bisect.bisect_left(ends, end) for _, end in spans]  # " The" ends in the step that it begins
-    return [t for t in range(len(step)) if t == 0 or step[t] > step[t - 1]]
 
 
 # ---------------------------------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers
@@ -298,44 +236,59 @@ class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
     dims: hidden size of each student; d: the shared size. Frozen random projections by default: trained ones
-    reach a low loss by losing rank (open point 8), with plain MSE by vanishing.
+    reach a low loss by losing rank (open point 8), with plain MSE by vanishing. target: Eq 6 departs and learns from
+    the students' losses; False: from Eq 8 alone, as printed.
     """
 
-    def __init__(self, dims, d=64, trained=False, standardized=True, competence="target"):
+    def __init__(self, dims, d=64, trained=False, standardized=True, target=True):
         super().__init__()
         self.proj = nn.ModuleList(nn.Linear(k, d, bias=False) for k in dims)
         for layer in self.proj:
             nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)  # keeps the scale of a feature
             layer.requires_grad_(trained)
         self.w = nn.Parameter(torch.zeros(len(dims), d))  # Eq 6 regressor, one row per student
-        self.standardized, self.competence = standardized, competence
+        self.standardized, self.target = standardized, target
 
     def forward(self, z, segment, path, routed, nll):
-        """Eq 8 departs: a mean over features and segments, so that --mutual_weight does not depend on d and length.
+        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as compared.
 
-        -> L_mutual (C,) per path, L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as compared.
-
-        z: per student (T_s, d_s) states on the tokens of all co-routed paths it got; segment: per student (T_s,)
+        z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment: per student (T_s,)
         in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S) bool; nll (C, S): nats per segment.
         """
         n, c = len(path), len(routed)
         raw = torch.stack([segment_mean(proj(x), seg, n) for proj, x, seg in zip(self.proj, z, segment)])  # Eq 5
         zt = torch.stack([standardize(x, path, c) for x in raw]) if self.standardized else raw  # (S, N, d)
-        # Eq 6 reads the unstandardised states (standardised ones average to zero), scaled to unit variance.
-        mean = torch.stack([F.layer_norm(segment_mean(x.detach() if self.competence == "target" else x, path, c),
-                                         x.shape[-1:]) for x in raw], 1)  # (C, S, d)
-        score = (mean * self.w).sum(-1).masked_fill(~routed, -math.inf)
-        gamma = torch.softmax(score, -1)  # (C, S), Eq 6
-        target = competence_target(nll, routed)
-        l_comp = -(target * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
-        weight = gamma.detach() if self.competence == "target" else gamma
-        z_ens = (weight[path].T.unsqueeze(-1) * zt).sum(0)  # (N, d), Eq 7
-        if self.competence == "target":
-            z_ens = z_ens.detach()  # the ensemble teaches: student s is pulled by 1 - gamma_s, the weaker one more
+
+        score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
+        gamma = torch.softmax(score, -1)  # Eq 6
+        if self.target:
+            wanted = competence_target(nll, routed)  # (C, S)
+            l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
+            z_ens = ensemble(gamma, zt, path).detach()  # Eq 7 teaches: student s is pulled by 1 - gamma_s
         else:
-            l_comp = l_comp * 0  # Eq 6 as printed: gradient from Eq 8 alone
-        distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N)
-        return segment_mean(distance.sum(0).unsqueeze(1), path, c).squeeze(1), l_comp, gamma, raw, zt  # Eq 8
+            l_competence = torch.zeros_like(gamma[:, 0])
+            z_ens = ensemble(gamma, zt, path)  # Eq 7
+
+        # Eq 8 departs: a mean over features and segments, so that its weight does not depend on d and length.
+        distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N), Eq 8
+        l_mutual = segment_mean(distance.sum(0).unsqueeze(1), path, c).squeeze(1)  # (C,)
+        return l_mutual, l_competence, gamma, raw, zt
+
+    def competence(self, zt, path, c):
+        """Eq 6 before its softmax: w_s . mean_t zt_s, from zt (S, N, d) of c paths -> (c, S).
+
+        departs: the mean is scaled to unit variance over features. It reads zt before standardising, after which
+        every mean is zero. With a target it teaches the regressor only, not the students.
+        """
+        if self.target:
+            zt = zt.detach()
+        mean = torch.stack([segment_mean(x, path, c) for x in zt], 1)  # (c, S, d)
+        return (F.layer_norm(mean, mean.shape[-1:]) * self.w).sum(-1)
+
+
+def ensemble(gamma, zt, path):
+    """Eq 7: z_ens = sum_s gamma_s zt_s, for gamma (C, S) of paths and zt (S, N, d) of segments -> (N, d)."""
+    return (gamma[path].T.unsqueeze(-1) * zt).sum(0)
 
 
 def effective_rank(x):

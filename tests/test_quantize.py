@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_distill import Killed, die_after, files_of, flags_of, one_thread, refused, same_run, tiny_model, world  # noqa: F401
+from test_distill import Killed, as_student, die_after, files_of, flags_of, one_thread, refused, same_run, tiny_model, world  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -48,11 +48,12 @@ def test_every_linear_layer_but_the_head_is_in_4_bit_and_the_loss_stays_near(bnb
     assert torch.equal(model.get_output_embeddings().weight, full.get_output_embeddings().weight)
     assert torch.equal(model.get_input_embeddings().weight, full.get_input_embeddings().weight)
     distill.add_lora(model, 4, 8)
-    distill.check_head(SimpleNamespace(model=model.eval(), end=1, source=kind))
+    student = as_student(model.eval())
+    distill.check_student(student)
     ids = ids_of()
     with torch.no_grad():
         h = model.base_model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
-        loss = distill.response_nll(SimpleNamespace(model=model), h, ids[:, 1:].flatten()).mean()
+        loss = distill.response_nll(student, h, ids[:, 1:].flatten()).mean()
         assert abs(loss - full(input_ids=ids, labels=ids).loss) < 0.3
 
 
@@ -128,7 +129,7 @@ def test_linear_weights_take_a_quarter_of_their_bf16_memory(bnb, tmp_path):
 
 
 # ---------------------------------------------------------------- whole runs
-FLAGS = ("--quantize", "nf4", "--lora_rank", 2, "--lora_alpha", 6, "--lr", 0.05, "--save_every", 2, "--max_steps", 4,
+FLAGS = ("--quantize", "nf4", "--lora_rank", 2, "--lr", 0.05, "--save_every", 2, "--max_steps", 4,
          "--checkpointing", "--gate", "binary")
 STUDENTS = ("words", "dropout")
 
@@ -177,7 +178,7 @@ def test_adapter_of_a_quantised_run_loads_with_peft_and_with_eval_onto_the_full_
 
 def test_killed_quantised_run_resumes_to_exactly_the_unkilled_one(world, tmp_path, quantised):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        die_after(patch, distill, "clip_and_step", 4 * 3 + 2)  # in the fourth step; the checkpoint is of the second
+        die_after(patch, distill, "clip_gradients", 2 * 3 + 1)  # in the fourth step; the checkpoint is of the second
         distill.main(flags_of(world, tmp_path / "run", *FLAGS, students=STUDENTS))
     torch.manual_seed(99)
     distill.main(["--resume", str(tmp_path / "run")])
