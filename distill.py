@@ -251,22 +251,22 @@ def int_variable(name, default):
 if __name__ == "__main__":
     FLAGS = parse_args()  # before the imports below, which take seconds: --help and wrong flags answer at once
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import transformers  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
-import eval as tasks  # noqa: E402
-import judge  # noqa: E402
-import router as qr  # noqa: E402
+import eval as tasks
+import judge
+import router as qr
 
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students

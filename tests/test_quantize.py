@@ -9,7 +9,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_distill import Killed, as_student, die_after, files_of, flags_of, one_thread, refused, same_run, tiny_model, world  # noqa: F401
+from test_distill import (  # noqa: F401
+    Killed,
+    as_student,
+    die_after,
+    files_of,
+    flags_of,
+    one_thread,
+    refused,
+    same_run,
+    tiny_model,
+    world,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
