@@ -1,17 +1,18 @@
-"""QR-Distill, the training run: students trained together on the teacher paths that a router gives them.
+"""QR-Distill, the training run: students trained together on the teacher paths that a router gives
+them.
 
     python distill.py                                     # the embedded demo: laptop CPU, offline, minutes
     python distill.py --paths POOL.jsonl --students A B    # real paths, real students
 
-Read main() first: it is the run, top to bottom, and its loop is the method (Lei et al., EMNLP 2025),
-with the paper's equation numbers. The equations are in router.py, the path pool in judge.py, the tasks
-in eval.py. "departs" marks where we leave the paper, "open point N" refers to the list in
-tests/experiments/README.md. Shapes: P paths of the step's Q questions, S students.
-"""
+Read main() first: it is the run, top to bottom, and its loop is the method (Lei et al., EMNLP
+2025), with the paper's equation numbers. The equations are in router.py, the path pool in judge.py,
+the tasks in eval.py. "departs" marks where we leave the paper, "open point N" refers to the list in
+tests/experiments/README.md. Shapes: P paths of the step's Q questions, S students. """
 import argparse
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -30,8 +31,8 @@ from pathlib import Path
 
 from eval import stop, within
 
-# What --as_printed sets: every equation as the paper prints it, but for the sign of the entropy in Eq 9,
-# which the paper's own text says is maximised.
+# What --as_printed sets: every equation as the paper prints it, but for the sign of the entropy in
+# Eq 9, which the paper's own text says is maximised.
 AS_PRINTED = {"gate": "onehot", "explore": 0.0, "reward": "loss", "entropy": "literal", "normalize": "batch",
               "competence": "eq8", "projection": "trained", "standardize": False, "router_hidden": 256,
               "style_input": False}
@@ -145,7 +146,8 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The run's flags. With --resume: the saved ones, and a flag that contradicts them is refused."""
+    """The run's flags. With --resume: the saved ones, and a flag that contradicts them is
+    refused."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.resume is not None:
@@ -174,7 +176,8 @@ def absolute_folder(name):
 
 
 def resumed_args(p, folder, argv):
-    """The flags of the run in `folder`; a flag that contradicts them would give a result that is neither run's."""
+    """The flags of the run in `folder`; a flag that contradicts them would give a result that is
+    neither run's."""
     file = Path(folder) / "args.json"
     if not folder or not file.is_file():
         stop(f"--resume {folder!r}: no args.json there; pass the --out_dir of an earlier run")
@@ -226,7 +229,8 @@ def check_flags(args):
 
 
 def check_out_dir(folder):
-    """stop() where a run folder can't be written, or holds a run; one that never got to its start may be used again."""
+    """stop() where a run folder can't be written, or holds a run; one that never got to its start
+    may be used again."""
     out = Path(folder)
     if (out / "checkpoint.safetensors").exists() or (out / "results.json").exists():
         stop(f"--out_dir {folder} holds a run already: pass --resume {folder}, or another folder")
@@ -298,6 +302,7 @@ def main(args=None):
     tested = test[:args.eval_limit or None]
 
     # What trains: the students, the collaboration beside them, and the router.
+    torch.manual_seed(args.seed)  # the same numbers from here on, whatever was loaded from a cache
     router = qr.Router(h.shape[1], len(students), args.router_hidden, None if args.as_printed else ROUTER_BOUND)
     collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
                               args.projection == "trained", args.standardize, args.competence == "target").to(device)
@@ -340,7 +345,8 @@ def main(args=None):
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S), how a path's loss enters Eq 9
         routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
 
-        # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that others got too.
+        # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that
+        # others got too.
         nll, seen = student_step(students, collab, [rows[i] for i in paths], question, routed, weight.detach(),
                                  scaler, args)  # (P, S) nats of a path
         sum_over_processes(nll, optimizer, collab)
@@ -412,9 +418,9 @@ def set_up(args):
 def route(logits, question, fixed, first_phase, gates, args):
     """Eq 2: which students train on which of the step's paths.
 
-    logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None; gates: their random
-    numbers -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S), the gates' probabilities.
-    """
+    logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None;
+    gates: their random numbers -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S),
+    the gates' probabilities. """
     if fixed is not None:
         return fixed, fixed
     if args.route == "random":  # the same gates, all with the same odds
@@ -428,9 +434,9 @@ def route(logits, question, fixed, first_phase, gates, args):
 def student_step(students, collab, paths, question, routed, weight, scaler, args):
     """Eq 5 to Eq 9 for the students: run every routed pair, and send the losses' gradients back.
 
-    paths: the P rows of `encode`; question (P,); routed (P, S) bool; weight (P, S) of the losses in Eq 9 ->
-    nll (P, S), a path's nats, 0 where it was not run; seen: what the log wants to know of the collaboration.
-    """
+    paths: the P rows of `encode`; question (P,); routed (P, S) bool; weight (P, S) of the losses in
+    Eq 9 -> nll (P, S), a path's nats, 0 where it was not run; seen: what the log wants to know of
+    the collaboration. """
     device = students[0].model.device
     nll = torch.zeros(routed.shape, device=device)
     per_token = weight / torch.tensor([[len(tokens) for tokens in row["responses"]] for row in paths])  # (P, S)
@@ -463,9 +469,8 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
 def collaborate(collab, z, segment, segments, routed, nll, seen, args):
     """Eq 5 to Eq 8 on C co-routed paths -> l2 L_mutual + L_competence, summed over them.
 
-    z, segment: see Collaboration; segments (C,): a path's number of shared segments; routed, nll (C, S). Puts the
-    figures of the log into `seen`.
-    """
+    z, segment: see Collaboration; segments (C,): a path's number of shared segments; routed, nll
+    (C, S). Puts the figures of the log into `seen`. """
     path = torch.repeat_interleave(torch.arange(len(segments)), segments).to(nll.device)  # (N,) of each segment
     per_segment = nll / segments[:, None].to(nll.device)  # comparable across tokenizers, as nats per token are not
     on = routed.to(nll.device)
@@ -482,11 +487,12 @@ def collaborate(collab, z, segment, segments, routed, nll, seen, args):
 
 
 def router_step(alpha, p, weight, nll, length, question, args):
-    """Eq 3, Eq 4 and Eq 9 for the router: the gradient of L_distill by alpha, with the students' losses as constants.
+    """Eq 3, Eq 4 and Eq 9 for the router: the gradient of L_distill by alpha, with the students'
+    losses as constants.
 
-    alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path; length (P, S), tokens -> the entropy of Eq 4. A
-    pair that was not run gets the mean loss of its question's routed pairs, so its gate's gradient is zero.
-    """
+    alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path; length (P, S), tokens -> the
+    entropy of Eq 4. A pair that was not run gets the mean loss of its question's routed pairs, so
+    its gate's gradient is zero. """
     cost = nll if args.reward == "sum" else nll / length  # departs: by the token, wordy styles win (open point 6)
     cost = qr.fill_skipped(cost, alpha, question, args.normalize)
     l_distill = (weight * cost).sum()
@@ -497,14 +503,16 @@ def router_step(alpha, p, weight, nll, length, question, args):
 
 
 def step_questions(questions, step, args):
-    """-> the epoch, and the step's questions, each the numbers of its paths; the order hangs on seed and epoch."""
+    """-> the epoch, and the step's questions, each the numbers of its paths; the order hangs on
+    seed and epoch."""
     epoch, k = divmod(step, math.ceil(len(questions) / args.batch_size))
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
     return epoch, [questions[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
 
 
 def micro_batches(question, args):
-    """Yield the numbers (p,) of the paths of a few questions, of this process's share of the step."""
+    """Yield the numbers (p,) of the paths of a few questions, of this process's share of the
+    step."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     size = args.micro_batch_size or math.ceil(args.batch_size / world)
     for q in range(rank * size, int(question.max()) + 1, world * size):
@@ -514,9 +522,9 @@ def micro_batches(question, args):
 def fixed_route(rows, questions, lengths, students, args):
     """alpha (all paths, S) of the routes that don't learn, None for those that draw.
 
-    all: every path; short: a question's shortest path in the student's tokens; nll: the one that the untrained student
-    finds likeliest by the token (GRAPE, Zhang et al., 2025, arXiv 2502.04194).
-    """
+    all: every path; short: a question's shortest path in the student's tokens; nll: the one that
+    the untrained student finds likeliest by the token (GRAPE, Zhang et al., 2025, arXiv
+    2502.04194). """
     if args.route in ("learned", "random"):
         return None
     if args.route == "all":
@@ -541,8 +549,8 @@ def path_losses(rows, students):
 
 # ---------------------------------------------------------------- optimisation
 def make_optimizers(students, collab, router, args):
-    """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose gradients AMP leaves
-    alone. A frozen student's group is empty."""
+    """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose
+    gradients AMP leaves alone. A frozen student's group is empty."""
     groups = [{"params": trainable(s.model), "peak": s.lr, "weight_decay": WEIGHT_DECAY} for s in students]
     groups.append({"params": trainable(collab), "peak": 1e-3, "weight_decay": 0.0})
     routing = [{"params": trainable(router), "peak": args.router_lr, "weight_decay": 0.0}]
@@ -567,7 +575,8 @@ def scale_learning_rates(optimizer, router_optimizer, scale):
 
 
 def clip_gradients(optimizer, scaler=None):
-    """Clip each group's gradients to CLIP -> their norms before clipping (0 where there is none)."""
+    """Clip each group's gradients to CLIP -> their norms before clipping (0 where there is
+    none)."""
     if scaler:
         scaler.unscale_(optimizer)
     norms = []
@@ -578,7 +587,8 @@ def clip_gradients(optimizer, scaler=None):
 
 
 def stop_if_not_finite(nll, norms, step, out, scaler):
-    """stop() before a step that would leave the students without finite weights; the last checkpoint stays."""
+    """stop() before a step that would leave the students without finite weights; the last
+    checkpoint stays."""
     lost = [s for s in range(nll.shape[1]) if not nll[:, s].isfinite().all()]
     if not lost and not scaler.is_enabled():  # fp16's scaler skips such steps by itself
         lost = [s for s in range(nll.shape[1]) if not math.isfinite(norms[s])]
@@ -596,8 +606,8 @@ def same_weights_everywhere(optimizer):
 
 
 def sum_over_processes(nll, optimizer, collab):
-    """Under torchrun: add up losses and gradients. The weights of Eq 9 are the whole step's, so the sum is the gradient
-    of one process."""
+    """Under torchrun: add up losses and gradients. The weights of Eq 9 are the whole step's, so the
+    sum is the gradient of one process."""
     if not dist.is_initialized():
         return
     dist.all_reduce(nll)
@@ -612,8 +622,9 @@ def sum_over_processes(nll, optimizer, collab):
 
 # ---------------------------------------------------------------- one student's forward pass over the paths that it got
 def forward_paths(student, s, rows, first):
-    """Run student number s over its rows -> nll (rows,), each one's summed loss in nats; z (T, D) and segment (T,), the
-    states on the text tokens of the co-routed rows and the shared segments that these tokens lie in.
+    """Run student number s over its rows -> nll (rows,), each one's summed loss in nats; z (T, D)
+    and segment (T,), the states on the text tokens of the co-routed rows and the shared segments
+    that these tokens lie in.
 
     first: for each row the number of its first shared segment, -1 if it is not co-routed.
     """
@@ -638,11 +649,11 @@ def forward_paths(student, s, rows, first):
 
 
 def response_states(student, prompts, responses):
-    """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens, row after row.
+    """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens,
+    row after row.
 
-    Sequences are padded on the right, where a causal model's real tokens cannot look: no attention mask is needed. The
-    last token is predicted, never read.
-    """
+    Sequences are padded on the right, where a causal model's real tokens cannot look: no attention
+    mask is needed. The last token is predicted, never read. """
     device = student.model.device
     multiple = 64 if student.blocks is not student.model.base_model or device.type == "cuda" else 1
     max_tokens = 1024 if device.type == "cpu" else 4096  # small passes pad less, a GPU wants them larger
@@ -660,7 +671,8 @@ def response_states(student, prompts, responses):
 
 
 def batches(lengths, max_tokens):
-    """Yield row numbers, shortest rows first, in batches of at most `max_tokens` padded tokens (or of one row)."""
+    """Yield row numbers, shortest rows first, in batches of at most `max_tokens` padded tokens (or
+    of one row)."""
     batch = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[i] > max_tokens:
@@ -672,17 +684,19 @@ def batches(lengths, max_tokens):
 
 
 def put(array, device):
-    """Whole numbers on the device, to a GPU from pinned memory: nothing waits, the next batch is built meanwhile."""
+    """Whole numbers on the device, to a GPU from pinned memory: nothing waits, the next batch is
+    built meanwhile."""
     x = torch.from_numpy(array.astype(np.int64))
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 # ---------------------------------------------------------------- next-token loss, without ever holding all logits
 def nll_chunks(h, weight, bias, target, softcap):
-    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N rows of h at a time: about 256 MiB of float32.
+    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N rows of h at a time: about 256
+    MiB of float32.
 
-    Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that gives (n, V).
-    """
+    Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that
+    gives (n, V). """
     for rows in torch.arange(len(h), device=h.device).split(max(16, 2**26 // len(weight))):
         logits = F.linear(weight, h[rows].to(weight.dtype)).float()
         if bias is not None:
@@ -700,12 +714,11 @@ def nll_chunks(h, weight, bias, target, softcap):
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """-log p(target) at each position: a 262k-token vocabulary's logits would need gigabytes, so a chunk of them lives
-    at a time.
+    """-log p(target) at each position: a 262k-token vocabulary's logits would need gigabytes, so a
+    chunk of them lives at a time.
 
-    h (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. d nll / d h is computed while a
-    chunk's logits exist, so that with a frozen head they are computed once.
-    """
+    h (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. d nll / d h is
+    computed while a chunk's logits exist, so that with a frozen head they are computed once. """
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, softcap):
@@ -741,7 +754,8 @@ def output_head(student):
 
 
 def response_nll(student, h, target):
-    """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens target (N,)."""
+    """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens
+    target (N,)."""
     weight, bias, softcap = output_head(student)
     with autocast(student):
         return ChunkedNLL.apply(h, weight, bias, target, softcap)
@@ -797,7 +811,8 @@ def load_students(args, device, amp_dtype):
 
 
 def load_base(name, args, device):
-    """-> model, tokenizer, source; the frozen base of LoRA in half precision on a GPU, or in 4 bit."""
+    """-> model, tokenizer, source; the frozen base of LoRA in half precision on a GPU, or in 4
+    bit."""
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
     dtype = torch.float32
@@ -808,8 +823,9 @@ def load_base(name, args, device):
 
 
 def nf4(device, dtype):
-    """from_pretrained's options for linear layers in 4-bit NormalFloat, their scales in 8 bit (Dettmers et al., 2023,
-    QLoRA): 0.516 bytes a weight. Embeddings, norms and output head keep `dtype`, in which the products are made too."""
+    """from_pretrained's options for linear layers in 4-bit NormalFloat, their scales in 8 bit
+    (Dettmers et al., 2023, QLoRA): 0.516 bytes a weight. Embeddings, norms and output head keep
+    `dtype`, in which the products are made too."""
     if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
         stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
@@ -818,8 +834,8 @@ def nf4(device, dtype):
 
 
 def check_student(student):
-    """One trial forward and backward; stop() where the model does more between last hidden states and logits than
-    response_nll knows of, or where it can't be trained."""
+    """One trial forward and backward; stop() where the model does more between last hidden states
+    and logits than response_nll knows of, or where it can't be trained."""
     device = student.model.device
     ids = torch.tensor([[student.end, 1, 2, 3]], device=device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -848,7 +864,8 @@ def check_student(student):
 
 # ---------------------------------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
 class LoRA(nn.Module):
-    """base(x) + alpha / rank * B A x: A (rank, d_in) and B (d_out, rank) in float32 over a frozen linear layer."""
+    """base(x) + alpha / rank * B A x: A (rank, d_in) and B (d_out, rank) in float32 over a frozen
+    linear layer."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
@@ -864,11 +881,13 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, alpha):
-    """Freeze `model`; put LoRA on every linear layer of its blocks, not on embeddings and output head."""
+    """Freeze `model`; put LoRA on every linear layer of its blocks, not on embeddings and output
+    head."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if is_linear(module) and module is not model.get_output_embeddings():
-            # bitsandbytes on some CPUs: the first answer repacks the weights for good, and they give no gradient then
+            # bitsandbytes on some CPUs: the first answer repacks the weights for good, and they
+            # give no gradient then
             module.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRA(module, rank, alpha))
@@ -880,8 +899,8 @@ def is_linear(module):
 
 
 def save_student(student, folder):
-    """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole model; its
-    tokenizer; and a model card."""
+    """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole
+    model; its tokenizer; and a model card."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     student.tokenizer.save_pretrained(folder)
@@ -991,11 +1010,12 @@ def without_test_questions(rows, test, args):
 
 
 def encode(rows, students):
-    """Tokenise the pool once -> rows with `text` and, for each student, `prompts`, `responses` and `segments`.
+    """Tokenise the pool once -> rows with `text` and, for each student, `prompts`, `responses` and
+    `segments`.
 
-    Prompt and response are tokenised apart and joined, so that generation starts from the very tokens trained on
-    (open point 11). The response ends with the student's end token, which is trained (10).
-    """
+    Prompt and response are tokenised apart and joined, so that generation starts from the very
+    tokens trained on (open point 11). The response ends with the student's end token, which is
+    trained (10). """
     encoded, prompts = [], [{} for _ in students]
     for start in tqdm(range(0, len(rows), 256), desc="tokenise", leave=False):
         part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []} for row in rows[start:start + 256]]
@@ -1035,8 +1055,8 @@ def paths_by_question(rows):
 
 # ---------------------------------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
-    """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised and divided by its
-    size, and its style, one-hot."""
+    """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised
+    and divided by its size, and its style, one-hot."""
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -1044,7 +1064,8 @@ def embed(rows, args, device):
         h = qr.hash_embed(tqdm([f"{question}\n{path}" for question, path in pairs], desc="embed paths", leave=False))
     else:
         h = encoded_once(pairs, args.encoder, device)
-    # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit as the one style
+    # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit
+    # as the one style
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
@@ -1054,8 +1075,8 @@ def embed(rows, args, device):
 
 
 def encoded_once(pairs, encoder, device):
-    """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d), kept in the user's cache for the next run
-    over the same pool. Under torchrun rank 0 comes first."""
+    """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d), kept in the user's
+    cache for the next run over the same pool. Under torchrun rank 0 comes first."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank:
         dist.barrier()
@@ -1131,7 +1152,8 @@ class State:
         return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
     def load(self, saved):
-        """Put the tensors of a checkpoint back in place; KeyError or RuntimeError if they are another run's."""
+        """Put the tensors of a checkpoint back in place; KeyError or RuntimeError if they are
+        another run's."""
         for name, optimizer in (("optimizer", self.optimizer), ("router_optimizer", self.router_optimizer)):
             moments = defaultdict(dict)
             for key, tensor in saved.items():
@@ -1150,7 +1172,8 @@ class State:
 
 
 def digest_of(rows, test, students):
-    """A hash of all that training hangs on beside the flags: token ids, styles, test set, the weights at the start."""
+    """A hash of all that training hangs on beside the flags: token ids, styles, test set, the
+    weights at the start."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["id"], row["style"], row["question"], row["text"]]).encode())
@@ -1195,7 +1218,8 @@ def save_checkpoint(out, state, run):
 
 
 def resume(out, state, digest):
-    """Go on from the checkpoint -> its run's step, tokens, seconds, first test; None if none was written yet."""
+    """Go on from the checkpoint -> its run's step, tokens, seconds, first test; None if none was
+    written yet."""
     file, log = out / "checkpoint.safetensors", out / "log.jsonl"
     if not file.is_file():
         return None
@@ -1220,7 +1244,8 @@ def resume(out, state, digest):
 
 
 def save_atomic(tensors, file, metadata=None):
-    """Write a safetensors file such that a kill leaves the old one or the new one, never half of one."""
+    """Write a safetensors file such that a kill leaves the old one or the new one, never half of
+    one."""
     part = Path(f"{file}.{os.getpid()}.part")  # several runs may fill the cache of embeddings
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
     with open(part, "rb") as f:
@@ -1235,7 +1260,8 @@ def write_atomic(text, file):
 
 
 class Logger:
-    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb. Rank 0 alone logs."""
+    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb.
+    Rank 0 alone logs."""
 
     def __init__(self, out, args, rank):
         self.file, self.silent, self.wandb = out / "log.jsonl", rank > 0, None
@@ -1292,7 +1318,8 @@ class Interrupt:
 
 
 def step_numbers(paths, nll, routed):
-    """Of one step: loss (nats per response token) and share of paths per student, in all and by style.
+    """Of one step: loss (nats per response token) and share of paths per student, in all and by
+    style.
 
     paths: P rows; nll (P, S), 0 where a path was not run; routed (P, S).
     """
@@ -1313,7 +1340,8 @@ def step_numbers(paths, nll, routed):
 
 # ---------------------------------------------------------------- the test and the table
 def answer(students, test, args):
-    """Greedy answers of all students to the test questions -> {"summary": shares, "predictions": every answer}."""
+    """Greedy answers of all students to the test questions -> {"summary": shares, "predictions":
+    every answer}."""
     with autocast(students[0]):
         result = tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens, EVAL_BATCH,
                                 seed=args.seed)
@@ -1385,9 +1413,35 @@ def print_results(results, out):
 
 # ---------------------------------------------------------------- the demo's students
 def demo_students(seed):
-    """Two tiny students, (model, tokenizer) each, "pretrained" on plain arithmetic sentences: a Llama with whole words
-    and a GPT-NeoX with BPE pieces, 0.4M parameters each, numbers being one token in both. From scratch nothing is
-    learned in minutes; after this warm start, training them means distilling."""
+    """The two students of make_demo_students, (model, tokenizer) each, from the user's cache after
+    the first time."""
+    parts = (make_demo_students, demo_tokenizer, warm_start, judge.demo_sentences, judge.demo_paths)
+    recipe = "".join(map(inspect.getsource, parts)) + torch.__version__
+    folder = cache_folder() / f"demo-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    try:
+        return [load_demo_student(folder / str(number)) for number in range(2)]
+    except (OSError, ValueError, SafetensorError, RuntimeError):  # none yet, or a damaged one
+        students = make_demo_students(seed)
+    with contextlib.suppress(OSError, SafetensorError):  # where nothing can be written, nothing is kept
+        for number, (model, tokenizer) in enumerate(students):
+            model.save_pretrained(folder / str(number))
+            tokenizer.save_pretrained(folder / str(number))
+    return students
+
+
+def load_demo_student(folder):
+    """(model, tokenizer) of a folder; an error unless it holds all weights."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True)
+    if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"{folder} is damaged")
+    return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def make_demo_students(seed):
+    """Two tiny students, "pretrained" on plain arithmetic sentences: a Llama with whole words and a
+    GPT-NeoX with BPE pieces, 0.4M parameters each, numbers being one token in both. From scratch
+    nothing is learned in minutes; after this warm start, training them means distilling."""
     torch.manual_seed(seed)
     sentences, questions = judge.demo_sentences(8000, seed), judge.demo_questions(200, seed)
     corpus = sentences + [f" {n}" for n in range(200)] + [tasks.student_prompt(q) for q in questions]

@@ -1,10 +1,9 @@
 """QR-Distill, Eq 1 to Eq 8: the path encoder, the router and the collaboration of the students.
 
-Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this file:
-P paths, Q questions, S students, d features; `question` (P,) holds each path's question as 0..Q-1. The paper
-is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations are open or degenerate, and
-"open point N" the list of these places in README.md.
-"""
+Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this
+file: P paths, Q questions, S students, d features; `question` (P,) holds each path's question as
+0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations
+are open or degenerate, and "open point N" the list of these places in README.md. """
 import itertools
 import math
 import re
@@ -18,10 +17,11 @@ from torch import nn
 
 # ---------------------------------------------------------------- Eq 1: h_ij = Enc(Q_i, R_ij), frozen
 def hash_embed(texts, d=512):
-    """Offline stand-in for a text encoder: signed feature hashing (Weinberger et al., 2009) of word 1- and 2-grams.
+    """Offline stand-in for a text encoder: signed feature hashing (Weinberger et al., 2009) of word
+    1- and 2-grams.
 
-    texts: P strings -> (P, d) float32 rows of unit length (zero for an empty text). The same on every machine.
-    """
+    texts: P strings -> (P, d) float32 rows of unit length (zero for an empty text). The same on
+    every machine. """
     h = torch.zeros(len(texts), d)
     for row, text in zip(h.numpy(), texts):
         words = re.findall(r"\d+|\w+|[^\w\s]|\n", text.lower())
@@ -34,10 +34,11 @@ def hash_embed(texts, d=512):
 
 @torch.no_grad()
 def encoder_embed(model, tokenizer, pairs, max_length=512):
-    """One batch of Eq 1 with a Hugging Face encoder: the mean of its last hidden states over real tokens.
+    """One batch of Eq 1 with a Hugging Face encoder: the mean of its last hidden states over real
+    tokens.
 
-    pairs: P tuples (question, path), cut to `max_length` tokens together -> (P, d) float32 on the CPU.
-    """
+    pairs: P tuples (question, path), cut to `max_length` tokens together -> (P, d) float32 on the
+    CPU. """
     batch = tokenizer([q for q, _ in pairs], [p for _, p in pairs], truncation="longest_first",
                       max_length=max_length, padding=True, return_tensors="pt").to(model.device)
     hidden = model(**batch).last_hidden_state.float()  # (P, T, d)
@@ -47,7 +48,8 @@ def encoder_embed(model, tokenizer, pairs, max_length=512):
 
 # ---------------------------------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
 class Router(nn.Module):
-    """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a `hidden` width.
+    """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a
+    `hidden` width.
 
     bound: the largest size of a logit, None for no bound, as printed.
     """
@@ -64,18 +66,21 @@ class Router(nn.Module):
         logits = self.net(h)
         if self.bound is None:
             return logits
-        # No gate saturates for good: at bound 4 its probability stays within [.018, .982] (open point 5).
+        # No gate saturates for good: at bound 4 its probability stays within [.018, .982] (open
+        # point 5).
         return self.bound * torch.tanh(logits / self.bound)
 
 
-# A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample, and the
-# probabilities p (P, S) behind it, which Eq 3 averages. Add your own to GATES: nothing else needs to know.
+# A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample,
+# and the probabilities p (P, S) behind it, which Eq 3 averages. Add your own to GATES: nothing else
+# needs to know.
 def categorical_gate(logits, question, generator=None, tau=1.0):
-    """Eq 2, departs: Gumbel-softmax over the paths of a question, student by student: one path each.
+    """Eq 2, departs: Gumbel-softmax over the paths of a question, student by student: one path
+    each.
 
-    A path is compared with the question's other paths and not with easier questions, so the gate cannot learn
-    "easy", and every question is kept. A student's rate is 1 / paths: Eq 3 and 4 hold by construction.
-    """
+    A path is compared with the question's other paths and not with easier questions, so the gate
+    cannot learn "easy", and every question is kept. A student's rate is 1 / paths: Eq 3 and 4 hold
+    by construction. """
     soft = softmax_per_question((logits + gumbel_noise(logits, generator)) / tau, question)
     alpha = straight_through(keep_best(soft.detach(), question), soft)
     return alpha, softmax_per_question(logits, question)
@@ -84,9 +89,9 @@ def categorical_gate(logits, question, generator=None, tau=1.0):
 def binary_gate(logits, question, generator=None, tau=1.0):
     """Eq 2, departs: one gate per path and student, so a path may reach one, several or no student.
 
-    The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits) at every tau. Where all of a
-    question's gates are shut for a student, the likeliest opens: without it hard questions starve (open point 5).
-    """
+    The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits) at every
+    tau. Where all of a question's gates are shut for a student, the likeliest opens: without it
+    hard questions starve (open point 5). """
     soft = torch.sigmoid((logits + uniform(logits, generator).logit()) / tau)
     hard = (soft > 0.5).to(soft)
     shut = per_question(hard, question) == 0  # (Q, S)
@@ -97,8 +102,8 @@ def binary_gate(logits, question, generator=None, tau=1.0):
 def onehot_gate(logits, question, generator=None, tau=1.0):
     """Eq 2 to the letter: Gumbel-softmax over the students, exactly one student per path.
 
-    alpha's rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient (open point 1).
-    """
+    alpha's rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient (open
+    point 1). """
     soft = torch.softmax((logits + gumbel_noise(logits, generator)) / tau, dim=1)
     hard = F.one_hot(soft.argmax(1), logits.shape[1])
     return straight_through(hard, soft), torch.softmax(logits, dim=1)
@@ -113,7 +118,8 @@ def uniform(like, generator):
 
 
 def gumbel_noise(like, generator):
-    """Noise with which an argmax is a draw from the softmax (Gumbel, 1954), of the shape and type of `like`."""
+    """Noise with which an argmax is a draw from the softmax (Gumbel, 1954), of the shape and type
+    of `like`."""
     return -(-uniform(like, generator).log()).log()
 
 
@@ -141,7 +147,8 @@ def softmax_per_question(x, question):
 
 
 def keep_best(score, question):
-    """alpha (P, S): 1 for the path with a question's highest score (P, S), for each student; the first of equals."""
+    """alpha (P, S): 1 for the path with a question's highest score (P, S), for each student; the
+    first of equals."""
     place = -torch.arange(len(score)).to(score).unsqueeze(1)
     place = torch.where(score == max_per_question(score, question)[question], place, -math.inf)
     return (place == max_per_question(place, question)[question]).to(score)
@@ -149,12 +156,13 @@ def keep_best(score, question):
 
 # ---------------------------------------------------------------- Eq 3 and Eq 4: balance
 def balance_entropy(p, question, per_student=True):
-    """Eq 3 and Eq 4: the binary entropy (nats, at most ln 2) of a question's selection rate, mean over questions.
+    """Eq 3 and Eq 4: the binary entropy (nats, at most ln 2) of a question's selection rate, mean
+    over questions.
 
-    p (P, S): gate probabilities, or the sampled alpha for the printed form; question (P,) -> scalar. It is MAXIMISED:
-    Eq 9 departs and subtracts it (open point 2). Eq 3 departs: each student has its own rate, else "everything to one
-    student, nothing to the other" would be the optimum (open point 3). per_student=False is Eq 3 as printed.
-    """
+    p (P, S): gate probabilities, or the sampled alpha for the printed form; question (P,) ->
+    scalar. It is MAXIMISED: Eq 9 departs and subtracts it (open point 2). Eq 3 departs: each
+    student has its own rate, else "everything to one student, nothing to the other" would be the
+    optimum (open point 3). per_student=False is Eq 3 as printed. """
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
     if not per_student:
         rate = rate.mean(1, keepdim=True)
@@ -164,12 +172,13 @@ def balance_entropy(p, question, per_student=True):
 
 # ---------------------------------------------------------------- Eq 9: how a path's loss enters L_distill
 def path_weights(alpha, question, normalize="question"):
-    """Weights (P, S) of the path losses in L_distill^(s) = sum_ij weight_ij nll_ij; each student's add up to 1.
+    """Weights (P, S) of the path losses in L_distill^(s) = sum_ij weight_ij nll_ij; each student's
+    add up to 1.
 
-    "question": the mean over a question's routed paths, then over questions, so each question weighs the same
-    (open point 5). "batch": the mean over all routed paths, which lets the gate starve hard questions.
-    The gate multiplies the loss here: this is where the router feels the students (open point 4).
-    """
+    "question": the mean over a question's routed paths, then over questions, so each question
+    weighs the same (open point 5). "batch": the mean over all routed paths, which lets the gate
+    starve hard questions. The gate multiplies the loss here: this is where the router feels the
+    students (open point 4). """
     if normalize == "batch":
         return alpha / alpha.sum(0).clamp(min=1)
     routed = per_question(alpha, question)  # (Q, S)
@@ -180,9 +189,9 @@ def path_weights(alpha, question, normalize="question"):
 def fill_skipped(nll, alpha, question, normalize="question"):
     """Losses (P, S) with the skipped pairs filled in by the mean that the routed ones have.
 
-    A pair that was not routed was not run, so its loss is unknown. Under this estimate its gate's gradient,
-    (nll_ij - mean_i) / n_i, is zero; and a routed path is judged against its question's other routed paths.
-    """
+    A pair that was not routed was not run, so its loss is unknown. Under this estimate its gate's
+    gradient, (nll_ij - mean_i) / n_i, is zero; and a routed path is judged against its question's
+    other routed paths. """
     alpha = alpha.detach().to(nll)  # the sum of a mask would be a mask
     if normalize == "batch":
         question = torch.zeros_like(question)
@@ -192,12 +201,13 @@ def fill_skipped(nll, alpha, question, normalize="question"):
 
 # ---------------------------------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers
 def shared_segments(offsets):
-    """Cut one path where all tokenizers end a token, so that states of different tokenizers can be compared.
+    """Cut one path where all tokenizers end a token, so that states of different tokenizers can be
+    compared.
 
-    offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for each student the
-    segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give a segment per token, and Eq 8 is token by token.
-    A token is a cut only if the next one starts at or after its end: byte pieces of a character stay together.
-    """
+    offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for
+    each student the segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give a segment
+    per token, and Eq 8 is token by token. A token is a cut only if the next one starts at or after
+    its end: byte pieces of a character stay together. """
     spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
     cut = np.ones(1 + max(x.max() for x in spans), bool)  # by character
     for x in spans:
@@ -209,7 +219,8 @@ def shared_segments(offsets):
 
 
 def segment_mean(x, segment, n):
-    """Mean of x (T, d) over the tokens of each segment, segment (T,) in 0..n-1 -> (n, d); empty segments are 0."""
+    """Mean of x (T, d) over the tokens of each segment, segment (T,) in 0..n-1 -> (n, d); empty
+    segments are 0."""
     count = x.new_zeros(n).index_add(0, segment, torch.ones_like(segment, dtype=x.dtype))
     return x.new_zeros(n, x.shape[1]).index_add(0, segment, x) / count.clamp(min=1).unsqueeze(1)
 
@@ -217,15 +228,15 @@ def segment_mean(x, segment, n):
 def standardize(x, path, n):
     """Each feature of x (N, d) to mean 0 and variance 1 over the segments of its path (N,).
 
-    Shrinking zt then no longer lowers Eq 8. Per path and not per batch, so that the micro-batch size changes nothing.
-    One segment alone becomes 0.
-    """
+    Shrinking zt then no longer lowers Eq 8. Per path and not per batch, so that the micro-batch
+    size changes nothing. One segment alone becomes 0. """
     centred = x - segment_mean(x, path, n)[path]
     return centred * (segment_mean(centred.square(), path, n) + 1e-5).rsqrt()[path]
 
 
 def competence_target(nll, routed):
-    """Target of Eq 6 (C, S): softmax over the routed students of minus their loss (nats per shared segment), detached.
+    """Target of Eq 6 (C, S): softmax over the routed students of minus their loss (nats per shared
+    segment), detached.
 
     Eq 6 departs: Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9).
     """
@@ -235,9 +246,9 @@ def competence_target(nll, routed):
 class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
-    dims: hidden size of each student; d: the shared size. Frozen random projections by default: trained ones
-    reach a low loss by losing rank (open point 8), with plain MSE by vanishing. target: Eq 6 departs and learns from
-    the students' losses; False: from Eq 8 alone, as printed.
+    dims: hidden size of each student; d: the shared size. Frozen random projections by default:
+    trained ones reach a low loss by losing rank (open point 8), with plain MSE by vanishing.
+    target: Eq 6 departs and learns from the students' losses; False: from Eq 8 alone, as printed.
     """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, target=True):
@@ -250,11 +261,12 @@ class Collaboration(nn.Module):
         self.standardized, self.target = standardized, target
 
     def forward(self, z, segment, path, routed, nll):
-        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as compared.
+        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as
+        compared.
 
-        z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment: per student (T_s,)
-        in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S) bool; nll (C, S): nats per segment.
-        """
+        z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment:
+        per student (T_s,) in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S)
+        bool; nll (C, S): nats per segment. """
         n, c = len(path), len(routed)
         raw = torch.stack([segment_mean(proj(x), seg, n) for proj, x, seg in zip(self.proj, z, segment)])  # Eq 5
         zt = torch.stack([standardize(x, path, c) for x in raw]) if self.standardized else raw  # (S, N, d)
@@ -269,7 +281,8 @@ class Collaboration(nn.Module):
             l_competence = torch.zeros_like(gamma[:, 0])
             z_ens = ensemble(gamma, zt, path)  # Eq 7
 
-        # Eq 8 departs: a mean over features and segments, so that its weight does not depend on d and length.
+        # Eq 8 departs: a mean over features and segments, so that its weight does not depend on d
+        # and length.
         distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N), Eq 8
         l_mutual = segment_mean(distance.sum(0).unsqueeze(1), path, c).squeeze(1)  # (C,)
         return l_mutual, l_competence, gamma, raw, zt
@@ -277,9 +290,9 @@ class Collaboration(nn.Module):
     def competence(self, zt, path, c):
         """Eq 6 before its softmax: w_s . mean_t zt_s, from zt (S, N, d) of c paths -> (c, S).
 
-        departs: the mean is scaled to unit variance over features. It reads zt before standardising, after which
-        every mean is zero. With a target it teaches the regressor only, not the students.
-        """
+        departs: the mean is scaled to unit variance over features. It reads zt before
+        standardising, after which every mean is zero. With a target it teaches the regressor only,
+        not the students. """
         if self.target:
             zt = zt.detach()
         mean = torch.stack([segment_mean(x, path, c) for x in zt], 1)  # (c, S, d)
@@ -287,12 +300,14 @@ class Collaboration(nn.Module):
 
 
 def ensemble(gamma, zt, path):
-    """Eq 7: z_ens = sum_s gamma_s zt_s, for gamma (C, S) of paths and zt (S, N, d) of segments -> (N, d)."""
+    """Eq 7: z_ens = sum_s gamma_s zt_s, for gamma (C, S) of paths and zt (S, N, d) of segments ->
+    (N, d)."""
     return (gamma[path].T.unsqueeze(-1) * zt).sum(0)
 
 
 def effective_rank(x):
-    """exp of the entropy of x's share of variance per direction, x (N, d) centred (after Roy and Vetterli, 2007)."""
+    """exp of the entropy of x's share of variance per direction, x (N, d) centred (after Roy and
+    Vetterli, 2007)."""
     s = torch.linalg.svdvals((x - x.mean(0)).float()).square()
     p = s / s.sum().clamp(min=1e-12)
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
