@@ -57,7 +57,8 @@ def make_parser():
                    help="seeds weights, gates, data order and split (0)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (auto)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bf16", "fp16"],
-                   help="type of the matrix products (AMP); auto: bf16 on cuda, else float32")
+                   help="type of the matrix products (AMP) and of a frozen base; auto: bf16 on cuda, and on a "
+                        "CPU with instructions for it where the base is frozen, else float32")
     g.add_argument("--compile", action="store_true", help="torch.compile the students")
     g.add_argument("--checkpointing", action="store_true",
                    help="recompute activations: less memory, a third more work")
@@ -404,14 +405,22 @@ def set_up(args):
         stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
-    name = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "float32"
+    if args.dtype == "auto":  # a small student that trains in full is faster in float32
+        bf16 = device.type == "cuda" or (args.lora_rank and device.type == "cpu" and cpu_has_bf16())
+        args.dtype = "bf16" if bf16 else "float32"
     torch.manual_seed(args.seed)
     if world > 1:  # all processes route alike, each runs its share of the questions, rank 0 speaks and saves
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-    return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name], rank
+    return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype], rank
+
+
+def cpu_has_bf16():
+    """Whether the CPU multiplies bfloat16 by itself; emulated it is a hundred times slower."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 # ---------------------------------------------------------------- the method's steps
@@ -788,7 +797,7 @@ def hidden_size(student):
 def load_students(args, device, amp_dtype):
     """The students in memory."""
     if args.students:
-        loaded = [load_base(name, args, device) for name in args.students]
+        loaded = [load_base(name, args, device, amp_dtype) for name in args.students]
     else:
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo_students(args.seed)]
     students = []
@@ -810,14 +819,12 @@ def load_students(args, device, amp_dtype):
     return students
 
 
-def load_base(name, args, device):
-    """-> model, tokenizer, source; the frozen base of LoRA in half precision on a GPU, or in 4
-    bit."""
+def load_base(name, args, device, amp_dtype):
+    """-> model, tokenizer, source; a base that LoRA leaves frozen in AMP's type or in 4 bit."""
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
-    dtype = torch.float32
-    if device.type == "cuda" and args.lora_rank and args.dtype != "float32":
-        dtype = torch.float16 if args.dtype == "fp16" else torch.bfloat16
+    frozen_in_half = args.lora_rank and (device.type == "cuda" or amp_dtype == torch.bfloat16)
+    dtype = (amp_dtype if frozen_in_half else None) or torch.float32
     more = nf4(device, dtype) if args.quantize else {}
     return *tasks.load_student(name, device, dtype, **more), name
 
@@ -838,7 +845,7 @@ def check_student(student):
     and logits than response_nll knows of, or where it can't be trained."""
     device = student.model.device
     ids = torch.tensor([[student.end, 1, 2, 3]], device=device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.no_grad(), autocast(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
         states = student.model.base_model(input_ids=ids).last_hidden_state[0, :-1]
         nll = response_nll(student, states, ids[0, 1:])

@@ -149,7 +149,7 @@ BINARY = ("--gate", "binary", "--reward", "loss", "--no-style_input", "--explore
 def flags_of(world, out, *flags, students=("words", "pieces")):
     return [
         "--lora_rank", "0", "--lr", "1e-2", "--max_steps", "3", "--batch_size", "4", "--eval_limit", "3",
-        "--eval_max_new_tokens", "3", "--device", "cpu", "--paths", world.pool, "--students",
+        "--eval_max_new_tokens", "3", "--device", "cpu", "--dtype", "float32", "--paths", world.pool, "--students",
         *(world.students.get(s, s) for s in students), "--out_dir", str(out), *map(str, flags),
     ]
 
