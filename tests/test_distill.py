@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -935,6 +936,74 @@ def test_every_training_flag_changes_the_run_and_ends_well(train, flags):
     a, b = train(*more, name="a"), train(*flags, name="b")
     assert not all(same_tensors(a.weights[k], b.weights[k]) for k in a.weights)
     assert all(np.isfinite(w).all() for k in b.weights for w in b.weights[k].values())
+
+
+def test_as_printed_is_every_equation_as_the_paper_prints_it(monkeypatch, train):
+    made = {}
+
+    def watch(name):
+        original = getattr(distill.qr, name)
+        monkeypatch.setattr(distill.qr, name, lambda *a, **k: made.setdefault(name, []).append((a, k)) or original(*a, **k))
+
+    for name in ("path_weights", "balance_entropy", "fill_skipped"):
+        watch(name)
+    states = []
+    original = distill.State.tensors
+    monkeypatch.setattr(distill.State, "tensors", lambda state: states.append(state) or original(state))
+    run = train("--as_printed", "--batch_size", 8)
+    router, collab = states[-1].router, states[-1].collab
+    for line in run.log:  # Eq 2: one student per path, and nobody is given a path that the gate did not
+        assert sum(line["rate"]) == pytest.approx(1) and line["co_routed"] == 0
+        assert line["entropy"] == pytest.approx(np.log(2), abs=1e-4)  # so Eq 3 is 1/S and Eq 4 is constant
+    assert [type(layer) for layer in router.net] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
+    assert router.bound is None and router.net[0].in_features == 512  # the embedding and no style
+    assert all(p.requires_grad for p in collab.proj.parameters())  # Eq 5
+    assert not collab.standardized and not collab.target  # Eq 8, Eq 6
+    assert all(a[2] == "batch" for a, _ in made["path_weights"])  # Eq 9: every path weighs the same
+    assert all(a[2] is False for a, _ in made["balance_entropy"])  # Eq 3: over students, too
+    nll = torch.stack([torch.tensor(line["loss"]) for line in run.log])
+    assert max(a[0].max() for a, _ in made["fill_skipped"]) < 3 * nll.max()  # a mean over tokens, not a path's sum
+
+
+def test_flag_beside_as_printed_still_counts():
+    args = distill.parse_args(["--as_printed", "--gate", "binary", "--style_input"])
+    assert args.gate == "binary" and args.style_input and args.normalize == "batch" and args.explore == 0
+
+
+def test_gate_of_the_readme_is_added_by_its_own_lines_and_trains(monkeypatch, train):
+    text = (ROOT / "README.md").read_text()
+    code = text.split("```python\n# router.py\n")[1].split("```")[0]
+    monkeypatch.setattr(distill.qr, "GATES", dict(distill.qr.GATES))
+    exec(code, vars(distill.qr))  # noqa: S102
+    name = re.search(r"python distill.py --gate (\w+)", text)[1]
+    run = train("--gate", name, "--explore", 0, "--reward", "loss", "--router_lr", 1)
+    assert all(sum(line["rate"]) == pytest.approx(1) for line in run.log) and run.log[0]["router_grad_norm"] > 0
+
+
+def test_shortest_route_trains_the_path_with_the_fewest_tokens_of_each_student(monkeypatch, world, train):
+    run, ran = watch_forwards(monkeypatch, world, ("--route", "short", "--filter", "none", "--max_steps", 2), train)
+    for student, mine in zip(run.students, ran):
+        length = {(r["id"], r["style"]): len(student.tokenizer(r["path"].strip())["input_ids"]) for r in world.rows}
+        for i, style in mine:
+            assert length[i, style] == min(n for (question, _), n in length.items() if question == i)
+    assert all(len(mine) == 2 * 4 for mine in ran)
+
+
+def test_likeliest_route_trains_the_path_with_the_lowest_loss_per_token_before_training(monkeypatch, world, train):
+    run, ran = watch_forwards(monkeypatch, world, ("--route", "nll", "--filter", "none", "--max_steps", 2), train)
+    for name, mine in zip(("words", "pieces"), ran):
+        model, tokenizer = tasks.load_student(world.students[name])
+        loss = {}
+        for r in world.rows:
+            if r["id"] in {i for i, _ in mine}:
+                prompt = tasks.encode_prompt(tokenizer, tasks.student_prompt(r))
+                ids = torch.tensor([prompt + tokenizer(r["path"].strip())["input_ids"] + [tokenizer.eos_token_id]])
+                labels = ids.clone()
+                labels[0, :len(prompt)] = -100
+                with torch.no_grad():
+                    loss[r["id"], r["style"]] = float(model(input_ids=ids, labels=labels).loss)
+        for i, style in mine:
+            assert loss[i, style] < min(x for (question, _), x in loss.items() if question == i) + 1e-4
 
 
 @pytest.mark.parametrize("better", [0, 1])
