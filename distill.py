@@ -1,8 +1,8 @@
 """QR-Distill, the training run: students trained together on the teacher paths that a router gives
 them.
 
-    python distill.py                                     # the embedded demo: laptop CPU, offline, minutes
-    python distill.py --paths POOL.jsonl --students A B    # real paths, real students
+    python distill.py                                    # the demo: laptop CPU, offline, minutes
+    python distill.py --paths POOL.jsonl --students A B  # real paths, real students
 
 Read main() first: it is the run, top to bottom, and its loop is the method (Lei et al., EMNLP
 2025), with the paper's equation numbers. The equations are in router.py, the path pool in judge.py,
@@ -33,21 +33,22 @@ from eval import stop, within
 
 # What --as_printed sets: every equation as the paper prints it, but for the sign of the entropy in
 # Eq 9, which the paper's own text says is maximised.
-AS_PRINTED = {"gate": "onehot", "explore": 0.0, "reward": "loss", "entropy": "literal", "normalize": "batch",
-              "competence": "eq8", "projection": "trained", "standardize": False, "router_hidden": 256,
-              "style_input": False}
+AS_PRINTED = {"style_input": False, "router_hidden": 256, "gate": "onehot", "explore": 0.0,
+              "reward": "loss", "entropy": "literal", "normalize": "batch",
+              "projection": "trained", "standardize": False, "competence": "eq8"}
 # What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
 DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96}
 REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512}
 
 
-# ---------------------------------------------------------------- flags
+# ---------------------------------------- flags
 def make_parser():
     """The flags. Every ablation is one: README.md lists them."""
     count, natural = within(int, 1), within(int, 0)
     share, weight, positive = within(float, 0, 1), within(float, 0), within(float, 1e-9)
-    p = argparse.ArgumentParser(usage="python distill.py [flags]", description=__doc__.split("\n")[0],
-                                epilog="Defaults in brackets. Every ablation is a flag: see README.md.")
+    p = argparse.ArgumentParser(
+        usage="python distill.py [flags]", description=__doc__.split("\n\n")[0],
+        epilog="Defaults in brackets. Every ablation is a flag: see README.md.")
     p.error = stop  # one sentence and exit code 2
 
     g = p.add_argument_group("run")
@@ -57,19 +58,22 @@ def make_parser():
                    help="seeds weights, gates, data order and split (0)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (auto)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bf16", "fp16"],
-                   help="type of the matrix products (AMP) and of a frozen base; auto: bf16 on cuda, and on a "
-                        "CPU with instructions for it where the base is frozen, else float32")
+                   help="type of the matrix products (AMP) and of a frozen base; auto: bf16 on "
+                        "cuda, and on a CPU with instructions for it where the base is frozen, "
+                        "else float32")
     g.add_argument("--compile", action="store_true", help="torch.compile the students")
     g.add_argument("--checkpointing", action="store_true",
                    help="recompute activations: less memory, a third more work")
     g.add_argument("--save_every", type=count, default=100, help="steps between checkpoints (100)")
-    g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
+    g.add_argument("--wandb", metavar="PROJECT",
+                   help="log to Weights & Biases, too (pip install wandb)")
 
     g = p.add_argument_group("data")
     g.add_argument("--paths", metavar="POOL",
                    help="path pool, from judge.py or not yet graded (default: the demo)")
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
-                   help="full: right answer and not judged invalid; answer: right answer; none: all (full)")
+                   help="full: right answer and not judged invalid; answer: right answer; "
+                        "none: all (full)")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
     g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0,
                    help="share of the training questions that is used (1)")
@@ -84,7 +88,8 @@ def make_parser():
     g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I",
                    help="students that do not learn, by number")
     g.add_argument("--lora_rank", type=natural,
-                   help="LoRA on the blocks' linear layers, alpha = 2 x rank; 0: train all (32; demo: 0)")
+                   help="LoRA on the blocks' linear layers, alpha = 2 x rank; 0: train all "
+                        "(32; demo: 0)")
     g.add_argument("--quantize", choices=["nf4"],
                    help="frozen base in 4 bit under LoRA (QLoRA); needs bitsandbytes")
     g.add_argument("--lr", nargs="+", type=positive,
@@ -93,27 +98,33 @@ def make_parser():
     g = p.add_argument_group("routing")
     g.add_argument("--route", default="learned",
                    choices=["learned", "all", "random", "short", "nll"],
-                   help="the trained router; all paths to all students; or one path of each question: at "
-                        "random, the shortest, or the likeliest for the untrained student (learned)")
+                   help="the trained router; all paths to all students; or one path of each "
+                        "question: at random, the shortest, or the likeliest for the untrained "
+                        "student (learned)")
+    printed = ", ".join(f"{name} {value}" for name, value in AS_PRINTED.items())
     g.add_argument("--as_printed", action="store_true",
-                   help="every equation as the paper prints it, but for the sign of the entropy; sets "
-                        + ", ".join(f"{name} {value}" for name, value in AS_PRINTED.items())
-                        + " and leaves the logits unbounded; a flag beside it still counts")
+                   help="every equation as the paper prints it, but for the sign of the entropy; "
+                        f"sets {printed} and leaves the logits unbounded; a flag beside it still "
+                        "counts")
     g.add_argument("--encoder", default="hash", metavar="MODEL",
-                   help="Eq 1: 'hash' or a Hugging Face encoder, the paper's is roberta-base (hash)")
+                   help="Eq 1: 'hash' or a Hugging Face encoder; the paper's is roberta-base "
+                        "(hash)")
     g.add_argument("--router_hidden", type=natural, default=0,
                    help="Eq 2: width of the paper's MLP, 0: linear (0)")
-    g.add_argument("--router_lr", type=weight, default=0.1, help="learning rate of the router (0.1)")
+    g.add_argument("--router_lr", type=weight, default=0.1,
+                   help="learning rate of the router (0.1)")
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
     g.add_argument("--gate", default="categorical",
-                   help="Eq 2, from router.GATES: categorical: a student gets one path of each question; "
-                        "binary: any number of them; onehot: a path goes to one student (categorical)")
+                   help="Eq 2, from router.GATES: categorical: a student gets one path of each "
+                        "question; binary: any number of them; onehot: a path goes to one student "
+                        "(categorical)")
     g.add_argument("--reward", default="sum", choices=["sum", "loss"],
-                   help="what the router lowers: a path's total loss, or its mean over tokens, as in Eq 9 (sum)")
+                   help="what the router lowers: a path's total loss, or its mean over tokens, as "
+                        "in Eq 9 (sum)")
     g.add_argument("--explore", type=share, default=0.2,
-                   help="first share of the steps: all paths go to all students, while the router learns "
-                        "from losses that its choices did not shape (0.2)")
+                   help="first share of the steps: all paths go to all students, while the router "
+                        "learns from losses that its choices did not shape (0.2)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
                    help="Eq 3: a rate for each student, or one for all as printed (student)")
@@ -121,7 +132,8 @@ def make_parser():
                    help="Eq 9: every question weighs the same, or every path (question)")
 
     g = p.add_argument_group("collaboration")
-    g.add_argument("--mutual_weight", type=weight, default=0.1, help="Eq 9: l2, 0: no collaboration (0.1)")
+    g.add_argument("--mutual_weight", type=weight, default=0.1,
+                   help="Eq 9: l2, 0: no collaboration (0.1)")
     g.add_argument("--projection", default="random", choices=["random", "trained"],
                    help="Eq 5: frozen random, or trained, which loses rank (random)")
     g.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=True,
@@ -130,7 +142,8 @@ def make_parser():
                    help="Eq 6: learned from the students' losses, or from Eq 8 as printed (target)")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=count, default=8, help="questions per step, with all their paths (8)")
+    g.add_argument("--batch_size", type=count, default=8,
+                   help="questions per step, with all their paths (8)")
     g.add_argument("--micro_batch_size", type=count,
                    help="questions per backward pass: memory, not results (all)")
     g.add_argument("--epochs", type=count, help="passes over the training questions (3; demo: 8)")
@@ -139,16 +152,17 @@ def make_parser():
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval_questions", metavar="FILE",
                    help="test set in any format of eval.py (default: questions held out)")
-    g.add_argument("--eval_limit", type=natural, default=0, help="only the first N test questions, 0: all (0)")
+    g.add_argument("--eval_limit", type=natural, default=0,
+                   help="only the first N test questions, 0: all (0)")
     g.add_argument("--eval_every", type=natural, default=0,
                    help="steps between tests during training, 0: only before and after (0)")
-    g.add_argument("--eval_max_new_tokens", type=count, help="longest answer in tokens (512; demo: 96)")
+    g.add_argument("--eval_max_new_tokens", type=count,
+                   help="longest answer in tokens (512; demo: 96)")
     return p
 
 
 def parse_args(argv=None):
-    """The run's flags. With --resume: the saved ones, and a flag that contradicts them is
-    refused."""
+    """The run's flags. With --resume: the saved ones; a flag that contradicts them is refused."""
     p = make_parser()
     args = p.parse_args(argv)
     if args.resume is not None:
@@ -177,8 +191,7 @@ def absolute_folder(name):
 
 
 def resumed_args(p, folder, argv):
-    """The flags of the run in `folder`; a flag that contradicts them would give a result that is
-    neither run's."""
+    """The flags of the run in `folder`, and of no other: a mixture would be neither run's."""
     file = Path(folder) / "args.json"
     if not folder or not file.is_file():
         stop(f"--resume {folder!r}: no args.json there; pass the --out_dir of an earlier run")
@@ -191,14 +204,15 @@ def resumed_args(p, folder, argv):
     given = vars(p.parse_args(argv))
     flags = {action.dest for action in p._actions} - {"help", "resume"}
     if missing := sorted(flags - saved.keys()):
-        stop(f"--resume {folder}: its args.json lacks --{missing[0]}; it was written by another version, "
-             "start the run again in another folder")
+        stop(f"--resume {folder}: its args.json lacks --{missing[0]}; it was written by another "
+             "version, start the run again in another folder")
     for name, value in given.items():
         if name not in ("resume", "out_dir") and saved[name] != value:
             stop(f"--resume {folder}: that run has --{name} {saved[name]}, not {value}; "
                  "leave the flag out, or start a new run")
-    folder = os.path.abspath(folder)
-    return argparse.Namespace(**{name: saved[name] for name in flags} | {"resume": folder, "out_dir": folder})
+    args = argparse.Namespace(**{name: saved[name] for name in flags})
+    args.resume = args.out_dir = os.path.abspath(folder)
+    return args
 
 
 def check_flags(args):
@@ -221,8 +235,8 @@ def check_flags(args):
             stop("--normalize batch: with one path of each question all weigh the same anyway; "
                  "pass --gate binary too")
         if not args.explore:
-            stop("--explore 0: a student that gets one path of a question has nothing to compare it with, and "
-                 "the router never learns; pass a share above 0, or --gate binary")
+            stop("--explore 0: a student that gets one path of a question has nothing to compare "
+                 "it with, and the router never learns; pass a share above 0, or --gate binary")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -230,8 +244,7 @@ def check_flags(args):
 
 
 def check_out_dir(folder):
-    """stop() where a run folder can't be written, or holds a run; one that never got to its start
-    may be used again."""
+    """stop() where a run folder can't be written, or holds a run that got to its start."""
     out = Path(folder)
     if (out / "checkpoint.safetensors").exists() or (out / "results.json").exists():
         stop(f"--out_dir {folder} holds a run already: pass --resume {folder}, or another folder")
@@ -249,12 +262,14 @@ def int_variable(name, default):
     """An environment variable as a whole number; torchrun sets RANK, LOCAL_RANK and WORLD_SIZE."""
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
-        stop(f"the environment variable {name} is {value!r}, not a whole number: unset it, or use torchrun")
+        stop(f"the environment variable {name} is {value!r}, not a whole number: unset it, or use "
+             "torchrun")
     return int(value)
 
 
+# Before the imports below, which take seconds: --help and wrong flags answer at once.
 if __name__ == "__main__":
-    FLAGS = parse_args()  # before the imports below, which take seconds: --help and wrong flags answer at once
+    FLAGS = parse_args()
 
 import numpy as np
 import torch
@@ -281,7 +296,7 @@ ROUTER_BOUND = 4.0  # of the logits; None with --as_printed
 EVAL_BATCH = 32  # answers that are generated at a time
 
 
-# ---------------------------------------------------------------- the run
+# ---------------------------------------- the run
 def main(args=None):
     """One run: filter, students, router, training, test, table. args: flags as words, or parsed."""
     args = args if isinstance(args, argparse.Namespace) else parse_args(args)
@@ -297,16 +312,18 @@ def main(args=None):
     students = load_students(args, device, amp_dtype)
     rows = encode(kept, students)
     questions = paths_by_question(rows)  # for each question the numbers of its paths in `rows`
-    lengths = torch.tensor([[len(tokens) for tokens in row["responses"]] for row in rows])  # response tokens
+    lengths = response_lengths(rows)  # (all paths, S), tokens
     h = embed(rows, args, device)  # (all paths, d), Eq 1
-    fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), of routes that don't learn
+    fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), or None
     tested = test[:args.eval_limit or None]
 
     # What trains: the students, the collaboration beside them, and the router.
     torch.manual_seed(args.seed)  # the same numbers from here on, whatever was loaded from a cache
-    router = qr.Router(h.shape[1], len(students), args.router_hidden, None if args.as_printed else ROUTER_BOUND)
+    bound = None if args.as_printed else ROUTER_BOUND
+    router = qr.Router(h.shape[1], len(students), args.router_hidden, bound)
     collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
-                              args.projection == "trained", args.standardize, args.competence == "target").to(device)
+                              trained=args.projection == "trained", standardized=args.standardize,
+                              target=args.competence == "target").to(device)
     optimizer, router_optimizer = make_optimizers(students, collab, router, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     gates = torch.Generator().manual_seed(args.seed)  # the gates' own random numbers
@@ -330,32 +347,37 @@ def main(args=None):
     for student in students:
         student.model.train(not student.frozen)
 
-    bar = tqdm(range(run["step"], steps), desc="train", unit="step", initial=run["step"], total=steps)
+    learns = torch.tensor([not student.frozen for student in students])  # (S,)
+    bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
     for step in bar:
         began = time.time()
-        scale_learning_rates(optimizer, router_optimizer, lr_scale(step, steps))
-        epoch, batch = step_questions(questions, step, args)
-        paths = torch.tensor([path for question in batch for path in question])  # (P,) numbers in `rows`
-        question = torch.tensor([q for q, question in enumerate(batch) for _ in question])  # (P,) 0..Q-1
-        length = lengths[paths]  # (P, S)
+        scale = lr_scale(step, steps)
+        scale_learning_rates(optimizer, router_optimizer, scale)
+        epoch, numbers, question = step_paths(questions, step, args)  # (P,) each
+        paths = [rows[i] for i in numbers]
+        length = lengths[numbers]  # (P, S)
 
         # Eq 2: the gates decide for the whole step before any student runs.
-        logits = router(h[paths])  # (P, S)
-        alpha, p = route(logits, question, None if fixed is None else fixed[paths], step < args.explore * steps,
-                         gates, args)
-        weight = qr.path_weights(alpha, question, args.normalize)  # (P, S), how a path's loss enters Eq 9
+        logits = router(h[numbers])  # (P, S)
+        choice = None if fixed is None else fixed[numbers]  # (P, S)
+        first_phase = step < args.explore * steps
+        alpha, p = route(logits, question, choice, first_phase, gates, args)  # (P, S) each
         routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
+        weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
         # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that
         # others got too.
-        nll, seen = student_step(students, collab, [rows[i] for i in paths], question, routed, weight.detach(),
-                                 scaler, args)  # (P, S) nats of a path
+        nll, seen = student_step(students, collab, paths, question, routed, weight.detach(),
+                                 scaler, args)
         sum_over_processes(nll, optimizer, collab)
-        nll = nll.cpu()
+        nll = nll.cpu()  # (P, S) nats of a path
 
         # Eq 3, Eq 4 and Eq 9: the router learns from the students' losses.
-        entropy = router_step(alpha, p, weight, nll, length, question, args) if args.route == "learned" else None
+        entropy = None
+        if args.route == "learned":
+            entropy = router_step(alpha, p, weight, nll, length, question, args)
 
+        # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
         stop_if_not_finite(nll, norms, step, out, scaler)
         scaler.step(optimizer)
@@ -365,13 +387,15 @@ def main(args=None):
         router_optimizer.zero_grad()
 
         # One line is logged, a checkpoint is written.
-        trained = [int(n) * (not student.frozen) for n, student in zip((length * routed).sum(0), students)]
-        run["step"], run["seconds"] = step + 1, run["seconds"] + time.time() - began
+        trained = ((length * routed).sum(0) * learns).tolist()  # response tokens of each student
+        seconds = time.time() - began
+        run["step"] = step + 1
+        run["seconds"] += seconds
         run["tokens"] = [a + b for a, b in zip(run["tokens"], trained)]
-        line = {"step": step + 1, "epoch": epoch, "lr_scale": lr_scale(step, steps),
-                **step_numbers([rows[i] for i in paths], nll / length, routed), "entropy": entropy, **seen,
+        line = {"step": step + 1, "epoch": epoch, "lr_scale": scale,
+                **step_numbers(paths, nll / length, routed), "entropy": entropy, **seen,
                 "grad_norm": norms[:len(students)], "router_grad_norm": norms[-1],
-                "tokens_per_s": round(sum(trained) / (time.time() - began), 1)}
+                "tokens_per_s": round(sum(trained) / seconds, 1)}
         if args.eval_every and (step + 1) % args.eval_every == 0 and rank == 0:
             line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
         logger.write(line, bar)
@@ -386,7 +410,8 @@ def main(args=None):
         for number, student in enumerate(students):
             save_student(student, out / f"student_{number}")
         after = answer(students, tested, args)
-        write_results(out, args, run, after, students, logger.lines(), per_epoch, pool, rows, questions)
+        log = logger.lines()
+        write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions)
         logger.finish()
         lock.release()
 
@@ -399,22 +424,27 @@ def set_up(args):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
         if device.type == "cuda" and (world > 1 or device.index is None):
-            device = torch.device("cuda", local)  # under torchrun each process has a card of its own
+            # Under torchrun each process has a card of its own.
+            device = torch.device("cuda", local)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        stop(f"--device {args.device}: not a device of this machine ({str(e).splitlines()[0][:100]})")
+        why = str(e).splitlines()[0][:100]
+        stop(f"--device {args.device}: not a device of this machine ({why})")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
     if args.dtype == "auto":  # a small student that trains in full is faster in float32
         bf16 = device.type == "cuda" or (args.lora_rank and device.type == "cpu" and cpu_has_bf16())
         args.dtype = "bf16" if bf16 else "float32"
     torch.manual_seed(args.seed)
-    if world > 1:  # all processes route alike, each runs its share of the questions, rank 0 speaks and saves
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
+    if world > 1:
+        # All processes route alike, each runs its share of the questions, rank 0 speaks and saves.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=24))
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-    return device, {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype], rank
+    amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    return device, amp_dtype, rank
 
 
 def cpu_has_bf16():
@@ -423,7 +453,7 @@ def cpu_has_bf16():
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-# ---------------------------------------------------------------- the method's steps
+# ---------------------------------------- the method's steps
 def route(logits, question, fixed, first_phase, gates, args):
     """Eq 2: which students train on which of the step's paths.
 
@@ -435,7 +465,8 @@ def route(logits, question, fixed, first_phase, gates, args):
     if args.route == "random":  # the same gates, all with the same odds
         logits = torch.zeros_like(logits)
     alpha, p = qr.GATES[args.gate](logits, question, gates)
-    if first_phase and args.route == "learned":  # all to all: losses that no choice of the router has shaped
+    if first_phase and args.route == "learned":
+        # All to all, for losses that no choice of the router has shaped; the gradient stays.
         alpha = torch.ones_like(alpha) + alpha - alpha.detach()
     return alpha, p
 
@@ -448,27 +479,30 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     the collaboration. """
     device = students[0].model.device
     nll = torch.zeros(routed.shape, device=device)
-    per_token = weight / torch.tensor([[len(tokens) for tokens in row["responses"]] for row in paths])  # (P, S)
+    per_token = weight / response_lengths(paths)  # (P, S), Eq 9 takes a path's mean over its tokens
     segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
     co_routed = (routed.sum(1) > 1) & (args.mutual_weight > 0)  # (P,)
     seen = defaultdict(list)
-    for here in micro_batches(question, args):  # (p,) numbers of paths: memory, not results
-        co = here[co_routed[here]]  # (C,)
-        first = torch.full_like(question, -1)  # number of a co-routed path's first shared segment
+    for here in micro_batches(question, args):  # (p,) numbers of paths
+        co = here[co_routed[here]]  # (C,) numbers of co-routed paths
+        first = torch.full_like(question, -1)  # (P,) number of a co-routed path's first segment
         first[co] = segments[co].cumsum(0) - segments[co]
-        loss, z, segment = torch.zeros((), device=device), [], []
+        loss = torch.zeros((), device=device)
+        z, segment = [], []
         for s, student in enumerate(students):
-            mine = here[routed[here, s]]
+            mine = here[routed[here, s]]  # numbers of the paths that the student got
+            some = [paths[i] for i in mine]
             with torch.set_grad_enabled(not student.frozen):
-                nll_s, z_s, segment_s = forward_paths(student, s, [paths[i] for i in mine], first[mine].tolist())
+                nll_s, z_s, segment_s = forward_paths(student, s, some, first[mine].tolist())
             nll[mine, s] = nll_s.detach()
             z.append(z_s)
             segment.append(segment_s)
             if not student.frozen:
                 loss = loss + (per_token[mine, s].to(device) * nll_s).sum()  # Eq 9: L_distill^(s)
         if len(co):
-            loss = loss + collaborate(collab, z, segment, segments[co], routed[co], nll[co], seen, args
-                                      ) / co_routed.sum()
+            together = collaborate(collab, z, segment, segments[co], routed[co], nll[co],
+                                   seen, args)
+            loss = loss + together / co_routed.sum()
         if loss.requires_grad:
             scaler.scale(loss).backward()
     seen = {name: torch.cat(values).mean(0).tolist() for name, values in seen.items()}
@@ -480,16 +514,20 @@ def collaborate(collab, z, segment, segments, routed, nll, seen, args):
 
     z, segment: see Collaboration; segments (C,): a path's number of shared segments; routed, nll
     (C, S). Puts the figures of the log into `seen`. """
-    path = torch.repeat_interleave(torch.arange(len(segments)), segments).to(nll.device)  # (N,) of each segment
-    per_segment = nll / segments[:, None].to(nll.device)  # comparable across tokenizers, as nats per token are not
-    on = routed.to(nll.device)
-    l_mutual, l_competence, gamma, raw, zt = collab(z, segment, path, on, per_segment)
+    device = nll.device
+    path = torch.arange(len(segments)).repeat_interleave(segments).to(device)  # (N,) 0..C-1
+    routed = routed.to(device)
+    # Nats per segment can be compared across tokenizers, nats per token can't.
+    per_segment = nll / segments[:, None].to(device)
+    l_mutual, l_competence, gamma, raw, zt = collab(z, segment, path, routed, per_segment)
     seen["mutual"].append(l_mutual.detach())
     seen["gamma"].append(gamma.detach())
     if "spread" not in seen:  # once a step, so that neither collapse goes unseen (open point 8)
-        mine = [on[path, s] for s in range(len(z))]
-        spread = [x[m].detach().std(0, correction=0).nan_to_num().mean() for x, m in zip(raw, mine)]
-        rank = [qr.effective_rank(x[m].detach()) for x, m in zip(zt, mine)]
+        spread, rank = [], []
+        for s in range(len(z)):
+            mine = routed[path, s]  # (N,) bool
+            spread.append(raw[s, mine].detach().std(0, correction=0).nan_to_num().mean())
+            rank.append(qr.effective_rank(zt[s, mine].detach()))
         seen["spread"].append(torch.stack(spread)[None])
         seen["rank"].append(torch.stack(rank)[None])
     return args.mutual_weight * l_mutual.sum() + l_competence.sum()
@@ -502,27 +540,38 @@ def router_step(alpha, p, weight, nll, length, question, args):
     alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path; length (P, S), tokens -> the
     entropy of Eq 4. A pair that was not run gets the mean loss of its question's routed pairs, so
     its gate's gradient is zero. """
-    cost = nll if args.reward == "sum" else nll / length  # departs: by the token, wordy styles win (open point 6)
+    # Eq 9 departs with "sum": by the token, wordy styles win (open point 6).
+    cost = nll if args.reward == "sum" else nll / length
     cost = qr.fill_skipped(cost, alpha, question, args.normalize)
     l_distill = (weight * cost).sum()
     per_student = args.entropy == "student"
     entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)
-    (l_distill - args.entropy_weight * entropy).backward()  # Eq 9 departs: Eq 4 is maximised, so subtracted
+    # Eq 9 departs: Eq 4 is maximised, so subtracted.
+    (l_distill - args.entropy_weight * entropy).backward()
     return float(entropy.detach())
 
 
-def step_questions(questions, step, args):
-    """-> the epoch, and the step's questions, each the numbers of its paths; the order hangs on
-    seed and epoch."""
+def step_paths(questions, step, args):
+    """-> the epoch; the step's paths (P,), as numbers of rows; their questions (P,), as 0..Q-1.
+
+    The order of the questions hangs on seed and epoch. """
     epoch, k = divmod(step, math.ceil(len(questions) / args.batch_size))
-    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(args.seed * 1_000_003 + epoch))
-    return epoch, [questions[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
+    shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(questions), generator=shuffle)
+    numbers, question = [], []
+    for q, i in enumerate(order[k * args.batch_size:(k + 1) * args.batch_size]):
+        numbers += questions[i]
+        question += [q] * len(questions[i])
+    return epoch, torch.tensor(numbers), torch.tensor(question)
 
 
 def micro_batches(question, args):
-    """Yield the numbers (p,) of the paths of a few questions, of this process's share of the
-    step."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """Yield the numbers (p,) of the paths of a few questions, of this process's share of the step.
+
+    Their size changes the memory that a step needs, not its results. """
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     size = args.micro_batch_size or math.ceil(args.batch_size / world)
     for q in range(rank * size, int(question.max()) + 1, world * size):
         yield ((question >= q) & (question < q + size)).nonzero().squeeze(1)
@@ -556,11 +605,12 @@ def path_losses(rows, students):
     return nll
 
 
-# ---------------------------------------------------------------- optimisation
+# ---------------------------------------- optimisation
 def make_optimizers(students, collab, router, args):
     """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose
     gradients AMP leaves alone. A frozen student's group is empty."""
-    groups = [{"params": trainable(s.model), "peak": s.lr, "weight_decay": WEIGHT_DECAY} for s in students]
+    groups = [{"params": trainable(student.model), "peak": student.lr, "weight_decay": WEIGHT_DECAY}
+              for student in students]
     groups.append({"params": trainable(collab), "peak": 1e-3, "weight_decay": 0.0})
     routing = [{"params": trainable(router), "peak": args.router_lr, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups), torch.optim.AdamW(routing)
@@ -584,8 +634,7 @@ def scale_learning_rates(optimizer, router_optimizer, scale):
 
 
 def clip_gradients(optimizer, scaler=None):
-    """Clip each group's gradients to CLIP -> their norms before clipping (0 where there is
-    none)."""
+    """Clip each group's gradients to CLIP -> their norms before that (0 where there is none)."""
     if scaler:
         scaler.unscale_(optimizer)
     norms = []
@@ -602,8 +651,9 @@ def stop_if_not_finite(nll, norms, step, out, scaler):
     if not lost and not scaler.is_enabled():  # fp16's scaler skips such steps by itself
         lost = [s for s in range(nll.shape[1]) if not math.isfinite(norms[s])]
     if lost:
-        stop(f"step {step + 1}: the loss or gradient of student {lost[0]} is not finite, so nothing good can follow; "
-             f"the last good checkpoint stays in {out}; start again with a smaller --lr")
+        stop(f"step {step + 1}: the loss or gradient of student {lost[0]} is not finite, so "
+             f"nothing good can follow; the last good checkpoint stays in {out}; start again with "
+             "a smaller --lr")
 
 
 def same_weights_everywhere(optimizer):
@@ -621,15 +671,17 @@ def sum_over_processes(nll, optimizer, collab):
         return
     dist.all_reduce(nll)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
     for p, grad in zip(params, flat.split([p.numel() for p in params])):
         p.grad = grad.view_as(p)
     if not any(p.grad.any() for p in trainable(collab)):
-        collab.zero_grad()  # as in one process: no gradient, not a zero one, which Adam's momentum would follow
+        # As in one process: no gradient, not a zero one, which Adam's momentum would follow.
+        collab.zero_grad()
 
 
-# ---------------------------------------------------------------- one student's forward pass over the paths that it got
+# ---------------------------------------- one student's forward pass over the paths that it got
 def forward_paths(student, s, rows, first):
     """Run student number s over its rows -> nll (rows,), each one's summed loss in nats; z (T, D)
     and segment (T,), the states on the text tokens of the co-routed rows and the shared segments
@@ -638,22 +690,26 @@ def forward_paths(student, s, rows, first):
     first: for each row the number of its first shared segment, -1 if it is not co-routed.
     """
     h, target, row_of, read, segment = [], [], [], [], []
-    prompts, responses = ([row[name][s] for row in rows] for name in ("prompts", "responses"))
+    prompts = [row["prompts"][s] for row in rows]
+    responses = [row["responses"][s] for row in rows]
     for batch, states in response_states(student, prompts, responses):
         h.append(states)
         for i in batch:
             n = len(responses[i])
             target.append(responses[i])
             row_of.append(np.full(n, i))
-            read.append((np.arange(n) > 0) & (first[i] >= 0))  # state k has read responses[i][k - 1]
+            # State k has read responses[i][k - 1]; state 0 has read no text.
+            read.append((np.arange(n) > 0) & (first[i] >= 0))
             segment.append(rows[i]["segments"][s] + first[i] if first[i] >= 0 else [])
     if not h:
         none = torch.zeros(0, hidden_size(student), device=student.model.device)
         return none.sum(1), none, none.sum(1).long()
     h = torch.cat(h)  # (N, D), response positions only
-    read = [np.flatnonzero(np.concatenate(read))]  # numbers and not a mask, whose size a GPU would be asked for
-    target, row_of, read, segment = (put(np.concatenate(x), h.device) for x in (target, row_of, read, segment))
-    nll = h.new_zeros(len(rows), dtype=torch.float32).index_add(0, row_of, response_nll(student, h, target))
+    target, row_of, segment = (put(np.concatenate(x), h.device) for x in (target, row_of, segment))
+    # Numbers and not a mask, whose size a GPU would be asked for.
+    read = put(np.flatnonzero(np.concatenate(read)), h.device)  # (T,)
+    nll = torch.zeros(len(rows), device=h.device)
+    nll = nll.index_add(0, row_of, response_nll(student, h, target))
     return nll, h[read].float(), segment
 
 
@@ -664,16 +720,20 @@ def response_states(student, prompts, responses):
     Sequences are padded on the right, where a causal model's real tokens cannot look: no attention
     mask is needed. The last token is predicted, never read. """
     device = student.model.device
-    multiple = 64 if student.blocks is not student.model.base_model or device.type == "cuda" else 1
-    max_tokens = 1024 if device.type == "cpu" else 4096  # small passes pad less, a GPU wants them larger
+    compiled = student.blocks is not student.model.base_model
+    multiple = 64 if compiled or device.type == "cuda" else 1
+    # Small passes pad less, a GPU wants them larger.
+    max_tokens = 1024 if device.type == "cpu" else 4096
     lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
     for batch in batches(lengths, max_tokens):
-        width = -(-max(lengths[i] for i in batch) // multiple) * multiple
+        longest = max(lengths[i] for i in batch)
+        width = math.ceil(longest / multiple) * multiple
         ids = np.zeros((len(batch), width), np.int64)
         predicting = []  # positions in the flattened batch
         for b, i in enumerate(batch):
             ids[b, :lengths[i]] = np.concatenate([prompts[i], responses[i][:-1]])
-            predicting.append(b * width + np.arange(len(prompts[i]) - 1, lengths[i]))  # prompt[-1] predicts [0]
+            # The prompt's last token predicts the response's first.
+            predicting.append(b * width + np.arange(len(prompts[i]) - 1, lengths[i]))
         with autocast(student):
             hidden = student.blocks(input_ids=put(ids, device), use_cache=False).last_hidden_state
         yield batch, hidden.flatten(0, 1)[put(np.concatenate(predicting), device)]
@@ -696,10 +756,12 @@ def put(array, device):
     """Whole numbers on the device, to a GPU from pinned memory: nothing waits, the next batch is
     built meanwhile."""
     x = torch.from_numpy(array.astype(np.int64))
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
-# ---------------------------------------------------------------- next-token loss, without ever holding all logits
+# ---------------------------------------- next-token loss, without ever holding all logits
 def nll_chunks(h, weight, bias, target, softcap):
     """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N rows of h at a time: about 256
     MiB of float32.
@@ -713,8 +775,10 @@ def nll_chunks(h, weight, bias, target, softcap):
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         slope = 1 - (logits / softcap).square() if softcap else None
-        of_target, top = logits.gather(0, target[None, rows]), logits.amax(0)
-        p = logits.sub_(top).exp_()  # in place from here on: fresh memory costs a CPU as much as the arithmetic
+        of_target = logits.gather(0, target[None, rows])  # (1, n)
+        top = logits.amax(0)  # (n,)
+        # In place from here on: fresh memory costs a CPU as much as the arithmetic.
+        p = logits.sub_(top).exp_()
         total = p.sum(0)
         p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(of_target))
         if softcap:
@@ -723,8 +787,8 @@ def nll_chunks(h, weight, bias, target, softcap):
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """-log p(target) at each position: a 262k-token vocabulary's logits would need gigabytes, so a
-    chunk of them lives at a time.
+    """-log p(target) at each position. A 262k-token vocabulary's logits would need gigabytes, so
+    one chunk of them lives at a time.
 
     h (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. d nll / d h is
     computed while a chunk's logits exist, so that with a frozen head they are computed once. """
@@ -745,14 +809,18 @@ class ChunkedNLL(torch.autograd.Function):
     def backward(ctx, g):
         h, weight, bias, target, dh = ctx.saved_tensors
         dweight = dbias = None
-        if ctx.needs_input_grad[1]:  # a trained head needs each position's weight g, known only now: logits again
-            dweight, dbias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        if dh is not None:
+            dh = dh * g[:, None].to(dh.dtype)
+        # A trained head needs each position's weight g, known only now: the logits again.
+        if ctx.needs_input_grad[1]:
+            dweight = torch.zeros_like(weight)
+            dbias = None if bias is None else torch.zeros_like(bias)
             for rows, _, dlogits in nll_chunks(h, weight, bias, target, ctx.softcap):
                 dlogits = (dlogits * g[rows]).to(weight.dtype)
                 dweight.addmm_(dlogits, h[rows].to(weight.dtype))
                 if dbias is not None:
                     dbias += dlogits.sum(1)
-        return None if dh is None else dh * g[:, None].to(dh.dtype), dweight, dbias, None, None
+        return dh, dweight, dbias, None, None
 
 
 def output_head(student):
@@ -772,10 +840,11 @@ def response_nll(student, h, target):
 
 def autocast(student):
     """AMP for one student; float32 without it."""
-    return torch.autocast(student.model.device.type, student.amp_dtype, enabled=student.amp_dtype is not None)
+    dtype = student.amp_dtype
+    return torch.autocast(student.model.device.type, dtype, enabled=dtype is not None)
 
 
-# ---------------------------------------------------------------- students
+# ---------------------------------------- students
 @dataclass
 class Student:
     """A student in memory."""
@@ -790,6 +859,11 @@ class Student:
     amp_dtype: torch.dtype | None
 
 
+def one_line(error, length):
+    """The start of a library's message, for a sentence of ours."""
+    return " ".join(str(error).split())[:length]
+
+
 def hidden_size(student):
     return student.model.get_output_embeddings().weight.shape[1]
 
@@ -799,14 +873,16 @@ def load_students(args, device, amp_dtype):
     if args.students:
         loaded = [load_base(name, args, device, amp_dtype) for name in args.students]
     else:
-        loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo_students(args.seed)]
+        demo = demo_students(args.seed)
+        loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo]
     students = []
     for i, (model, tokenizer, source) in enumerate(loaded):
         if args.lora_rank:
             add_lora(model, args.lora_rank, 2 * args.lora_rank)
         if i in args.freeze:
             model.requires_grad_(False)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or args.max_len
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or args.max_len
         student = Student(model, model.base_model, tokenizer, source, tasks.end_token(tokenizer),
                           lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
                           max_len=min(args.max_len, context), amp_dtype=amp_dtype)
@@ -826,7 +902,8 @@ def load_base(name, args, device, amp_dtype):
     frozen_in_half = args.lora_rank and (device.type == "cuda" or amp_dtype == torch.bfloat16)
     dtype = (amp_dtype if frozen_in_half else None) or torch.float32
     more = nf4(device, dtype) if args.quantize else {}
-    return *tasks.load_student(name, device, dtype, **more), name
+    model, tokenizer = tasks.load_student(name, device, dtype, **more)
+    return model, tokenizer, name
 
 
 def nf4(device, dtype):
@@ -835,8 +912,9 @@ def nf4(device, dtype):
     `dtype`, in which the products are made too."""
     if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
         stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return {"device_map": {"": device}, "quantization_config": config}
 
 
@@ -849,19 +927,21 @@ def check_student(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
         states = student.model.base_model(input_ids=ids).last_hidden_state[0, :-1]
         nll = response_nll(student, states, ids[0, 1:])
-    if not torch.allclose(nll, F.cross_entropy(logits, ids[0, 1:], reduction="none"), rtol=0.05, atol=0.05):
-        stop(f"student {student.source}: its output head changes the logits in a way that is not supported here")
+    wanted = F.cross_entropy(logits, ids[0, 1:], reduction="none")
+    if not torch.allclose(nll, wanted, rtol=0.05, atol=0.05):
+        stop(f"student {student.source}: its output head changes the logits in a way that is not "
+             "supported here")
     if student.frozen:
         return
     try:
         with torch.random.fork_rng():  # dropout draws no number of the run's
             student.model.train()
-            nll, _, _ = forward_paths(student, 0, [{"prompts": [np.array([student.end])],
-                                                    "responses": [np.array([1, 2, 3])]}], [-1])
+            row = {"prompts": [np.array([student.end])], "responses": [np.array([1, 2, 3])]}
+            nll, _, _ = forward_paths(student, 0, [row], [-1])
             nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
-        stop(f"student {student.source}: it can't be trained here ({' '.join(str(e).split())[:200]}); "
-             "pass another model, or try --lora_rank 0")
+        stop(f"student {student.source}: it can't be trained here ({one_line(e, 200)}); pass "
+             "another model, or try --lora_rank 0")
     finally:
         student.model.eval()
     if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):
@@ -869,22 +949,29 @@ def check_student(student):
     student.model.zero_grad()
 
 
-# ---------------------------------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
+# ---------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
 class LoRA(nn.Module):
     """base(x) + alpha / rank * B A x: A (rank, d_in) and B (d_out, rank) in float32 over a frozen
     linear layer."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        # not of a 4-bit weight, which is packed; GPT-2's Conv1D keeps (d_in, d_out)
-        d_in, d_out = base.weight.shape if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+        if isinstance(base, Conv1D):  # GPT-2's
+            d_in, d_out = base.weight.shape
+        else:  # not the shape of the weight, which is packed in 4 bit
+            d_in, d_out = base.in_features, base.out_features
         self.base, self.rank, self.alpha = base, rank, alpha
-        self.A = nn.Parameter(torch.empty(rank, d_in, device=base.weight.device))
-        self.B = nn.Parameter(torch.zeros(d_out, rank, device=base.weight.device))  # the student starts as it was
+        device = base.weight.device
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=device))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device))  # starts as the base alone
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def forward(self, x):  # under AMP all layers that read x keep the same x for their gradients: no copy of it here
-        return self.base(x) + F.linear(F.linear(x, self.A) * (self.alpha / self.rank), self.B)  # scaled where small
+    def forward(self, x):
+        # Scaled where it is small, and x itself is not copied: under AMP all layers that read x
+        # keep the same x for their gradients.
+        y = self.base(x)
+        low = F.linear(x, self.A) * (self.alpha / self.rank)
+        return y + F.linear(low, self.B)
 
 
 def add_lora(model, rank, alpha):
@@ -911,7 +998,8 @@ def save_student(student, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     student.tokenizer.save_pretrained(folder)
-    layers = {name: module for name, module in student.model.named_modules() if isinstance(module, LoRA)}
+    modules = student.model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, LoRA)}
     if layers:
         save_adapter(layers, student.source, folder)
     else:
@@ -922,26 +1010,34 @@ def save_student(student, folder):
 def save_adapter(layers, base, folder):
     """adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
     some = next(iter(layers.values()))
-    kind = getattr(some.base, "source_cls", type(some.base))  # of a 4-bit layer: what it is in the full base
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": some.rank,
-              "lora_alpha": some.alpha, "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": issubclass(kind, Conv1D), "inference_mode": True}
+    # Of a 4-bit layer: what it is in the full base.
+    kind = getattr(some.base, "source_cls", type(some.base))
+    targets = sorted({name.rpartition(".")[2] for name in layers})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": some.rank, "lora_alpha": some.alpha, "target_modules": targets,
+              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": issubclass(kind, Conv1D),
+              "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    tensors = {f"base_model.model.{name}.lora_{matrix}.weight": getattr(layer, matrix)
-               for name, layer in layers.items() for matrix in "AB"}
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B
     save_atomic(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def model_card(student, adapter):
     """The README.md of a student's folder, which `hf upload` shows as its page."""
-    base = "" if student.source == "demo" or os.path.isdir(student.source) else f"base_model: {student.source}\n"
+    on_hub = student.source != "demo" and not os.path.isdir(student.source)
+    base = f"base_model: {student.source}\n" if on_hub else ""
     library = "peft" if adapter else "transformers"
-    return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{base}tags:\n- qr-distill\n---\n"
-            f"# A student of QR-Distill\n\nTrained from `{os.path.basename(student.source)}` on a teacher's reasoning "
-            "paths, by routing and collaboration (Lei et al., EMNLP 2025, arXiv 2508.16861).\n")
+    return (f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n{base}"
+            "tags:\n- qr-distill\n---\n"
+            "# A student of QR-Distill\n\n"
+            f"Trained from `{os.path.basename(student.source)}` on a teacher's reasoning paths, "
+            "by routing and collaboration (Lei et al., EMNLP 2025, arXiv 2508.16861).\n")
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------- data
 def load_data(args):
     """-> training rows (graded, filtered), test questions, and the training rows before the filter.
 
@@ -953,13 +1049,15 @@ def load_data(args):
     elif not args.paths:  # question sets of neighbouring seeds share no question
         test = judge.demo_questions(300, args.seed + 1)
     ids = sorted({row["id"] for row in rows})
-    random.Random(args.seed).shuffle(ids)  # before --styles, so that ablations share their test questions
+    # Before --styles, so that ablations share their test questions.
+    random.Random(args.seed).shuffle(ids)
     if test is None:
         test = held_out_questions(rows, ids, args)
     if args.styles:
         styles = sorted({row["style"] for row in rows})
         if unknown := sorted(set(args.styles) - set(styles)):
-            stop(f"--styles {' '.join(unknown)}: not in the pool, whose styles are {', '.join(styles)}")
+            stop(f"--styles {' '.join(unknown)}: not in the pool, whose styles are "
+                 f"{', '.join(styles)}")
         rows = [row for row in rows if row["style"] in args.styles]
 
     rows = without_test_questions(rows, test, args)
@@ -968,13 +1066,15 @@ def load_data(args):
     used = set(ids[:math.ceil(args.train_frac * len(ids))])
     rows = [row for row in rows if row["id"] in used]
     if not rows:
-        stop(f"{args.paths or 'the demo'}: no question is left to train on beside the {len(test)} test questions")
+        stop(f"{args.paths or 'the demo'}: no question is left to train on beside the {len(test)} "
+             "test questions")
     kept = judge.filter_pool(rows, args.filter)
     if not kept:
-        stop(f"no path is left to train on: of {len(rows)} training paths none passes --filter {args.filter}; "
-             "judge.py --paths shows why")
+        stop(f"no path is left to train on: of {len(rows)} training paths none passes --filter "
+             f"{args.filter}; judge.py --paths shows why")
     if not args.students and any(row["task"] != "demo" for row in kept + test):
-        stop("the demo's tiny students know no other task: pass --students with Hugging Face models for this pool")
+        stop("the demo's tiny students know no other task: pass --students with Hugging Face "
+             "models for this pool")
     return kept, test, rows
 
 
@@ -990,16 +1090,20 @@ def graded_pool(args):
         row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
         row["verdict"] = verdict and {"rule": verdict}
     if args.filter == "full" and any(row["valid"] is None for row in rows):
-        print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with wrong steps")
+        print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with "
+              "wrong steps")
     return rows
 
 
 def held_out_questions(rows, ids, args):
     """Test questions from the pool itself: --test_frac of the shuffled ids."""
     held_out = set(ids[:max(1, round(args.test_frac * len(ids)))])
-    fields = ("id", "task", "question", "choices", "answer", "level")  # not `prompt`: the test has the plain one
-    test = {row["id"]: {field: row[field] for field in fields if field in row} for row in rows
-            if row["id"] in held_out and not row.get("train_only")}
+    # Not `prompt`: the test has the plain one.
+    fields = ("id", "task", "question", "choices", "answer", "level")
+    test = {}
+    for row in rows:
+        if row["id"] in held_out and not row.get("train_only"):
+            test[row["id"]] = {field: row[field] for field in fields if field in row}
     if not test:
         stop(f"{args.paths}: no test question; pass --eval_questions, or a larger --test_frac")
     return list(test.values())
@@ -1009,47 +1113,58 @@ def without_test_questions(rows, test, args):
     """The rows whose question is not in the test set, by id or by text."""
     def text(row):
         return " ".join(row["question"].lower().split())
-    test_ids, test_texts = {row["id"] for row in test}, {text(row) for row in test}
-    tested = {row["id"] for row in rows if row["id"] in test_ids or text(row) in test_texts}
+
+    ids = {row["id"] for row in test}
+    texts = {text(row) for row in test}
+    tested = {row["id"] for row in rows if row["id"] in ids or text(row) in texts}
     if tested and args.eval_questions:
-        print(f"left out {len(tested)} questions of the pool whose id or text stands in {args.eval_questions}")
+        print(f"left out {len(tested)} questions of the pool whose id or text stands in "
+              f"{args.eval_questions}")
     return [row for row in rows if row["id"] not in tested]
 
 
 def encode(rows, students):
     """Tokenise the pool once -> rows with `text` and, for each student, `prompts`, `responses` and
-    `segments`.
+    `segments`. Paths that do not fit into a student's context are left out.
 
     Prompt and response are tokenised apart and joined, so that generation starts from the very
     tokens trained on (open point 11). The response ends with the student's end token, which is
     trained (10). """
-    encoded, prompts = [], [{} for _ in students]
+    encoded = []
+    known = [{} for _ in students]  # a student's prompts, which many paths share
     for start in tqdm(range(0, len(rows), 256), desc="tokenise", leave=False):
-        part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []} for row in rows[start:start + 256]]
-        spans = []
-        for student, known in zip(students, prompts):
-            # split_special_tokens: what looks like a special token in a path is text
-            tokens = student.tokenizer([row["text"] for row in part], return_offsets_mapping=True,
-                                       return_attention_mask=False, return_token_type_ids=False,
-                                       add_special_tokens=False, split_special_tokens=True)
-            spans.append(tokens["offset_mapping"])
-            for row, ids in zip(part, tokens["input_ids"]):
-                prompt = tasks.student_prompt(row)
-                if prompt not in known:
-                    known[prompt] = np.array(tasks.encode_prompt(student.tokenizer, prompt), np.int32)
-                row["prompts"].append(known[prompt])
-                row["responses"].append(np.array([*ids, student.end], np.int32))
+        part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []}
+                for row in rows[start:start + 256]]
+        spans = [encode_for(student, part, prompts) for student, prompts in zip(students, known)]
         for row, offsets in zip(part, zip(*spans)):
-            fits = all(len(p) + len(r) <= s.max_len for p, r, s in zip(row["prompts"], row["responses"], students))
-            if all(offsets) and fits:  # whole and with something to train on, else left out
+            lengths = [len(p) + len(r) for p, r in zip(row["prompts"], row["responses"])]
+            fits = all(n <= student.max_len for n, student in zip(lengths, students))
+            if all(offsets) and fits:  # an empty path has nothing to train on
                 row["segments"], row["n_segments"] = qr.shared_segments(offsets)
                 encoded.append(row)
     if len(encoded) < len(rows):
-        print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: longer, with their prompt, than --max_len "
-              "or a student's context")
+        print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: longer, with their "
+              "prompt, than --max_len or a student's context")
     if not encoded:
-        stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise --max_len")
+        stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise "
+             "--max_len")
     return encoded
+
+
+def encode_for(student, rows, known):
+    """Add one student's tokens to `prompts` and `responses` of the rows -> for each row the
+    characters (start, end) of its text tokens. known: {prompt: token ids}."""
+    # split_special_tokens: what looks like a special token in a path is text
+    tokens = student.tokenizer([row["text"] for row in rows], return_offsets_mapping=True,
+                               return_attention_mask=False, return_token_type_ids=False,
+                               add_special_tokens=False, split_special_tokens=True)
+    for row, ids in zip(rows, tokens["input_ids"]):
+        prompt = tasks.student_prompt(row)
+        if prompt not in known:
+            known[prompt] = np.array(tasks.encode_prompt(student.tokenizer, prompt), np.int32)
+        row["prompts"].append(known[prompt])
+        row["responses"].append(np.array([*ids, student.end], np.int32))
+    return tokens["offset_mapping"]
 
 
 def paths_by_question(rows):
@@ -1060,7 +1175,12 @@ def paths_by_question(rows):
     return list(numbers.values())
 
 
-# ---------------------------------------------------------------- Eq 1 for the whole pool
+def response_lengths(rows):
+    """The response tokens (P, S) of every path, for each student."""
+    return torch.tensor([[len(tokens) for tokens in row["responses"]] for row in rows])
+
+
+# ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised
     and divided by its size, and its style, one-hot."""
@@ -1068,7 +1188,8 @@ def embed(rows, args, device):
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
     if args.encoder == "hash":
-        h = qr.hash_embed(tqdm([f"{question}\n{path}" for question, path in pairs], desc="embed paths", leave=False))
+        texts = [f"{question}\n{path}" for question, path in pairs]
+        h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
         h = encoded_once(pairs, args.encoder, device)
     # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit
@@ -1076,7 +1197,8 @@ def embed(rows, args, device):
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
-        one_hot = torch.tensor([[row["style"] == style for style in styles] for row in rows]).float()
+        number = torch.tensor([styles.index(row["style"]) for row in rows])
+        one_hot = F.one_hot(number, len(styles)).float()
         h = torch.cat([h, one_hot * len(styles) ** 0.5], 1)
     return h
 
@@ -1093,7 +1215,8 @@ def encoded_once(pairs, encoder, device):
         h = load_file(file)["h"]
     except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
         h = encode_pairs(pairs, encoder, device)
-        with contextlib.suppress(OSError, SafetensorError):  # where nothing can be written, nothing is kept
+        # Where nothing can be written, nothing is kept.
+        with contextlib.suppress(OSError, SafetensorError):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_atomic({"h": h}, file)
     if dist.is_initialized() and not rank:
@@ -1116,25 +1239,30 @@ def version_of(encoder):
 def encode_pairs(pairs, encoder, device):
     """Eq 1 for pairs (question, path) -> (P, d)."""
     try:
-        with torch.random.fork_rng(devices=[]):  # a loaded encoder may draw numbers, a cache draws none
+        # A loaded encoder may draw random numbers, a cache draws none.
+        with torch.random.fork_rng(devices=[]):
             tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
-            model = transformers.AutoModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True,
-                                                           trust_remote_code=False).to(device).eval()
-    except Exception as e:  # noqa: BLE001 (whatever a folder that is no encoder makes the libraries raise)
-        stop(f"--encoder {encoder}: not an encoder that transformers can load ({' '.join(str(e).split())[:200]})")
+            model = transformers.AutoModel.from_pretrained(
+                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+            model = model.to(device).eval()
+    except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
+        stop(f"--encoder {encoder}: not an encoder that transformers can load ({one_line(e, 200)})")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    positions = getattr(model.config, "max_position_embeddings", 514) - 2  # RoBERTa has 514 for 512 tokens
+    # RoBERTa has 514 positions for 512 tokens.
+    positions = getattr(model.config, "max_position_embeddings", 514) - 2
     limit = min(512, tokenizer.model_max_length, positions)
+    # Pairs of like length together: less padding.
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
     h = torch.empty(len(pairs), model.config.hidden_size)
-    for part in tqdm([order[a:a + 32] for a in range(0, len(order), 32)], desc="embed paths", leave=False):
+    for start in tqdm(range(0, len(order), 32), desc="embed paths", leave=False):
+        part = order[start:start + 32]
         h[part] = qr.encoder_embed(model, tokenizer, [pairs[i] for i in part], limit)
     if not h.isfinite().all():
         stop(f"--encoder {encoder}: its embeddings are not finite; its weights are damaged")
     return h
 
 
-# ---------------------------------------------------------------- the run folder: checkpoint, log, results
+# ---------------------------------------- the run folder: checkpoint, log, results
 @dataclass
 class State:
     """Everything that the rest of a run depends on, beside its flags and its data."""
@@ -1146,36 +1274,56 @@ class State:
     scaler: torch.amp.GradScaler
     gates: torch.Generator
 
-    def tensors(self):
-        """{name: tensor}: weights that train, optimiser moments, random states."""
+    def weights(self):
+        """{name: tensor}: the weights that train, and the collaboration's frozen projections."""
         modules = {"router": self.router, "collab": self.collab}
-        modules |= {f"student_{i}": student.model for i, student in enumerate(self.students)}
-        state = {f"{name}.{key}": p.data for name, module in modules.items() for key, p in module.named_parameters()
-                 if p.requires_grad or name == "collab"}
-        for name, optimizer in (("optimizer", self.optimizer), ("router_optimizer", self.router_optimizer)):
+        for i, student in enumerate(self.students):
+            modules[f"student_{i}"] = student.model
+        weights = {}
+        for name, module in modules.items():
+            for key, p in module.named_parameters():
+                if p.requires_grad or name == "collab":
+                    weights[f"{name}.{key}"] = p.data
+        return weights
+
+    def optimizers(self):
+        """{name: optimiser}."""
+        return {"optimizer": self.optimizer, "router_optimizer": self.router_optimizer}
+
+    def tensors(self):
+        """{name: tensor}: weights, optimiser moments, random states."""
+        tensors = self.weights()
+        for name, optimizer in self.optimizers().items():
             for i, moments in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{i}.{key}": tensor for key, tensor in moments.items()}
-        state |= {"rng.gates": self.gates.get_state(), "rng.cpu": torch.get_rng_state()}
-        return state | ({"rng.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+                for moment, tensor in moments.items():
+                    tensors[f"{name}.{i}.{moment}"] = tensor
+        tensors["rng.gates"] = self.gates.get_state()
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        return tensors
 
     def load(self, saved):
         """Put the tensors of a checkpoint back in place; KeyError or RuntimeError if they are
         another run's."""
-        for name, optimizer in (("optimizer", self.optimizer), ("router_optimizer", self.router_optimizer)):
+        for name, optimizer in self.optimizers().items():
             moments = defaultdict(dict)
             for key, tensor in saved.items():
                 if key.startswith(f"{name}."):
-                    i, moment = key.removeprefix(f"{name}.").split(".")
+                    _, i, moment = key.split(".")
                     moments[int(i)][moment] = tensor
-            optimizer.load_state_dict({"state": dict(moments),
-                                       "param_groups": optimizer.state_dict()["param_groups"]})
-        for name, tensor in self.tensors().items():
-            if not name.startswith(("rng.", "optimizer.", "router_optimizer.")):
-                tensor.copy_(saved[name])
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+        for name, tensor in self.weights().items():
+            tensor.copy_(saved[name])
         self.gates.set_state(saved["rng.gates"])
         torch.set_rng_state(saved["rng.cpu"])
         if "rng.cuda" in saved and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["rng.cuda"])
+
+
+# By bytes per number: a weight's bits read as whole numbers, whose sum is exact in any order.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest_of(rows, test, students):
@@ -1190,12 +1338,10 @@ def digest_of(rows, test, students):
     for student in students:
         for name, p in student.model.state_dict().items():
             if "lora" not in name:
-                bits = p.view(torch.uint8) if p.element_size() == 1 else p.contiguous().view(INTEGERS[p.element_size()])
-                digest.update(f"{name} {tuple(p.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+                bits = p.contiguous().view(INTEGERS[p.element_size()])
+                total = int(bits.sum(dtype=torch.int64))
+                digest.update(f"{name} {tuple(p.shape)} {total}".encode())
     return digest.hexdigest()
-
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # an exact sum, whatever the order of its terms
 
 
 def lock_run_folder(out):
@@ -1205,13 +1351,15 @@ def lock_run_folder(out):
         lock = FileLock(out / ".lock", is_singleton=True)
         lock.acquire(timeout=0)
     except Timeout:
-        stop(f"--out_dir {out}: another run is writing there; wait for it, or choose another folder")
+        stop(f"--out_dir {out}: another run is writing there; wait for it, or choose another "
+             "folder")
     return lock
 
 
 def start_run_folder(out, args, test):
     """args.json, test.jsonl and an empty log."""
-    write_atomic(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1), out / "args.json")
+    flags = {name: value for name, value in vars(args).items() if name != "resume"}
+    write_atomic(json.dumps(flags, indent=1), out / "args.json")
     write_atomic("".join(json.dumps(row) + "\n" for row in test), out / "test.jsonl")
     write_atomic("", out / "log.jsonl")
 
@@ -1232,19 +1380,22 @@ def resume(out, state, digest):
         return None
     try:
         with safe_open(file, "pt") as f:
-            saved, run = {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["run"])  # noqa: SIM118
+            run = json.loads(f.metadata()["run"])
+            saved = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
         done = log.read_text(encoding="utf-8").splitlines(keepends=True)[:run["step"]]
         if run["digest"] != digest:
-            stop(f"--resume {out}: pool, test questions, prompts, tokenizers or students have changed since that "
-                 "run; start a new one")
-        if len(done) < run["step"] or any(json.loads(line)["step"] != i for i, line in enumerate(done, 1)):
-            stop(f"--resume {out}: log.jsonl is not whole up to the checkpoint's step {run['step']}; start a new run")
+            stop(f"--resume {out}: pool, test questions, prompts, tokenizers or students have "
+                 "changed since that run; start a new one")
+        steps = (json.loads(line)["step"] for line in done)
+        if len(done) < run["step"] or any(step != i for i, step in enumerate(steps, 1)):
+            stop(f"--resume {out}: log.jsonl is not whole up to the checkpoint's step "
+                 f"{run['step']}; start a new run")
         state.load(saved)
         if scaler := run.pop("scaler"):
             state.scaler.load_state_dict(scaler)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        stop(f"--resume {out}: its checkpoint or log is damaged or another run's ({' '.join(str(e).split())[:120]}); "
-             "start a new run")
+        stop(f"--resume {out}: its checkpoint or log is damaged or another run's "
+             f"({one_line(e, 120)}); start a new run")
     if not (dist.is_initialized() and dist.get_rank()):
         write_atomic("".join(done), log)  # what came after is done again
     return run
@@ -1271,22 +1422,27 @@ class Logger:
     Rank 0 alone logs."""
 
     def __init__(self, out, args, rank):
-        self.file, self.silent, self.wandb = out / "log.jsonl", rank > 0, None
+        self.file = out / "log.jsonl"
+        self.silent = rank > 0
+        self.wandb = None
         if args.wandb and not self.silent:
             import wandb  # installed: parse_args has looked
 
-            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
-                                    resume="allow", id=hashlib.sha256(str(out).encode()).hexdigest()[:16])
+            name = hashlib.sha256(str(out).encode()).hexdigest()[:16]  # a resumed run's is the same
+            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args),
+                                    dir=str(out), resume="allow", id=name)
 
     def write(self, line, bar):
         if self.silent:
             return
         with open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
-        bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in line["loss"])
-                            + ", rate " + " ".join(f"{x:.2f}" for x in line["rate"]))
+        loss = " ".join(f"{x:.3f}" for x in line["loss"])
+        rate = " ".join(f"{x:.2f}" for x in line["rate"])
+        bar.set_postfix_str(f"loss {loss}, rate {rate}")
         if "accuracy" in line:
-            bar.write(f"step {line['step']}: " + " / ".join(f"{100 * x:.1f}" for x in line["accuracy"]) + " % right")
+            accuracy = " / ".join(f"{100 * x:.1f}" for x in line["accuracy"])
+            bar.write(f"step {line['step']}: {accuracy} % right")
         if self.wandb:
             self.wandb.log(flat(line), step=line["step"])
 
@@ -1302,15 +1458,18 @@ def flat(value, name=""):
     """{"loss/0": ...} of nested lists and dicts."""
     if not isinstance(value, (dict, list)):
         return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: x for k, part in items for key, x in flat(part, f"{name}/{k}" if name else str(k)).items()}
+    parts = {}
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        parts |= flat(part, f"{name}/{key}" if name else str(key))
+    return parts
 
 
 class Interrupt:
     """Ctrl-C: the step is finished and a checkpoint written; a second one ends the run at once."""
 
     def __init__(self):
-        self.signal, self.before = None, signal.signal(signal.SIGINT, self.notice)
+        self.signal = None
+        self.before = signal.signal(signal.SIGINT, self.notice)
 
     def notice(self, number, frame):
         self.signal = number
@@ -1320,7 +1479,8 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.before)
 
     def stop(self, out):
-        print(f"\nstopped after a checkpoint; go on with: python distill.py --resume {out}", file=sys.stderr)
+        print(f"\nstopped after a checkpoint; go on with: python distill.py --resume {out}",
+              file=sys.stderr)
         raise SystemExit(130)
 
 
@@ -1328,8 +1488,7 @@ def step_numbers(paths, nll, routed):
     """Of one step: loss (nats per response token) and share of paths per student, in all and by
     style.
 
-    paths: P rows; nll (P, S), 0 where a path was not run; routed (P, S).
-    """
+    paths: P rows; nll (P, S) per token, 0 where a path was not run; routed (P, S). """
     def loss(some):
         return (nll[some].sum(0) / routed[some].sum(0).clamp(min=1)).tolist()
 
@@ -1345,30 +1504,37 @@ def step_numbers(paths, nll, routed):
             "loss_style": {style: loss(some) for style, some in styles}}
 
 
-# ---------------------------------------------------------------- the test and the table
+# ---------------------------------------- the test and the table
 def answer(students, test, args):
     """Greedy answers of all students to the test questions -> {"summary": shares, "predictions":
     every answer}."""
+    pairs = [(student.model, student.tokenizer) for student in students]
     with autocast(students[0]):
-        result = tasks.evaluate([(s.model, s.tokenizer) for s in students], test, args.eval_max_new_tokens, EVAL_BATCH,
-                                seed=args.seed)
-    predictions = [{"question": row["question"], **line} for row, line in zip(test, result.pop("predictions"))]
-    return {"summary": result, "predictions": predictions}
+        summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens, EVAL_BATCH, seed=args.seed)
+    lines = summary.pop("predictions")
+    predictions = [{"question": row["question"], **line} for row, line in zip(test, lines)]
+    return {"summary": summary, "predictions": predictions}
 
 
 def write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions):
     """predictions.jsonl, results.json, and the table on the screen."""
-    write_atomic("".join(json.dumps(line) + "\n" for line in after["predictions"]), out / "predictions.jsonl")
-    first = max(len(log) - per_epoch, math.ceil(args.explore * len(log)) if args.route == "learned" else 0)
-    last = log[first:] or log  # the last epoch, without the first phase
-    styles = sorted({row["style"] for row in rows})
-    rates = {style: np.mean([line["rate_style"][style] for line in last if style in line["rate_style"]], 0).tolist()
-             for style in styles if any(style in line["rate_style"] for line in last)}
+    lines = [json.dumps(line) + "\n" for line in after["predictions"]]
+    write_atomic("".join(lines), out / "predictions.jsonl")
+    # The selection rates are of the last epoch, without the first phase.
+    explored = math.ceil(args.explore * len(log)) if args.route == "learned" else 0
+    last = log[max(len(log) - per_epoch, explored):] or log
+    rates = {}
+    for style in sorted({row["style"] for row in rows}):
+        of_steps = [line["rate_style"][style] for line in last if style in line["rate_style"]]
+        if of_steps:
+            rates[style] = np.mean(of_steps, 0).tolist()
     results = {
-        "students": [student.source for student in students], "before": run["before"], "after": after["summary"],
+        "students": [student.source for student in students],
+        "before": run["before"], "after": after["summary"],
         "selection_rate": rates, "selection_steps": [last[0]["step"], last[-1]["step"]],
         "tokens_trained": run["tokens"], "seconds": round(run["seconds"], 1),
-        "counts": {"steps": len(log), "training_questions": len(questions), "training_paths": len(rows),
+        "counts": {"steps": len(log), "training_questions": len(questions),
+                   "training_paths": len(rows),
                    "filter": dict(Counter(judge.fate(row, args.filter) for row in pool))},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__, "commit": commit()}}
@@ -1380,9 +1546,9 @@ def write_results(out, args, run, after, students, log, per_epoch, pool, rows, q
 def commit():
     """The commit of this code, "unknown" outside of a checkout."""
     folder = Path(__file__).resolve().parent
+    command = ["git", "-C", folder, "rev-parse", "HEAD"]
     try:
-        return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -1393,32 +1559,39 @@ def print_samples(predictions):
         print(f"\n{line['question']}")
         for s, answers in enumerate(line["responses"]):
             verdict = "right" if answers[0]["correct"] else f"wrong, it is {line['answer']}"
-            print(f"  student {s} ({verdict}): " + "\n    ".join(answers[0]["text"].strip().splitlines()))
+            text = "\n    ".join(answers[0]["text"].strip().splitlines())
+            print(f"  student {s} ({verdict}): {text}")
 
 
 def print_results(results, out):
     """The run's table: accuracy before and after, who got what, and where everything is."""
     before, after, counts = results["before"], results["after"], results["counts"]
+    names = results["students"]
     title = f"% right of {after['questions']} test questions"
     print(f"\n{title:40}{'before':>9}{'after':>9}{'unparsed':>10}{'stopped':>9}")
-    for i, name in enumerate(results["students"]):
-        print(f"{f'student {i} ({os.path.basename(name)})':40}{100 * before['accuracy'][i]:9.1f}"
-              f"{100 * after['accuracy'][i]:9.1f}{100 * after['unparsed'][i]:10.1f}{100 * after['stopped'][i]:9.1f}")
-    for key, label in (("ensemble", "ensemble of the students"), ("upper_bound", "upper bound: any student right")):
+    for i, name in enumerate(names):
+        label = f"student {i} ({os.path.basename(name)})"
+        print(f"{label:40}{100 * before['accuracy'][i]:9.1f}{100 * after['accuracy'][i]:9.1f}"
+              f"{100 * after['unparsed'][i]:10.1f}{100 * after['stopped'][i]:9.1f}")
+    labels = {"ensemble": "ensemble of the students",
+              "upper_bound": "upper bound: any student right"}
+    for key, label in labels.items():
         print(f"{label:40}{100 * before[key]:9.1f}{100 * after[key]:9.1f}")
-    columns = "".join(f"{f'student {i}':>11}" for i in range(len(results["students"])))
-    print(f"\n{'selection rate in steps {} to {}'.format(*results['selection_steps']):40}{columns}")
+    first, last = results["selection_steps"]
+    title = f"selection rate in steps {first} to {last}"
+    print(f"\n{title:40}" + "".join(f"{f'student {i}':>11}" for i in range(len(names))))
     for style, rates in results["selection_rate"].items():
         print(f"{style:40}" + "".join(f"{rate:11.2f}" for rate in rates))
-    print(f"\n{counts['steps']} steps in {results['seconds']:.0f} s on {counts['training_questions']} questions with "
-          f"{counts['training_paths']} paths; response tokens trained: "
-          + ", ".join(f"{n:,}" for n in results["tokens_trained"]))
-    folders = " ".join(str(out / f"student_{i}") for i in range(len(results["students"])))
-    print(f"{out}/ has results.json, log.jsonl, predictions.jsonl and the students; test them again with\n"
-          f"python eval.py --students {folders} --questions {out / 'test.jsonl'}")
+    tokens = ", ".join(f"{n:,}" for n in results["tokens_trained"])
+    print(f"\n{counts['steps']} steps in {results['seconds']:.0f} s on "
+          f"{counts['training_questions']} questions with {counts['training_paths']} paths; "
+          f"response tokens trained: {tokens}")
+    folders = " ".join(str(out / f"student_{i}") for i in range(len(names)))
+    print(f"{out}/ has results.json, log.jsonl, predictions.jsonl and the students; test them "
+          f"again with\npython eval.py --students {folders} --questions {out / 'test.jsonl'}")
 
 
-# ---------------------------------------------------------------- the demo's students
+# ---------------------------------------- the demo's students
 def demo_students(seed):
     """The two students of make_demo_students, (model, tokenizer) each, from the user's cache after
     the first time."""
@@ -1429,7 +1602,8 @@ def demo_students(seed):
         return [load_demo_student(folder / str(number)) for number in range(2)]
     except (OSError, ValueError, SafetensorError, RuntimeError):  # none yet, or a damaged one
         students = make_demo_students(seed)
-    with contextlib.suppress(OSError, SafetensorError):  # where nothing can be written, nothing is kept
+    # Where nothing can be written, nothing is kept.
+    with contextlib.suppress(OSError, SafetensorError):
         for number, (model, tokenizer) in enumerate(students):
             model.save_pretrained(folder / str(number))
             tokenizer.save_pretrained(folder / str(number))
@@ -1439,7 +1613,8 @@ def demo_students(seed):
 def load_demo_student(folder):
     """(model, tokenizer) of a folder; an error unless it holds all weights."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, output_loading_info=True)
+        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True,
+        output_loading_info=True)
     if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{folder} is damaged")
     return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -1451,19 +1626,21 @@ def make_demo_students(seed):
     nothing is learned in minutes; after this warm start, training them means distilling."""
     torch.manual_seed(seed)
     sentences, questions = judge.demo_sentences(8000, seed), judge.demo_questions(200, seed)
-    corpus = sentences + [f" {n}" for n in range(200)] + [tasks.student_prompt(q) for q in questions]
+    corpus = sentences + [f" {n}" for n in range(200)]
+    corpus += [tasks.student_prompt(question) for question in questions]
     corpus += [row["path"] for row in judge.demo_paths(questions, seed)]
-    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512,
-             "initializer_range": 0.05, "tie_word_embeddings": True,
+    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "max_position_embeddings": 512, "initializer_range": 0.05, "tie_word_embeddings": True,
              "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 2}
     students = []
     for number, whole_words in enumerate((True, False)):
         tokenizer = demo_tokenizer(corpus, whole_words)
+        shape["vocab_size"] = len(tokenizer)
         if whole_words:
-            config = transformers.LlamaConfig(vocab_size=len(tokenizer), intermediate_size=256, **shape)
+            config = transformers.LlamaConfig(intermediate_size=256, **shape)
             model = transformers.LlamaForCausalLM(config)
         else:
-            config = transformers.GPTNeoXConfig(vocab_size=len(tokenizer), intermediate_size=384, **shape)
+            config = transformers.GPTNeoXConfig(intermediate_size=384, **shape)
             model = transformers.GPTNeoXForCausalLM(config)
         warm_start(model, tokenizer, sentences, f"warm start of student {number}")
         students.append((model, tokenizer))
@@ -1482,13 +1659,14 @@ def demo_tokenizer(corpus, whole_words):
     else:
         tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=160, **options))
         tokenizer.add_tokens([AddedToken(f" {n}", normalized=False) for n in range(200)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>",
-                                                eos_token="<eos>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
 
 
 def warm_start(model, tokenizer, sentences, label):
     """400 plain language-model steps of 32 sentences."""
-    ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
+    ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+           for text in sentences]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     for step in tqdm(range(400), desc=label, unit="step", leave=False):
         batch = [ids[i] for i in torch.randint(len(ids), (32,)).tolist()]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---------------------------------------------------------------- Eq 1: h_ij = Enc(Q_i, R_ij), frozen
+# ---------------------------------------- Eq 1: h_ij = Enc(Q_i, R_ij), frozen
 def hash_embed(texts, d=512):
     """Offline stand-in for a text encoder: signed feature hashing (Weinberger et al., 2009) of word
     1- and 2-grams.
@@ -46,18 +46,18 @@ def encoder_embed(model, tokenizer, pairs, max_length=512):
     return ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu()
 
 
-# ---------------------------------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
+# ---------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
 class Router(nn.Module):
     """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a
     `hidden` width.
 
-    bound: the largest size of a logit, None for no bound, as printed.
-    """
+    bound: the largest size of a logit, None for no bound, as printed. """
 
     def __init__(self, d, students, hidden=0, bound=4.0):
         super().__init__()
         last = nn.Linear(hidden or d, students)
-        nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured at birth
+        # All paths start with the same odds: no style is favoured at birth.
+        nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.net = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), last) if hidden else last
         self.bound = bound
@@ -66,8 +66,7 @@ class Router(nn.Module):
         logits = self.net(h)
         if self.bound is None:
             return logits
-        # No gate saturates for good: at bound 4 its probability stays within [.018, .982] (open
-        # point 5).
+        # No gate saturates for good: at 4 its probability stays in [.018, .982] (open point 5).
         return self.bound * torch.tanh(logits / self.bound)
 
 
@@ -75,13 +74,13 @@ class Router(nn.Module):
 # and the probabilities p (P, S) behind it, which Eq 3 averages. Add your own to GATES: nothing else
 # needs to know.
 def categorical_gate(logits, question, generator=None, tau=1.0):
-    """Eq 2, departs: Gumbel-softmax over the paths of a question, student by student: one path
-    each.
+    """Eq 2, departs: Gumbel-softmax over a question's paths, student by student: one path each.
 
     A path is compared with the question's other paths and not with easier questions, so the gate
     cannot learn "easy", and every question is kept. A student's rate is 1 / paths: Eq 3 and 4 hold
     by construction. """
-    soft = softmax_per_question((logits + gumbel_noise(logits, generator)) / tau, question)
+    noisy = logits + gumbel_noise(logits, generator)
+    soft = softmax_per_question(noisy / tau, question)
     alpha = straight_through(keep_best(soft.detach(), question), soft)
     return alpha, softmax_per_question(logits, question)
 
@@ -92,7 +91,8 @@ def binary_gate(logits, question, generator=None, tau=1.0):
     The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits) at every
     tau. Where all of a question's gates are shut for a student, the likeliest opens: without it
     hard questions starve (open point 5). """
-    soft = torch.sigmoid((logits + uniform(logits, generator).logit()) / tau)
+    noisy = logits + uniform(logits, generator).logit()
+    soft = torch.sigmoid(noisy / tau)
     hard = (soft > 0.5).to(soft)
     shut = per_question(hard, question) == 0  # (Q, S)
     hard = hard + keep_best(soft.detach(), question) * shut[question]
@@ -104,7 +104,8 @@ def onehot_gate(logits, question, generator=None, tau=1.0):
 
     alpha's rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient (open
     point 1). """
-    soft = torch.softmax((logits + gumbel_noise(logits, generator)) / tau, dim=1)
+    noisy = logits + gumbel_noise(logits, generator)
+    soft = torch.softmax(noisy / tau, dim=1)
     hard = F.one_hot(soft.argmax(1), logits.shape[1])
     return straight_through(hard, soft), torch.softmax(logits, dim=1)
 
@@ -118,8 +119,7 @@ def uniform(like, generator):
 
 
 def gumbel_noise(like, generator):
-    """Noise with which an argmax is a draw from the softmax (Gumbel, 1954), of the shape and type
-    of `like`."""
+    """Noise, shaped as `like`, with which an argmax is a draw from the softmax (Gumbel, 1954)."""
     return -(-uniform(like, generator).log()).log()
 
 
@@ -147,17 +147,16 @@ def softmax_per_question(x, question):
 
 
 def keep_best(score, question):
-    """alpha (P, S): 1 for the path with a question's highest score (P, S), for each student; the
-    first of equals."""
+    """alpha (P, S): 1 for a question's path with the highest score (P, S), the first of equals,
+    student by student."""
     place = -torch.arange(len(score)).to(score).unsqueeze(1)
     place = torch.where(score == max_per_question(score, question)[question], place, -math.inf)
     return (place == max_per_question(place, question)[question]).to(score)
 
 
-# ---------------------------------------------------------------- Eq 3 and Eq 4: balance
+# ---------------------------------------- Eq 3 and Eq 4: balance
 def balance_entropy(p, question, per_student=True):
-    """Eq 3 and Eq 4: the binary entropy (nats, at most ln 2) of a question's selection rate, mean
-    over questions.
+    """Eq 3 and Eq 4: binary entropy (nats, at most ln 2) of a question's selection rate, averaged.
 
     p (P, S): gate probabilities, or the sampled alpha for the printed form; question (P,) ->
     scalar. It is MAXIMISED: Eq 9 departs and subtracts it (open point 2). Eq 3 departs: each
@@ -166,11 +165,12 @@ def balance_entropy(p, question, per_student=True):
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
     if not per_student:
         rate = rate.mean(1, keepdim=True)
-    rate = 1e-6 + (1 - 2e-6) * rate  # finite at 0 and 1, where a clamp would take the gradient away
+    # Finite at 0 and 1, where a clamp would take the gradient away.
+    rate = 1e-6 + (1 - 2e-6) * rate
     return -(rate * rate.log() + (1 - rate) * (1 - rate).log()).mean()  # Eq 4
 
 
-# ---------------------------------------------------------------- Eq 9: how a path's loss enters L_distill
+# ---------------------------------------- Eq 9: how a path's loss enters L_distill
 def path_weights(alpha, question, normalize="question"):
     """Weights (P, S) of the path losses in L_distill^(s) = sum_ij weight_ij nll_ij; each student's
     add up to 1.
@@ -199,10 +199,9 @@ def fill_skipped(nll, alpha, question, normalize="question"):
     return torch.where(alpha > 0, nll, mean[question])
 
 
-# ---------------------------------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers
+# ---------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers
 def shared_segments(offsets):
-    """Cut one path where all tokenizers end a token, so that states of different tokenizers can be
-    compared.
+    """Cut one path where all tokenizers end a token, so that their states can be compared.
 
     offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for
     each student the segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give a segment
@@ -211,16 +210,16 @@ def shared_segments(offsets):
     spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
     cut = np.ones(1 + max(x.max() for x in spans), bool)  # by character
     for x in spans:
+        start, end = x[1:, 0], x[:-1, 1]  # of a next token, of the one before it
         clean = np.zeros_like(cut)
-        clean[x[:-1, 1][x[1:, 0] >= x[:-1, 1]]] = True
+        clean[end[start >= end]] = True
         cut &= clean
     before = np.cumsum(cut, dtype=np.int32) - cut  # cuts before a token's end
     return [before[x[:, 1]] for x in spans], int(cut.sum()) + 1
 
 
 def segment_mean(x, segment, n):
-    """Mean of x (T, d) over the tokens of each segment, segment (T,) in 0..n-1 -> (n, d); empty
-    segments are 0."""
+    """Mean of x (T, d) over each segment's tokens, segment (T,) in 0..n-1 -> (n, d); 0 if empty."""
     count = x.new_zeros(n).index_add(0, segment, torch.ones_like(segment, dtype=x.dtype))
     return x.new_zeros(n, x.shape[1]).index_add(0, segment, x) / count.clamp(min=1).unsqueeze(1)
 
@@ -235,11 +234,10 @@ def standardize(x, path, n):
 
 
 def competence_target(nll, routed):
-    """Target of Eq 6 (C, S): softmax over the routed students of minus their loss (nats per shared
-    segment), detached.
+    """Target of Eq 6 (C, S): softmax over the routed students of minus their loss, detached.
 
-    Eq 6 departs: Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9).
-    """
+    nll (C, S): nats per shared segment. Eq 6 departs: Eq 8 alone gives the competence no signal, or
+    one toward 1/S (open point 9). """
     return torch.softmax((-nll.detach()).masked_fill(~routed, -math.inf), -1)
 
 
@@ -248,35 +246,40 @@ class Collaboration(nn.Module):
 
     dims: hidden size of each student; d: the shared size. Frozen random projections by default:
     trained ones reach a low loss by losing rank (open point 8), with plain MSE by vanishing.
-    target: Eq 6 departs and learns from the students' losses; False: from Eq 8 alone, as printed.
-    """
+    target: Eq 6 departs and learns from the students' losses; False: from Eq 8 alone, as printed. """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, target=True):
         super().__init__()
         self.proj = nn.ModuleList(nn.Linear(k, d, bias=False) for k in dims)
         for layer in self.proj:
-            nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)  # keeps the scale of a feature
+            # Keeps the scale of a feature.
+            nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
             layer.requires_grad_(trained)
         self.w = nn.Parameter(torch.zeros(len(dims), d))  # Eq 6 regressor, one row per student
-        self.standardized, self.target = standardized, target
+        self.standardized = standardized
+        self.target = target
 
     def forward(self, z, segment, path, routed, nll):
-        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw (S, N, d), zt as
-        compared.
+        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw and zt as compared
+        (S, N, d).
 
         z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment:
         per student (T_s,) in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S)
         bool; nll (C, S): nats per segment. """
         n, c = len(path), len(routed)
-        raw = torch.stack([segment_mean(proj(x), seg, n) for proj, x, seg in zip(self.proj, z, segment)])  # Eq 5
-        zt = torch.stack([standardize(x, path, c) for x in raw]) if self.standardized else raw  # (S, N, d)
+        raw = torch.stack([segment_mean(proj(states), numbers, n)
+                           for proj, states, numbers in zip(self.proj, z, segment)])  # Eq 5
+        zt = raw
+        if self.standardized:
+            zt = torch.stack([standardize(x, path, c) for x in raw])
 
         score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
         gamma = torch.softmax(score, -1)  # Eq 6
         if self.target:
             wanted = competence_target(nll, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
-            z_ens = ensemble(gamma, zt, path).detach()  # Eq 7 teaches: student s is pulled by 1 - gamma_s
+            # Eq 7, which only teaches: student s is pulled by 1 - gamma_s.
+            z_ens = ensemble(gamma, zt, path).detach()
         else:
             l_competence = torch.zeros_like(gamma[:, 0])
             z_ens = ensemble(gamma, zt, path)  # Eq 7
@@ -300,14 +303,13 @@ class Collaboration(nn.Module):
 
 
 def ensemble(gamma, zt, path):
-    """Eq 7: z_ens = sum_s gamma_s zt_s, for gamma (C, S) of paths and zt (S, N, d) of segments ->
-    (N, d)."""
+    """Eq 7: z_ens (N, d) = sum_s gamma_s zt_s, gamma (C, S) of paths and zt (S, N, d) of segments."""
     return (gamma[path].T.unsqueeze(-1) * zt).sum(0)
 
 
 def effective_rank(x):
-    """exp of the entropy of x's share of variance per direction, x (N, d) centred (after Roy and
-    Vetterli, 2007)."""
+    """exp of the entropy of the share of variance per direction of x (N, d), centred (after Roy
+    and Vetterli, 2007)."""
     s = torch.linalg.svdvals((x - x.mean(0)).float()).square()
     p = s / s.sum().clamp(min=1e-12)
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
