@@ -246,7 +246,8 @@ class Collaboration(nn.Module):
 
     dims: hidden size of each student; d: the shared size. Frozen random projections by default:
     trained ones reach a low loss by losing rank (open point 8), with plain MSE by vanishing.
-    target: Eq 6 departs and learns from the students' losses; False: from Eq 8 alone, as printed. """
+    target: Eq 6 departs and learns from the students' losses; False: from Eq 8 alone, as printed.
+    """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, target=True):
         super().__init__()
@@ -303,7 +304,7 @@ class Collaboration(nn.Module):
 
 
 def ensemble(gamma, zt, path):
-    """Eq 7: z_ens (N, d) = sum_s gamma_s zt_s, gamma (C, S) of paths and zt (S, N, d) of segments."""
+    """Eq 7: z_ens (N, d) = sum_s gamma_s zt_s, of gamma (C, S) by path and zt (S, N, d)."""
     return (gamma[path].T.unsqueeze(-1) * zt).sum(0)
 
 
