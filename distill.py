@@ -651,6 +651,7 @@ def stop_if_not_finite(nll, norms, step, out, scaler):
     if not lost and not scaler.is_enabled():  # fp16's scaler skips such steps by itself
         lost = [s for s in range(nll.shape[1]) if not math.isfinite(norms[s])]
     if lost:
+        print(file=sys.stderr)  # below the progress bar
         stop(f"step {step + 1}: the loss or gradient of student {lost[0]} is not finite, so "
              f"nothing good can follow; the last good checkpoint stays in {out}; start again with "
              "a smaller --lr")
