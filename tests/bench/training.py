@@ -1,6 +1,6 @@
 """Speed and memory of distill.py and eval.py against the plain way and TRL: one process, alternating sides, medians.
 
-    python tests/bench.py [--json FILE] [--only a,c,e] [--device cuda] [--rows 6] [--repeats 3]
+    python tests/bench/training.py [--json FILE] [--only a,c,e] [--device cuda] [--rows 6] [--repeats 3]
 
 Every side of a row has the same models, paths, device, type and threads (OMP_NUM_THREADS). ratio = ours / other: speeds
 are better above 1, seconds and memory below. With QRD_MODELS and QRD_DATA: SmolLM2 135M, Gemma 3 270M, MiniLM and the
@@ -44,7 +44,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import distill
 import eval as tasks
 import judge
