@@ -15,7 +15,7 @@ import judge
 
 def line(row, seed, accuracy, budget="steps", against=rows.FULL, tokens=(100, 100), compared=None):
     return {"row": row, "against": against, "budget": budget, "seed": seed, "accuracy": accuracy, "tokens": list(tokens),
-            "compared": compared, "setting": "s", "commit": "c", "seconds": 1.0, "questions": 10, "ensemble": 0.5,
+            "compared": compared, "setting": "s", "versions": {"commit": "c"}, "seconds": 1.0, "questions": 10, "ensemble": 0.5,
             "upper_bound": 0.5, "before": {"accuracy": [0, 0], "ensemble": 0, "upper_bound": 0}, "rate": {}}
 
 

@@ -85,7 +85,7 @@ def verdict(case, code, text):
         return ("read in another way", wrong) if wrong else ("accepted", "")
     if code != 2 or len(errors) != 1 or len(errors[0]) > 1000:
         return "unclean refusal", f"exit code {code}, {len(errors)} error lines"
-    if not case.refuse:
+    if case.refuse is False:
         return "wrongly refused", errors[0]
     wrong = case.check() if case.check else None
     return ("read in another way", wrong) if wrong else ("refused", errors[0])

@@ -33,7 +33,7 @@ class Case:
     command: str               # distill, judge or eval
     argv: list
     what: str                  # the damage, in words
-    refuse: bool = True
+    refuse: bool = True        # None: to refuse and to accept are both right
     check: callable = None     # called after the command -> what is wrong, or nothing
     env: dict = dataclasses.field(default_factory=dict)
     secrets: tuple = (KEY,)    # must not be printed
@@ -594,6 +594,7 @@ def encoders(rng, box, folder):
         copy, refuse = box.students[0], False
     elif how == "cache is a file":
         (folder / "cache").write_text("")
+        refuse = None
     else:
         refuse = False
         with quiet():

@@ -47,7 +47,7 @@ def student(name, k=1, layers=None, device="cpu", checkpointing=False, nf4=False
     distill.add_lora(model, RANK // k, 2.0 * RANK // k)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return SimpleNamespace(model=model)
+    return SimpleNamespace(model=model, amp_dtype=torch.bfloat16)
 
 
 def quantize(model):

@@ -164,7 +164,7 @@ def run(flags, line, out):
         "before": {key: results["before"][key] for key in scores},
         "questions": results["after"]["questions"], "tokens": results["tokens_trained"],
         "seconds": results["seconds"], "rate": results["selection_rate"],
-        "versions": results.get("versions"), "commit": results.get("commit")})
+        "versions": results["versions"]})
 
 
 # ---------------------------------------------------------------- the grid

@@ -44,8 +44,7 @@ def run_seed(seed, out):
     questions = list({row["id"]: {key: row[key] for key in fields} for row in rows}.values())
     students = [out / "first" / f"student_{s}" for s in range(2)]
     answers = [right_answers(student, questions) for student in students]
-    line = {"seed": seed, "versions": first.get("versions"), "commit": first.get("commit"),
-            **{arm: [] for arm in ARMS}}
+    line = {"seed": seed, "versions": first["versions"], **{arm: [] for arm in ARMS}}
     for s, student in enumerate(students):
         for arm, more in (("pool", []), ("other", answers[1 - s]), ("own", answers[s])):
             paths = out / f"{arm}_{s}.jsonl"

@@ -188,7 +188,7 @@ def rate_texts(cells):
 
 def markdown(table):
     """The whole text of results/TABLE.md."""
-    commits = sorted({line["commit"] or "unknown" for line in read_lines(table)})
+    commits = sorted({line["versions"]["commit"][:12] for line in read_lines(table)})
     head = f"## Table {table}\n\n{LEGEND}\n\n"
     sections = [section(*setting) for setting in settings_of(table).items()]
     return head + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
