@@ -539,8 +539,8 @@ def students(rng, box, folder):
     elif command == "eval":
         argv = ["--students", str(copy), "--questions", box.test, "--max_new_tokens", "2", "--limit", "1", "--device", "cpu"]
     else:
-        argv = ["--paths", box.pool, "--judge", str(copy), "--max_new_tokens", "2", "--device", "cpu", "--out",
-                str(folder / "out.jsonl")]
+        argv = ["--paths", box.pool, "--judge", str(copy), "--max_new_tokens", "2", "--device", "cpu", "--retries", "0",
+                "--out", str(folder / "out.jsonl")]
     return Case(command, argv, what, check=check)
 
 
@@ -712,7 +712,7 @@ FLAGS = {
                 "file": ["--paths", "--eval_questions", "--resume", "--encoder"]},
     "judge": {"count": ["--samples", "--max_new_tokens", "--concurrency", "--batch_size"],
               "natural": ["--canaries", "--retries", "--max_calls", "--max_tokens_total"], "weight": ["--temperature"],
-              "positive": ["--timeout"], "choice": ["--styles", "--task", "--device"], "file": ["--paths"]},
+              "positive": ["--timeout"], "choice": ["--styles", "--task"], "file": ["--paths"]},
     "eval": {"count": ["--samples", "--max_new_tokens", "--batch_size", "--limit"], "natural": ["--show"],
              "weight": ["--temperature"], "choice": ["--task", "--device"], "file": ["--questions"]},
 }
