@@ -1,10 +1,13 @@
+"""What all tests share: the import path, and the folders with real data and models."""
 import os
 import pathlib
 import sys
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+HERE = pathlib.Path(__file__).resolve().parent
+for part in (HERE.parent, HERE / "bench", HERE / "experiments"):
+    sys.path.insert(0, str(part))
 
 
 def folder(variable, what):

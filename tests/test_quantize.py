@@ -209,7 +209,7 @@ def test_a_missing_package_is_named(world, tmp_path, capsys, monkeypatch, missin
     assert "pip install bitsandbytes accelerate" in said
 
 
-# ---------------------------------------------------------------- tests/memory.py
+# ---------------------------------------------------------------- tests/bench/memory.py
 @pytest.mark.parametrize("name, k", [("Mistral-7B-v0.3", 4), ("Gemma-7B", 8)])
 def test_memory_predicted_from_small_models_and_counted_in_fake_tensors_is_that_of_a_real_step(monkeypatch, name, k):
     real = memory.count([memory.student(name, k, 4)], 3, 96)

@@ -1,7 +1,7 @@
 """GPU memory of a training step of two 7B-class students (Mistral-7B-v0.3 and Gemma-7B, LoRA of rank 32), term by term.
 
-    python tests/memory.py                   # counted at the real shapes in fake tensors: no weights, no GPU, 2 minutes
-    python tests/memory.py --device cuda     # and beside it the same step run on a GPU with random weights
+    python tests/bench/memory.py                   # counted at the real shapes in fake tensors: no weights, no GPU, 2 minutes
+    python tests/bench/memory.py --device cuda     # and beside it the same step run on a GPU with random weights
 
 A step's tensors are counted as PyTorch makes and frees them (bf16 AMP, fused attention); a fake tensor has a shape and
 no data. Not counted: what kernels take inside, the CUDA context, fragmentation; 1.5 GB are kept free for these. The
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GemmaConfig, MistralConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import distill
 import eval as tasks
 
@@ -47,7 +47,7 @@ def student(name, k=1, layers=None, device="cpu", checkpointing=False, nf4=False
     distill.add_lora(model, RANK // k, 2.0 * RANK // k)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return SimpleNamespace(model=model)
+    return SimpleNamespace(model=model, amp_dtype=torch.bfloat16)
 
 
 def quantize(model):

@@ -1,0 +1,91 @@
+"""The tables as data: which rows each has, and what a row changes."""
+import dataclasses
+import re
+
+FULL = "QR-Distill"
+
+
+@dataclasses.dataclass
+class Row:
+    """One row of a table. STYLE in its fields makes a row for each style of the pool."""
+    name: str
+    flags: str = ""         # of distill.py, beside seed, steps, questions a step and the arena
+    against: str = FULL     # the reference: a row of the same table
+    compared: tuple = None  # numbers of the students that are compared (all)
+    scramble: str = None    # the paths of this style are scrambled for student 1
+    baseline: str = None    # trains on these rows of judge.py's instead of the pool's
+
+
+ALL = Row("all paths to both", "--route all")
+RANDOM = Row("a random path", "--route random")
+MAIN = [
+    Row(FULL), ALL, RANDOM,
+    Row("the shortest path", "--route short"),
+    Row("the likeliest path", "--route nll"),
+    Row("only STYLE", "--route all --styles STYLE"),
+    Row("no collaboration", "--mutual_weight 0"),
+]
+HARMFUL = [Row(f"{row.name}, STYLE scrambled", row.flags, f"{FULL}, STYLE scrambled", (1,), "STYLE")
+           for row in (Row(FULL), ALL, RANDOM)]
+SAMPLES = [Row(FULL), ALL]
+for share in (0.5, 0.25, 0.1):
+    fewer = f", {share:.0%} of the questions"
+    SAMPLES += [Row(FULL + fewer, f"--train_frac {share}"),
+                Row(ALL.name + fewer, f"{ALL.flags} --train_frac {share}", FULL + fewer)]
+TABLES = {
+    "main": MAIN,
+    "real": MAIN,
+    "paper": [
+        Row(FULL),
+        Row("one path of a question (SKD)", "--route all --mutual_weight 0 --styles chain_of_thought"),
+        Row("distilling step-by-step", "--route all --mutual_weight 0", baseline="step_by_step"),
+        Row("no filter", "--filter none"),
+        Row("answer filter only", "--filter answer"),
+        Row("student 0 frozen", "--freeze 0", compared=(1,)),
+        Row("student 1 frozen", "--freeze 1", compared=(0,)),
+    ],
+    "ablation": [
+        Row(FULL),
+        Row("all as printed", "--as_printed"),
+        Row("gates as printed", "--gate binary --reward loss --no-style_input --explore 0"),
+        Row("binary gates", "--gate binary --explore 0"),
+        Row("reward: mean loss", "--reward loss"),
+        Row("no style input", "--no-style_input"),
+        Row("MLP router", "--router_hidden 256 --router_lr 0.01"),
+        *(Row(f"first phase {share}", f"--explore {share}") for share in (0.05, 0.1, 0.5)),
+    ],
+    "competence": [
+        Row(FULL),
+        Row("no collaboration", "--mutual_weight 0"),
+        Row("ten times the mutual loss", "--mutual_weight 1"),
+        Row("competence from Eq 8", "--competence eq8"),
+        Row("trained projections", "--projection trained"),
+        ALL,
+        Row("all paths to both, no collaboration", "--route all --mutual_weight 0"),
+    ],
+    "harmful": HARMFUL,
+    "samples": SAMPLES,
+}
+
+
+def rows_of(table, styles, only=None):
+    """The rows of a table, one for each style where they say STYLE; of these the rows named `only`,
+    and the rows that they are compared with. Raises ValueError at a name that is none."""
+    rows = []
+    for row in TABLES[table]:
+        for style in styles if "STYLE" in row.name else [""]:
+            texts = {key: value.replace("STYLE", style)
+                     for key, value in vars(row).items() if isinstance(value, str)}
+            rows.append(dataclasses.replace(row, **texts))
+    names = [row.name for row in rows]
+    if unknown := sorted(set(only or []) - set(names)):
+        raise ValueError(f"{unknown[0]!r} is none of the rows {', '.join(map(repr, names))}")
+    wanted = {name for row in rows if not only or row.name in only for name in (row.name, row.against)}
+    return [row for row in rows if row.name in wanted]
+
+
+def place(table, name):
+    """Where a row stands in its table: the number of its entry, for sorting."""
+    patterns = [re.escape(row.name).replace("STYLE", ".+") for row in TABLES[table]]
+    found = [i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, name)]
+    return found[0] if found else len(patterns)
