@@ -246,9 +246,9 @@ def check_flags(args):
 def check_out_dir(folder):
     """stop() where a run folder can't be written, or holds a run that got to its start."""
     out = Path(folder)
-    if (out / "checkpoint.safetensors").exists() or (out / "results.json").exists():
+    if any(os.path.exists(out / name) for name in ("checkpoint.safetensors", "results.json")):
         stop(f"--out_dir {folder} holds a run already: pass --resume {folder}, or another folder")
-    new = not out.exists()
+    new = not os.path.exists(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -1243,11 +1243,14 @@ def encode_pairs(pairs, encoder, device):
         # A loaded encoder may draw random numbers, a cache draws none.
         with torch.random.fork_rng(devices=[]):
             tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
-            model = transformers.AutoModel.from_pretrained(
-                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+            model, report = transformers.AutoModel.from_pretrained(
+                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True)
             model = model.to(device).eval()
     except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
         stop(f"--encoder {encoder}: not an encoder that transformers can load ({one_line(e, 200)})")
+    if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
+        stop(f"--encoder {encoder}: its file of weights lacks {missing[0]}; it is damaged")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     # RoBERTa has 514 positions for 512 tokens.
     positions = getattr(model.config, "max_position_embeddings", 514) - 2
