@@ -33,9 +33,9 @@ from eval import stop, within
 
 # What --as_printed sets: every equation as the paper prints it, but for the sign of the entropy in
 # Eq 9, which the paper's own text says is maximised.
-AS_PRINTED = {"style_input": False, "router_hidden": 256, "gate": "onehot", "explore": 0.0,
-              "reward": "loss", "entropy": "literal", "normalize": "batch",
-              "projection": "trained", "standardize": False, "competence": "eq8"}
+AS_PRINTED = {"style_input": False, "router_hidden": 256, "gate": "onehot", "reward": "loss",
+              "probe": 0.0, "entropy": "literal", "normalize": "batch", "competence": "eq8",
+              "projection": "trained", "standardize": False}
 # What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
 DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96}
 REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512}
@@ -111,20 +111,21 @@ def make_parser():
                         "(hash)")
     g.add_argument("--router_hidden", type=natural, default=0,
                    help="Eq 2: width of the paper's MLP, 0: linear (0)")
-    g.add_argument("--router_lr", type=weight, default=0.1,
-                   help="learning rate of the router (0.1)")
+    g.add_argument("--router_lr", type=weight, default=0.3,
+                   help="learning rate of the router (0.3)")
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
     g.add_argument("--gate", default="categorical",
                    help="Eq 2, from router.GATES: categorical: a student gets one path of each "
                         "question; binary: any number of them; onehot: a path goes to one student "
                         "(categorical)")
-    g.add_argument("--reward", default="sum", choices=["sum", "loss"],
-                   help="what the router lowers: a path's total loss, or its mean over tokens, as "
-                        "in Eq 9 (sum)")
-    g.add_argument("--explore", type=share, default=0.2,
-                   help="first share of the steps: all paths go to all students, while the router "
-                        "learns from losses that its choices did not shape (0.2)")
+    g.add_argument("--reward", default="posterior", choices=["posterior", "sum", "loss"],
+                   help="what the router learns: posterior: to choose the path that the student is "
+                        "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
+                        "its mean over tokens, through the gates, as in Eq 9 (posterior)")
+    g.add_argument("--probe", type=share, default=0.125,
+                   help="share of a step's questions all of whose paths are run, forward only, so "
+                        "that the router hears about what it does not choose (0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
                    help="Eq 3: a rate for each student, or one for all as printed (student)")
@@ -230,13 +231,16 @@ def check_flags(args):
              "--lora_rank above 0")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
-    if args.route == "learned" and args.gate == "categorical":
-        if args.normalize == "batch":
+    if args.route == "learned":
+        if args.reward == "posterior" and args.gate != "categorical":
+            stop(f"--gate {args.gate}: --reward posterior is about the choice of one path of each "
+                 "question; pass --reward sum or loss too")
+        if args.gate == "categorical" and not args.probe:
+            stop("--probe 0: a student that gets one path of a question has nothing to compare it "
+                 "with, and the router never learns; pass a share above 0, or --gate binary")
+        if args.gate == "categorical" and args.normalize == "batch":
             stop("--normalize batch: with one path of each question all weigh the same anyway; "
-                 "pass --gate binary too")
-        if not args.explore:
-            stop("--explore 0: a student that gets one path of a question has nothing to compare "
-                 "it with, and the router never learns; pass a share above 0, or --gate binary")
+                 "pass --gate binary and --reward sum too")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -292,7 +296,7 @@ WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine d
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
 SHARED_DIM = 64  # Eq 5: d
-ROUTER_BOUND = 4.0  # of the logits; None with --as_printed
+ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 EVAL_BATCH = 32  # answers that are generated at a time
 
 
@@ -319,8 +323,7 @@ def main(args=None):
 
     # What trains: the students, the collaboration beside them, and the router.
     torch.manual_seed(args.seed)  # the same numbers from here on, whatever was loaded from a cache
-    bound = None if args.as_printed else ROUTER_BOUND
-    router = qr.Router(h.shape[1], len(students), args.router_hidden, bound)
+    router = qr.Router(h.shape[1], len(students), args.router_hidden)
     collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
                               trained=args.projection == "trained", standardized=args.standardize,
                               target=args.competence == "target").to(device)
@@ -352,7 +355,7 @@ def main(args=None):
     for step in bar:
         began = time.time()
         scale = lr_scale(step, steps)
-        scale_learning_rates(optimizer, router_optimizer, scale)
+        scale_learning_rates(optimizer, scale)
         epoch, numbers, question = step_paths(questions, step, args)  # (P,) each
         paths = [rows[i] for i in numbers]
         length = lengths[numbers]  # (P, S)
@@ -360,8 +363,7 @@ def main(args=None):
         # Eq 2: the gates decide for the whole step before any student runs.
         logits = router(h[numbers])  # (P, S)
         choice = None if fixed is None else fixed[numbers]  # (P, S)
-        first_phase = step < args.explore * steps
-        alpha, p = route(logits, question, choice, first_phase, gates, args)  # (P, S) each
+        alpha, p = route(logits, question, choice, gates, args)  # (P, S) each
         routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
@@ -369,13 +371,18 @@ def main(args=None):
         # others got too.
         nll, seen = student_step(students, collab, paths, question, routed, weight.detach(),
                                  scaler, args)
-        sum_over_processes(nll, optimizer, collab)
-        nll = nll.cpu()  # (P, S) nats of a path
+
+        # The probe: all paths of a few questions run, without gradient, so that the router hears
+        # about what it did not choose.
+        probed = probed_questions(question, args)  # (P,) bool
+        heard = nll + probe(students, paths, question, probed, routed, args)
+        sum_over_processes([nll, heard], optimizer, collab)
+        nll, heard = nll.cpu(), heard.cpu()  # (P, S) nats of a path, 0 where it was not run
 
         # Eq 3, Eq 4 and Eq 9: the router learns from the students' losses.
         entropy = None
         if args.route == "learned":
-            entropy = router_step(alpha, p, weight, nll, length, question, args)
+            entropy = router_step(logits, alpha, p, weight, heard, probed, length, question, args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -454,7 +461,7 @@ def cpu_has_bf16():
 
 
 # ---------------------------------------- the method's steps
-def route(logits, question, fixed, first_phase, gates, args):
+def route(logits, question, fixed, gates, args):
     """Eq 2: which students train on which of the step's paths.
 
     logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None;
@@ -464,11 +471,7 @@ def route(logits, question, fixed, first_phase, gates, args):
         return fixed, fixed
     if args.route == "random":  # the same gates, all with the same odds
         logits = torch.zeros_like(logits)
-    alpha, p = qr.GATES[args.gate](logits, question, gates)
-    if first_phase and args.route == "learned":
-        # All to all, for losses that no choice of the router has shaped; the gradient stays.
-        alpha = torch.ones_like(alpha) + alpha - alpha.detach()
-    return alpha, p
+    return qr.GATES[args.gate](logits, question, gates)
 
 
 def student_step(students, collab, paths, question, routed, weight, scaler, args):
@@ -533,21 +536,42 @@ def collaborate(collab, z, segment, segments, routed, nll, seen, args):
     return args.mutual_weight * l_mutual.sum() + l_competence.sum()
 
 
-def router_step(alpha, p, weight, nll, length, question, args):
-    """Eq 3, Eq 4 and Eq 9 for the router: the gradient of L_distill by alpha, with the students'
-    losses as constants.
+def probed_questions(question, args):
+    """(P,) bool: the paths of the step's first few questions, whose order is random anyway."""
+    share = args.probe if args.route == "learned" else 0
+    return question < math.ceil(share * (int(question.max()) + 1))
 
-    alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path; length (P, S), tokens -> the
-    entropy of Eq 4. A pair that was not run gets the mean loss of its question's routed pairs, so
-    its gate's gradient is zero. """
-    # Eq 9 departs with "sum": by the token, wordy styles win (open point 6).
-    cost = nll if args.reward == "sum" else nll / length
-    cost = qr.fill_skipped(cost, alpha, question, args.normalize)
-    l_distill = (weight * cost).sum()
+
+@torch.no_grad()
+def probe(students, paths, question, probed, routed, args):
+    """Run the paths of probed questions (P,) that a student did not get (routed (P, S) bool) ->
+    their nats (P, S), 0 elsewhere."""
+    nll = torch.zeros(routed.shape, device=students[0].model.device)
+    for here in micro_batches(question, args):
+        for s, student in enumerate(students):
+            rest = here[probed[here] & ~routed[here, s]]
+            some = [paths[i] for i in rest]
+            nll[rest, s] = forward_paths(student, s, some, [-1] * len(some))[0]
+    return nll
+
+
+def router_step(logits, alpha, p, weight, nll, probed, length, question, args):
+    """Eq 3, Eq 4 and Eq 9 for the router, with the students' losses as constants.
+
+    logits, and alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path, known where it was
+    routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. With --reward sum or loss
+    the gradient of L_distill reaches the router through alpha, and a pair that was not run gets the
+    mean loss of its question's known pairs, so its gate's gradient is zero. """
+    if args.reward == "posterior":  # Eq 9 departs, see posterior_loss
+        loss = qr.posterior_loss(logits[probed], nll[probed], question[probed])
+    else:
+        cost = nll if args.reward == "sum" else nll / length
+        known = (alpha.detach() > 0.5) | probed[:, None]
+        loss = (weight * qr.fill_skipped(cost, known, question, args.normalize)).sum()
     per_student = args.entropy == "student"
     entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)
     # Eq 9 departs: Eq 4 is maximised, so subtracted.
-    (l_distill - args.entropy_weight * entropy).backward()
+    (loss - args.entropy_weight * entropy).backward()
     return float(entropy.detach())
 
 
@@ -608,12 +632,14 @@ def path_losses(rows, students):
 # ---------------------------------------- optimisation
 def make_optimizers(students, collab, router, args):
     """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose
-    gradients AMP leaves alone. A frozen student's group is empty."""
+    gradients AMP leaves alone and whose rate stays: the students never stop changing. A frozen
+    student's group is empty."""
     groups = [{"params": trainable(student.model), "peak": student.lr, "weight_decay": WEIGHT_DECAY}
               for student in students]
     groups.append({"params": trainable(collab), "peak": 1e-3, "weight_decay": 0.0})
-    routing = [{"params": trainable(router), "peak": args.router_lr, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups), torch.optim.AdamW(routing)
+    router_optimizer = torch.optim.AdamW(router.parameters(), lr=args.router_lr, betas=ROUTER_BETAS,
+                                         weight_decay=ROUTER_DECAY)
+    return torch.optim.AdamW(groups), router_optimizer
 
 
 def trainable(module):
@@ -628,8 +654,8 @@ def lr_scale(step, steps):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def scale_learning_rates(optimizer, router_optimizer, scale):
-    for group in optimizer.param_groups + router_optimizer.param_groups:
+def scale_learning_rates(optimizer, scale):
+    for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
 
 
@@ -665,12 +691,13 @@ def same_weights_everywhere(optimizer):
                 dist.broadcast(p.data, 0)
 
 
-def sum_over_processes(nll, optimizer, collab):
+def sum_over_processes(losses, optimizer, collab):
     """Under torchrun: add up losses and gradients. The weights of Eq 9 are the whole step's, so the
     sum is the gradient of one process."""
     if not dist.is_initialized():
         return
-    dist.all_reduce(nll)
+    for nll in losses:
+        dist.all_reduce(nll)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = torch.cat([grad.flatten() for grad in grads])
@@ -1524,9 +1551,7 @@ def write_results(out, args, run, after, students, log, per_epoch, pool, rows, q
     """predictions.jsonl, results.json, and the table on the screen."""
     lines = [json.dumps(line) + "\n" for line in after["predictions"]]
     write_atomic("".join(lines), out / "predictions.jsonl")
-    # The selection rates are of the last epoch, without the first phase.
-    explored = math.ceil(args.explore * len(log)) if args.route == "learned" else 0
-    last = log[max(len(log) - per_epoch, explored):] or log
+    last = log[-per_epoch:]  # the selection rates are of the last epoch
     rates = {}
     for style in sorted({row["style"] for row in rows}):
         of_steps = [line["rate_style"][style] for line in last if style in line["rate_style"]]

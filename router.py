@@ -49,25 +49,17 @@ def encoder_embed(model, tokenizer, pairs, max_length=512):
 # ---------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
 class Router(nn.Module):
     """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a
-    `hidden` width.
+    `hidden` width."""
 
-    bound: the largest size of a logit, None for no bound, as printed. """
-
-    def __init__(self, d, students, hidden=0, bound=4.0):
+    def __init__(self, d, students, hidden=0):
         super().__init__()
         last = nn.Linear(hidden or d, students)
-        # All paths start with the same odds: no style is favoured at birth.
-        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured
         nn.init.zeros_(last.bias)
         self.net = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), last) if hidden else last
-        self.bound = bound
 
     def forward(self, h):
-        logits = self.net(h)
-        if self.bound is None:
-            return logits
-        # No gate saturates for good: at 4 its probability stays in [.018, .982] (open point 5).
-        return self.bound * torch.tanh(logits / self.bound)
+        return self.net(h)
 
 
 # A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample,
@@ -140,10 +132,15 @@ def max_per_question(x, question):
     return lowest.scatter_reduce(0, rows, x, "amax")
 
 
+def log_softmax_per_question(x, question):
+    """Log-softmax of x (P, S) over the paths of each question, student by student."""
+    x = x - max_per_question(x.detach(), question)[question]
+    return x - per_question(x.exp(), question).log()[question]
+
+
 def softmax_per_question(x, question):
     """Softmax of x (P, S) over the paths of each question, student by student."""
-    e = (x - max_per_question(x.detach(), question)[question]).exp()
-    return e / per_question(e, question)[question]
+    return log_softmax_per_question(x, question).exp()
 
 
 def keep_best(score, question):
@@ -197,6 +194,20 @@ def fill_skipped(nll, alpha, question, normalize="question"):
         question = torch.zeros_like(question)
     mean = per_question(alpha * nll, question) / per_question(alpha, question).clamp(min=1)
     return torch.where(alpha > 0, nll, mean[question])
+
+
+def posterior_loss(logits, nll, question):
+    """What the router minimises on questions all of whose paths were run: the cross-entropy of its
+    choice, a softmax over a question's paths, to the student's own, softmax_j log p_s(R_ij | Q_i).
+
+    logits, nll (P, S), nats of a whole path; question (P,) -> scalar, a mean over questions.
+    Eq 9 departs: with its gate as a distribution over a question's paths and the entropy of Eq 4
+    over it, sum_j p_j nll_j - H(p) is least at this very softmax. Unlike that form's gradient,
+    p - softmax(-nll) does not vanish where the router is sure of a path that has become bad.
+    """
+    wanted = softmax_per_question(-nll, question)
+    log_p = log_softmax_per_question(logits, question)
+    return -(wanted * log_p).sum() / (int(question.max()) + 1)
 
 
 # ---------------------------------------- Eq 5 to Eq 8: collaboration across tokenizers

@@ -75,15 +75,9 @@ def test_a_real_encoder_averages_real_tokens_only(models_dir):
 
 
 # ---------------------------------------------------------------- Eq 2
-def test_router_starts_at_one_half_and_its_logits_are_bounded():
+def test_router_starts_without_a_favourite():
     for hidden in (0, 8):
-        router, h = qr.Router(5, 3, hidden), randn(7, 5).float()
-        assert torch.equal(router(h), torch.zeros(7, 3))
-        for p in router.parameters():
-            torch.nn.init.normal_(p, std=100, generator=seeded())
-        assert 3.9 < router(h).abs().max() <= 4
-        router.bound = None  # as printed
-        assert torch.equal(router(h), router.net(h)) and router(h).abs().max() > 4
+        assert torch.equal(qr.Router(5, 3, hidden)(randn(7, 5).float()), torch.zeros(7, 3))
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
@@ -261,26 +255,93 @@ def test_skipped_losses_are_the_mean_of_the_known_ones():
         assert abs(filled[p, s] - want) < 1e-12
 
 
-@pytest.mark.parametrize("first_phase", [True, False])
-def test_router_finds_each_students_cheapest_path_while_it_sees_all_losses(first_phase):
-    question = torch.arange(8).repeat_interleave(4)
-    cost = torch.tensor([[20.0, 30], [25, 20], [60, 25], [200, 90]]).repeat(8, 1)  # per style and student, nats a path
-    router, generator = qr.Router(4, 2), seeded()
-    optimizer = torch.optim.Adam(router.parameters(), lr=0.1)
-    for _ in range(150):
-        alpha, _ = qr.categorical_gate(router(torch.eye(4).repeat(8, 1)), question, generator)
-        if first_phase:
-            alpha = 1 + alpha - alpha.detach()
-        noisy = cost * torch.exp(0.2 * torch.randn(cost.shape, generator=generator)) * (alpha.detach() > 0)
+def test_posterior_loss_is_the_cross_entropy_of_the_choice_to_the_students_own():
+    logits, nll = randn(9, 2).requires_grad_(), 30 + 3 * randn(9, 2, seed=1)
+    loss = qr.posterior_loss(logits, nll, QUESTION)
+    by_hand, gradient = 0, np.zeros((9, 2))
+    for q, s in itertools.product(range(3), range(2)):
+        mine = np.flatnonzero(QUESTION == q)
+        p = np.exp(logits.detach().numpy()[mine, s])
+        wanted = np.exp(30 - nll.numpy()[mine, s])
+        p, wanted = p / p.sum(), wanted / wanted.sum()
+        by_hand -= (wanted * np.log(p)).sum() / 3
+        gradient[mine, s] = (p - wanted) / 3  # it does not vanish where p is sure of the wrong path
+    assert abs(loss.detach() - by_hand) < 1e-12
+    assert np.abs(torch.autograd.grad(loss, logits)[0].numpy() - gradient).max() < 1e-12
+
+
+def test_posterior_is_where_eq_9_with_the_entropy_over_a_questions_paths_is_least():
+    nll = 10 + 2 * randn(9, 2)
+    least = qr.softmax_per_question(-nll, QUESTION)
+
+    def free_energy(logits):
+        p = qr.softmax_per_question(logits, QUESTION)
+        return (p * nll + p * p.log()).sum()
+
+    logits = randn(9, 2, seed=3).requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
         optimizer.zero_grad()
-        (qr.path_weights(alpha, question) * qr.fill_skipped(noisy, alpha, question)).sum().backward()
-        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        loss = free_energy(logits)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert torch.allclose(qr.softmax_per_question(logits.detach(), QUESTION), least, atol=1e-4)
+
+
+STYLES = torch.eye(4).repeat(8, 1)  # eight questions in four styles
+EIGHT = torch.arange(8).repeat_interleave(4)
+
+
+def follow(costs, reward, steps=150, betas=(0.5, 0.95), decay=0.1, lr=0.3):
+    """The rate (steps, style, S) of a router that hears of one question's costs (style, S) in each step."""
+    router, generator, rates = qr.Router(4, 2), seeded(), []
+    optimizer = torch.optim.AdamW(router.parameters(), lr=lr, betas=betas, weight_decay=decay)
+    for step in range(steps):
+        noise = torch.exp(0.2 * torch.randn(32, 2, generator=generator))
+        logits, nll = router(STYLES), costs(step).repeat(8, 1) * noise
+        probed = EIGHT == 0
+        optimizer.zero_grad()
+        if reward == "posterior":
+            qr.posterior_loss(logits[probed], nll[probed], EIGHT[probed]).backward()
+        else:  # a first phase in which all is known, then one path of each question, which has no peer
+            alpha, _ = qr.categorical_gate(logits, EIGHT, generator)
+            alpha = alpha + (1 - alpha.detach()) if step < 0.2 * steps else alpha
+            weight = qr.path_weights(alpha, EIGHT)
+            (weight * qr.fill_skipped(nll, alpha, EIGHT)).sum().backward()
         optimizer.step()
-    rate = torch.softmax(router(torch.eye(4)), 0)
-    if first_phase:
-        assert rate[0, 0] > 0.7 and rate[1, 1] > 0.7 and rate[3].max() < 0.02
-    else:  # one path of a question has nothing to be compared with
-        assert torch.allclose(rate, torch.full((4, 2), 0.25), atol=1e-4)
+        rates.append(torch.softmax(router(torch.eye(4)), 0).detach())
+    return torch.stack(rates)
+
+
+def test_router_finds_each_students_cheapest_path():
+    cost = torch.tensor([[20.0, 30], [25, 20], [60, 25], [200, 90]])  # per style and student, nats a path
+    rate = follow(lambda step: cost, "posterior")[-30:].mean(0)
+    assert rate[0, 0] > 0.7 and rate[1, 1] > 0.7 and rate[3].max() < 0.05
+
+
+def test_router_leaves_a_style_that_becomes_bad_within_a_tenth_of_the_run_and_the_one_of_before_stays():
+    good = torch.tensor([[20.0, 20], [30, 30], [35, 35], [50, 50]])
+    scrambled = good.clone()
+    scrambled[0] = 150  # what the students were on, from the middle on
+    turn = {"posterior": {}, "first phase": {"betas": (0.9, 0.999), "decay": 0.0, "lr": 0.1}}
+    rates = {name: follow(lambda step: good if step < 75 else scrambled, name, **more) for name, more in turn.items()}
+    for name, rate in rates.items():
+        assert rate[74, 0].min() > 0.8, name
+    assert rates["posterior"][90, 0].max() < 0.1
+    assert rates["first phase"][-1, 0].min() > 0.8
+
+
+def test_router_finds_a_style_that_was_bad_at_first_and_the_one_of_before_does_not():
+    clean = torch.tensor([[20.0, 20], [30, 30], [35, 35], [50, 50]])
+    scrambled = clean.clone()
+    scrambled[0] = 150
+    turn = {"posterior": {}, "first phase": {"betas": (0.9, 0.999), "decay": 0.0, "lr": 0.1}}
+    rates = {name: follow(lambda step: scrambled if step < 30 else clean, name, **more) for name, more in turn.items()}
+    assert rates["posterior"][29, 0].max() < 0.1 and rates["posterior"][45:].mean(0)[0].min() > 0.8
+    assert rates["first phase"][-1, 0].max() < 0.2
 
 
 @pytest.mark.parametrize("normalize", ["question", "batch"])
