@@ -211,7 +211,7 @@ def read_choices(row, where):
             pairs = [*fields.items()]
         case [*items] if all(isinstance(item, dict) for item in items):
             pairs = [(item.get("label"), item.get("text")) for item in items]
-        case [*texts]:
+        case [*texts] if len(texts) <= len(LETTERS):
             pairs = [*zip(LETTERS, texts)]
         case _:
             pairs = [(None, None)]
