@@ -243,7 +243,8 @@ def clean_answer(row, letters, where):
         right = None
     if not right:
         of = f"choices {', '.join(choices)}" if kind == "choice" else f"kind {kind}"
-        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {row['task']} ({of})")
+        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {row['task']} "
+             f"({of})")
     return right
 
 
@@ -392,8 +393,8 @@ ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
 # "If the answer is ..." announces nothing.
 SUPPOSED = re.compile(r"(?i)\b(?:if|suppose|whether|assum\w+|unless|check)\b[^.,:!?\n]{0,30}\Z")
-DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?|except"
-                    r"|rule[sd]? out|unlikely)\b|n't\b|n’t\b")
+DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
+                    r"|except|rule[sd]? out|unlikely)\b|n['’]t\b")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
 # Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4, not
 # 2nd, 2 million.
@@ -610,8 +611,8 @@ def read_yesno(statement, choices=None):
 
 
 # ---- one of several choices
-REASON = re.compile(r"\b(?:because|since|as|given|which|while|whereas|although|though|not|rather than"
-                    r"|instead of|unlike|due to)\b")
+REASON = re.compile(r"\b(?:because|since|as|given|which|while|whereas|although|though|not"
+                    r"|rather than|instead of|unlike|due to)\b")
 
 
 def read_choice(statement, choices):
@@ -698,7 +699,8 @@ def read_math(text, announced):
 
 
 # Between boxes that make one answer: "}$ and $y = ".
-JOINT = re.compile(r"(?:[\s$,;{}&]|\\[()\[\],;]|\\q?quad|\\text|\b(?:and|or)\b|[A-Za-z](?:_\w)?\s?=)*")
+JOINT = re.compile(r"(?:[\s$,;{}&]|\\[()\[\],;]|\\q?quad|\\text|\b(?:and|or)\b"
+                   r"|[A-Za-z](?:_\w)?\s?=)*")
 READERS = {"number": read_number, "yesno": read_yesno, "choice": read_choice}
 
 
@@ -714,7 +716,8 @@ def grade(task, prediction, answer, choices=None):
     a, b = number_in(prediction), number_in(answer)
     if a is None or b is None:
         return False
-    a, b = Fraction(a), Fraction(b)  # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
+    # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
+    a, b = Fraction(a), Fraction(b)
     return a == b or (a.denominator > 1 and abs(a - b) <= abs(b) / 10**6)
 
 
@@ -727,8 +730,8 @@ FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc
              "log": "log10"}
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho",
          "sigma", "tau", "phi", "varphi", "psi", "omega", "infty")
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "√": r"\sqrt",
-                         "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "≠": "!=",
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "≤": "<=",
+                         "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ", "∞": r"\infty ",
                          "∪": r"\cup ", "≈": r"\approx "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # layout, currency and degrees; \\ ends the row of a matrix
@@ -755,7 +758,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
 # words in a formula (but "a.m." and "p.m." are part of an answer), and plain units after it
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|[mh]box|emph|mathrm|mathbf|bold)\s*"
                   r"\{(?!\s*[ap]\.?m\b)([^{}]*)\}(?:\^\{?\d\}?)?")
-UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+(?:\^\{?\d\}?)?\s*$")
+UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+"
+                   r"(?:\^\{?\d\}?)?\s*$")
 _SYMBOL = rf"(?:[A-Za-z]'?(?:_\w+)?'?|\\(?:{'|'.join(GREEK)})(?:_\w+)?)"
 SYMBOL = re.compile(_SYMBOL)
 # What may stand before "=" without being a part of the answer: x, f(x), (a, b), AB, \angle ABC.
@@ -822,17 +826,15 @@ def named(s):
 def interval(s):
     """(variable, interval) of an inequality such as x > 3 or 3 < x <= 5; (None, s) of others."""
     parts = [part.strip() for part in re.split(r"([<>]=?)", s)]
-    if len(parts) == 3 and SYMBOL.fullmatch(parts[2]):  # 3 < x
-        parts = [parts[2], parts[1].translate(str.maketrans("<>", "><")), parts[0]]
+    if len(parts) in (3, 5) and parts[1][0] == ">":  # from the smallest to the largest
+        parts = [part.replace(">", "<") for part in reversed(parts)]
     if len(parts) == 3:
-        infinite = ["\\infty", ">"] if parts[1][0] == ">" else ["-\\infty", "<"]
-        parts = infinite + parts
-    if len(parts) == 5 and parts[1][0] == parts[3][0] == ">":
-        parts = [parts[4], parts[3].replace(">", "<"), parts[2], parts[1].replace(">", "<"), parts[0]]
+        rising = SYMBOL.fullmatch(parts[0])  # x < 3, else 3 < x
+        parts = ["-\\infty", "<", *parts] if rising else [*parts, "<", "\\infty"]
     if len(parts) != 5 or not parts[1][0] == parts[3][0] == "<" or not SYMBOL.fullmatch(parts[2]):
         return None, s
-    left, right = "[" if "=" in parts[1] else "(", "]" if "=" in parts[3] else ")"
-    return parts[2], f"{left}{parts[0]},{parts[4]}{right}"
+    low, first, name, second, high = parts
+    return name, f"{'[' if '=' in first else '('}{low},{high}{']' if '=' in second else ')'}"
 
 
 def same_math(a, b):
@@ -879,7 +881,8 @@ def close(x, y):
 
 @lru_cache(maxsize=4096)
 def values(formula):
-    """The values of a formula with its variables at three arbitrary points (100 digits), None if it can't be read."""
+    """The values of a formula with its variables at three arbitrary points (100 digits), None if it
+    can't be read."""
     from mpmath import MPContext
 
     mp = MPContext()  # our own: the precision of mpmath.mp is global, threads would share it
@@ -892,7 +895,8 @@ def values(formula):
 
 def evaluate_formula(mp, formula, point):
     """Recursive descent over LaTeX; raises ValueError or IndexError where it can't read on."""
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_\w)?|\S", formula)[::-1]  # a stack
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_\w)?|\S", formula)
+    tokens.reverse()  # a stack
 
     def take(*expected):
         return tokens.pop() if tokens and tokens[-1] in expected else None
@@ -927,24 +931,27 @@ def evaluate_formula(mp, formula, point):
             return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
         if not token[0].isalpha() and token[1:] not in GREEK:
             raise ValueError(f"unexpected {token}")
-        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5  # a variable; > 0: sqrt(1/n) is 1/sqrt(n)
+        # a variable; > 0, where sqrt(1/n) is 1/sqrt(n)
+        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
 
     def factor():
         x = power(atom())
         while take("!"):
             x = power(mp.factorial(bounded(x)))
-        if x and not abs(mp.mag(x)) < 10**5:  # bits; where numbers get that long, sums and logarithms take seconds
+        if x and not abs(mp.mag(x)) < 10**5:  # bits: longer sums and logarithms take seconds
             raise ValueError("too large")
         return x
 
-    def product(of_function=False):  # signs may lack, as in 2x(x+1); a function's argument ends early: sin 2x cos x
+    def product(of_function=False):
+        # signs may lack, as in 2x(x+1); a function's argument ends early: sin 2x cos x
         bracket = of_function and tokens[-1] == "("
         take("+")
         x = -factor() if take("-") else atom() if bracket else factor()
         while tokens and not bracket:
             sign = None if of_function else take("*", "/")
             follows = tokens[-1][0].isalpha() or tokens[-1][1:] in ("frac", "sqrt", "pi", *GREEK)
-            if not sign and not follows and (of_function or not (tokens[-1] in "([{" or tokens[-1][1:] in FUNCTIONS)):
+            opens = tokens[-1] in "([{" or tokens[-1][1:] in FUNCTIONS
+            if not sign and not follows and (of_function or not opens):
                 break
             y = -factor() if sign and take("-") else factor()
             x = x / y if sign == "/" else x * y
@@ -1198,17 +1205,18 @@ def read_run(folder):
                 run["results"] = json.load(f)
             for when in ("before", "after"):
                 result = run["results"][when]
-                math.fsum([*result["accuracy"], result["ensemble"]])  # raises unless all are numbers
+                math.fsum([*result["accuracy"], result["ensemble"]])  # raises if one is no number
             run["results"]["counts"]["steps"] += 0
     except (OSError, ValueError, KeyError, TypeError) as e:
         stop(f"--plot {folder}: no run folder of distill.py, or {file} is damaged "
              f"({type(e).__name__}: {e})")
     for where, row in numbered_rows(os.path.join(folder, "log.jsonl")):
         try:
-            lists = [row["loss"], row["rate"], *row.get("rate_style", {}).values()]
-            lists += [row["accuracy"]] if "accuracy" in row else []
-            math.fsum([row["step"], *itertools.chain(*lists)])
-            if {len(x) for x in lists} != {len(run["log"][0]["loss"] if run["log"] else row["loss"])}:
+            per_student = [row["loss"], row["rate"], *row.get("rate_style", {}).values()]
+            per_student += [row["accuracy"]] if "accuracy" in row else []
+            math.fsum([row["step"], *itertools.chain(*per_student)])
+            first = run["log"][0] if run["log"] else row
+            if {len(values) for values in per_student} != {len(first["loss"])}:
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             stop(f"{where}: expected a step of distill.py, with a loss and a rate for each student")
@@ -1216,17 +1224,30 @@ def read_run(folder):
     return run if run["log"] else stop(f"{folder}/log.jsonl: no step in it yet")
 
 
+def first_phase(run):
+    """The step at which a learned router stops training all students on all paths, 0 without one
+    or where the number of steps is not known yet."""
+    args = run["args"]
+    steps = run["results"]["counts"]["steps"] if run["results"] else args.get("max_steps")
+    return (args.get("explore") or 0) * (steps or 0) if args.get("route") == "learned" else 0
+
+
 def panels_of(run):
     """What a run's figure shows: [(title, y label, {line: (steps, values)})]. The accuracy is
     there if it was measured during the run."""
     log, results = run["log"], run["results"]
     steps = [row["step"] for row in log]
+    phase = sum(step <= first_phase(run) for step in steps)
+
+    def smooth(values):  # each phase by itself
+        return (steps, [*running_mean(values[:phase]), *running_mean(values[phase:])])
+
     sources = run["args"].get("students") or ["demo"] * len(log[0]["loss"])
     names = [f"student {s} ({os.path.basename(os.path.normpath(source))})"
              for s, source in enumerate(sources)]
     # in a step in which a student got no path, the log's 0 is no loss
-    losses = {name: (steps, running_mean([row["loss"][s] if row["rate"][s] else None
-                                          for row in log])) for s, name in enumerate(names)}
+    losses = {name: smooth([row["loss"][s] if row["rate"][s] else None for row in log])
+              for s, name in enumerate(names)}
     panels = [("loss", "nats per response token", losses)]
     points = [(row["step"], row["accuracy"]) for row in log if "accuracy" in row]
     if points and results:
@@ -1239,20 +1260,22 @@ def panels_of(run):
         panels.append(("accuracy", "right answers (%)", lines))
     styles = sorted({style for row in log for style in row.get("rate_style", {})})
     for s, name in enumerate(names):
-        rates = {style: [row["rate_style"][style][s] if style in row.get("rate_style", {}) else None
-                         for row in log] for style in styles}
-        lines = {style: (steps, running_mean(rate)) for style, rate in rates.items()}
+        of_style = [row.get("rate_style", {}) for row in log]
+        lines = {style: smooth([rates[style][s] if style in rates else None for rates in of_style])
+                 for style in styles}
         panels.append((f"selection rates of {name}", "share of paths selected", lines))
     return panels
 
 
 def running_mean(values):
-    """The centred mean over a twentieth of the values, without those that are None; nan where none
-    is left."""
+    """The centred mean over a tenth of the values, without those that are None; nan where none is
+    left."""
     import numpy as np
 
+    if not values:
+        return []
     known = np.array([value is not None for value in values])
-    window = np.ones(len(values) // 40 * 2 + 1)
+    window = np.ones(len(values) // 20 * 2 + 1)
     total, count = (np.convolve(x, window)[len(window) // 2:][:len(values)]
                     for x in (np.where(known, np.array(values, float), 0), known))
     return np.where(count > 0.5, total / np.maximum(count, 1), math.nan)
@@ -1263,7 +1286,7 @@ def new_figure(heading, panels):
     from matplotlib.figure import Figure
 
     rows, columns = math.ceil(panels / 2), min(2, panels)
-    figure = Figure((1 + 4.5 * columns, 0.5 + 3.3 * rows), dpi=150, layout="constrained")
+    figure = Figure((1 + 5.5 * columns, 0.5 + 3.3 * rows), dpi=150, layout="constrained")
     figure.suptitle(heading, wrap=True)
     axes = [figure.add_subplot(rows, columns, i) for i in range(1, panels + 1)]
     for ax in axes:
@@ -1274,10 +1297,8 @@ def new_figure(heading, panels):
 
 def draw_run(run):
     """Figure of a run: losses, accuracy if it was measured, and what the router selected."""
-    panels, args = panels_of(run), run["args"]
-    steps = run["results"]["counts"]["steps"] if run["results"] else args.get("max_steps")
-    explored = (args.get("explore") or 0) * (steps or 0) if args.get("route") == "learned" else 0
-    figure, axes = new_figure(f"{run['name']} (route {args.get('route')})", len(panels))
+    panels, explored = panels_of(run), first_phase(run)
+    figure, axes = new_figure(f"{run['name']} (route {run['args'].get('route')})", len(panels))
     for ax, (title, unit, lines) in zip(axes, panels):
         for k, (look, (label, (x, y))) in enumerate(zip(LOOKS, lines.items())):
             every = max(1, len(x) // 5)  # steps between a line's markers
@@ -1286,14 +1307,15 @@ def draw_run(run):
         ax.set_ylim(0, 1.02 if "rates" in title else None)
         if explored and title != "accuracy":
             ax.axvline(explored, color="0.5", linewidth=1)
-            ax.text(explored, 1, " routed from here", color="0.4", fontsize="small", va="top",
+            ax.text(explored, 1, "  routed from here", color="0.4", fontsize="small", va="top",
                     transform=ax.get_xaxis_transform())
-        ax.legend(fontsize="small", frameon=False, handlelength=3)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False,
+                  handlelength=3)  # beside the lines, covers none
     return figure
 
 
 def by_flags(runs):
-    """{flags as text: runs}: grouped by the flags in which any runs differ, seed and folder aside."""
+    """{flags as text: runs}, by the flags in which any runs differ, seed and folder aside."""
     flags = dict.fromkeys(flag for run in runs for flag in run["args"])
     flags = [flag for flag in flags if flag not in ("seed", "out_dir")
              and len({str(run["args"].get(flag)) for run in runs}) > 1]
@@ -1321,6 +1343,7 @@ def draw_comparison(groups):
     labels = [f"{label}\n{len(runs)} run{'s' * (len(runs) > 1)}" for label, runs in groups.items()]
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_xlim(left=max(0, ax.get_xlim()[0]))
     ax.set_xlabel("right answers (% of test questions)")
     figure.set_figheight(2 + sum(0.4 + 0.17 * label.count("\n") for label in labels))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -1361,7 +1384,8 @@ def parse_args():
     g.add_argument("--students", nargs="+", type=nonempty, metavar="NAME",
                    help="models or PEFT LoRA adapters, by folder or name")
     g.add_argument("--questions", type=nonempty, metavar="FILE",
-                   help="a dataset's own file, JSON Lines with id, task, question, answer, or a pool")
+                   help="a dataset's own file, a pool, or JSON Lines with id, task, question, "
+                        "answer")
     g.add_argument("--task", choices=TASKS, metavar="TASK",
                    help=f"overrides the task that the file names: {', '.join(TASKS)}")
     g.add_argument("--limit", type=positive, metavar="N",
