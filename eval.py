@@ -409,15 +409,10 @@ NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
 # After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
 # ("5 of 7").
 OPERATOR = re.compile(
-    r"\(| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)"
+    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])|\\(?:times|cdot|div)"
     r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
-# After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
-# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5.
-ONE_OF_SEVERAL = re.compile(
-    r"(?i):\d|h\d|\s?(?:(?:and\s)?(?:a\s|one\s)?(?:half|halves|thirds?|quarters?|fourths?"
-    r"|fifths?|sixths?|eighths?|tenths?)\b)"
-    r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?[$€£]?-?\d"
-    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+,?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
+# Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
+INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
 SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
          "trillion": 10**12}
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
@@ -432,6 +427,14 @@ SPELLED |= {f"{ONES[h]} hundred {rest}".strip(): 100 * h + n for h in range(1, 1
 _WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
 SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
                             rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
+# After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
+# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5.
+_PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
+ONE_OF_SEVERAL = re.compile(
+    rf"(?i):\d|h\d|[\s-]{_PART}"
+    r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
+    rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
+    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
 DASHES = str.maketrans("−–‒﹣－‐‑", "-------")
 MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 # March 3, 1987 and 3rd of March 1987, 3/3/1987, 1987-03-03
@@ -505,8 +508,8 @@ def braces(text):
 
 
 def first_sentence(text):
-    """A text up to the dot (or !, ?) that ends its first sentence."""
-    return re.split(r"(?<!\\)[.!?](?=\$?(?:\s|$))", text, maxsplit=1)[0]
+    """A text up to the dot (or !, ?) that ends its first sentence ("4 hrs. 30" has none)."""
+    return re.split(r"(?<!\\)(?:(?<![a-z])\.|[!?]|\.(?!\s\d))(?=\$?(?:\s|$))", text, maxsplit=1)[0]
 
 
 def read_end(kind, text, choices):
@@ -556,14 +559,15 @@ def number_in(text):
     m = NUMBER.search(text)
     if not m:
         return None
-    if DENIED.search(text[:m.start()]):
+    before, rest = text[:m.start()], text[m.end():]
+    if DENIED.search(before):
         positive = BUT.split(text, maxsplit=1)[1:]  # "not 5 but 6"
         return number_in(positive[0]) if positive else None
-    rest = text[m.end():]
     operator = OPERATOR.match(rest)
     if operator and (equation := re.split(r"=|\bequals\b", rest))[1:]:
         return number_in(equation[-1])
-    if operator and not operator[0].endswith("of") or ONE_OF_SEVERAL.match(rest):
+    open_ended = operator and not operator[0].endswith("of")
+    if open_ended or INSIDE.search(before) or ONE_OF_SEVERAL.match(rest) or "\\frac" in text:
         return None
     return canonical(m)
 
@@ -604,9 +608,10 @@ def digits_for_words(text):
 def read_yesno(statement, choices=None):
     """The "yes" or "no" that begins a statement ("most likely No", "technically, yes"), or None."""
     m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
-    if not m or re.match(r"(?i)\W{0,3}(?:(?:or|and)\W+)?(?:yes|no|true|false)\b(?!\sone)",
-                         statement[m.end():]):
-        return None  # "yes/no", "yes and no"
+    both = r"\W{0,3}(?:(?:or|and|but)\W+)?(?:yes|no|true|false)\b(?!\sone)"
+    phrase = r"\s(?:longer|one|idea|doubt|way|such|more|(?:\w+\s)?(?:answer|consensus|evidence))\b"
+    if not m or re.match(f"(?i){both}|{phrase}", statement[m.end():]):
+        return None  # "yes/no", "yes and no", "no clear answer"
     return YESNO[m[1].lower()]
 
 
@@ -626,7 +631,7 @@ def read_choice(statement, choices):
                  r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?!\w)|([a-z])(?=[.,:;)]?\s*$))", s)
     if m and (letter := (m[1] or m[2] or m[3]).upper()) in choices:
         rest = s[m.end():]
-        article = m[2] == "A" and re.match(
+        article = m[2] in ("A", "I") and re.match(
             r" (?!because|since|as\b|or\b|and\b|which|is\b|for\b|with\b)[a-z]", rest)
         if not article:
             return None if names_another(rest, letter, choices) else letter
@@ -642,7 +647,8 @@ def names_another(rest, letter, choices):
         claim = said = claim.lstrip("( ")[len(own):]
     elif any(said.startswith(text.lower()) for text in choices.values()):
         return True
-    letters = set(re.findall(r"(?<![\w'’.-])\(?([A-Z])\b(?!['’]\w)", claim)) & set(choices)
+    letters = set(re.findall(r"(?<![\w'’])([A-Z])\b(?!['’]\w)", claim)) & set(choices)
+    letters |= {letter.upper() for letter in re.findall(r"\(([a-z])\)", claim)} & set(choices)
     texts = "|".join(re.escape(text.lower()) for c, text in choices.items() if c != letter)
     return bool(letters - {letter} or re.search(rf"(?:\b(?:or|and)\s|[/&]\s?)(?:{texts})\b", said))
 
@@ -657,7 +663,9 @@ def choice_by_text(statement, choices):
             or re.search(r"(?<!\w)" + re.escape(text) + r"(?!\w)", claim)]
     # "park" in "car park"
     hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]
-    return hits[0] if len(hits) == 1 and not DENIED.search(claim) else None
+    if len(hits) != 1 or DENIED.search(claim.replace(texts[hits[0]], "")):
+        return None
+    return hits[0]
 
 
 def normal(text):

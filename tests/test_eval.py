@@ -1,8 +1,10 @@
 import copy
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 import threading
 
@@ -26,9 +28,10 @@ import eval as E
 # ------------------------------------------------------------------------------------------ tiny real students
 
 
-def word_tokenizer(size=64, chat=False, bos=False):
-    """w4 ... w63 as words: text and token ids tell the same story."""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, size)}}
+def word_tokenizer(size=64, chat=False, bos=False, names=None):
+    """w4 ... w63 as words (or what `names` calls them): text and token ids tell the same story."""
+    words = {(names or {}).get(f"w{i}", f"w{i}"): i for i in range(4, size)}
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **words}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
@@ -150,6 +153,21 @@ def test_a_response_ends_with_the_first_match_of_its_pattern(model, prompts):
                 assert b["logprob"] == pytest.approx(short[0]["logprob"], abs=1e-4)
             else:
                 assert a["text"] == b["text"] and a["tokens"] == b["tokens"]
+
+
+def test_what_is_said_in_a_thought_ends_no_response(prompts):
+    torch.manual_seed(0)
+    model = tiny_llama().eval()
+    model.generation_config.eos_token_id = [2]
+    words = [r["text"].split() for r, in E.generate(model, word_tokenizer(), prompts, 40, batch_size=6)]
+    i, said = next((i, w) for i, w in enumerate(words) if len(w) > 30 and w[0] not in w[1:] and w[1] != w[0])
+    until = [re.compile(rf"{said[1]}(?=\s)")]
+
+    def length(names):
+        [[r]] = E.generate(model, word_tokenizer(names=names), prompts[i:i + 1], 40, batch_size=1, until=until)
+        return len(r["text"].split())
+
+    assert length({}) == 2 and length({said[0]: "<think>"}) == len(said)  # a thought that is never closed
 
 
 @pytest.mark.parametrize("task, text, needed", [
@@ -358,6 +376,8 @@ STATED = [  # task, text, choices, what it states (None: nothing that is sure)
     # markdown and tags
     ("arc", "***Answer***: ***B***", LETTERS, "B"), ("arc", "<answer>B</answer>", LETTERS, "B"), ("arc", "__Answer:__ *B*", LETTERS, "B"),
     ("gsm8k", "<answer>18</answer>", None, "18"), ("gsm8k", '{"answer": 18}', None, "18"), ("gsm8k", "The answer is 2**3", None, None),
+    ("arc", "The answer is A.B", LETTERS, None), ("arc", "The answer is (a) or (b).", LETTERS, None), ("arc", "The answer is A-B.", LETTERS, None),
+    ("arc", "The answer is I don't know.", {**LETTERS, "I": "ice"}, None), ("arc", "The answer is not enough.", {"A": "not enough", "B": "air"}, None),
     # dates in words
     ("date", "So the answer is March 13, 1987.", DATES, "B"), ("date", "So the answer is 13th of March, 1987.", DATES, "B"),
     ("date", "So the answer is 3/13/1987.", DATES, "B"), ("date", "So the answer is 1987-03-13.", DATES, "B"),
@@ -371,7 +391,11 @@ STATED = [  # task, text, choices, what it states (None: nothing that is sure)
     ("gsm8k", "The answer is 4 hours and 30 minutes.", None, None), ("gsm8k", "The answer is 7 feet, 4 inches.", None, None),
     ("gsm8k", "The answer is 4:30.", None, None), ("gsm8k", "The answer is 24 and 12.", None, None), ("gsm8k", "The answer is 5 or 6.", None, None),
     ("gsm8k", "The answer is 3 to 5.", None, None), ("gsm8k", "The answer is x = 3, y = 5.", None, None), ("gsm8k", "The answer is 5 more than 7.", None, None),
-    ("gsm8k", "The answer is not 5.", None, None), ("gsm8k", "The answer is not 5 but 6.", None, "6"), ("gsm8k", "The answer is 5? No.", None, None),
+    ("gsm8k", "The answer is 1 hour and a half.", None, None), ("gsm8k", "The answer is 4 hrs. 30 min.", None, None),
+    ("gsm8k", "The answer is 4 hours and thirty minutes.", None, None), ("gsm8k", "The answer is 10\u00b2.", None, None), ("gsm8k", "The answer is 2^{10}.", None, None),
+    ("gsm8k", "The answer is \u221a16.", None, None), ("gsm8k", "The answer is \\sqrt{16}.", None, None), ("gsm8k", "The answer is \\frac{10}{2+3}.", None, None),
+    ("gsm8k", "The answer is more than 5.", None, None), ("gsm8k", "The answer is -(5).", None, None), ("gsm8k", "The answer is 3 quarters.", None, None),
+    ("gsm8k", "The answer is 18 eggs. He sells 2.", None, "18"), ("gsm8k", "The answer is not 5.", None, None), ("gsm8k", "The answer is not 5 but 6.", None, "6"), ("gsm8k", "The answer is 5? No.", None, None),
     ("gsm8k", "$3.2 \\times 10^{3}$", None, "3200"), ("gsm8k", "The answer is $3.2 \\times 10^{3}$.", None, "3200"),
     ("gsm8k", "The answer is \u201312.", None, "-12"), ("gsm8k", "The answer is \u2014 12.", None, "12"),
     ("gsm8k", "The answer is 5. Therefore, the answer is unclear.", None, None), ("gsm8k", "If the answer is 4, he has 2 left. He has 7.", None, "7"),
@@ -789,7 +813,7 @@ def test_greedy_ensemble_takes_the_surest_parsed_answer(monkeypatch):
     r = E.evaluate(students, ROWS, 10, 2)
     assert r["accuracy"] == [0.5, 0] and r["ensemble"] == 0.5 and r["upper_bound"] == 0.5 and r["questions"] == 2
     assert r["unparsed"] == [0, 0.5] and r["stopped"] == [1, 0.5]
-    assert [p["ensemble"] for p in r["predictions"]] == ["18", "7"]
+    assert [p["ensemble"] for p in r["predictions"]] == ["18", "7"] and {p["question"] for p in r["predictions"]} == {"Q?"}
 
 
 def test_sampled_ensemble_takes_the_majority_of_equal_answers(monkeypatch):
@@ -845,6 +869,21 @@ def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsy
         run_main(monkeypatch, "--students", student, "--questions", questions, "--device", "cpu", *flags)
     message = capsys.readouterr().err
     assert e.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+
+
+def command(code, **more):
+    """Python code in a process of its own, with the project on its path."""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": os.path.dirname(E.__file__), **more})
+
+
+def test_a_command_survives_a_closed_pipe_and_a_terminal_that_knows_ascii_only():
+    plain = command("import eval; eval.run_command(lambda: print('gr\\u00fcn'))", PYTHONIOENCODING="ascii")
+    endless = command("import eval, itertools; eval.run_command(lambda: [print('x' * 99) for _ in itertools.count()])")
+    assert endless.stdout.readline() == b"x" * 99 + b"\n"
+    endless.stdout.close()
+    assert plain.communicate() == (rb"gr\xfcn" + b"\n", b"") and plain.returncode == 0
+    assert endless.stderr.read() == b"" and endless.wait() == 1
 
 
 # ------------------------------------------------------------------------------------------------- real models
