@@ -697,8 +697,8 @@ def read_math(text, announced):
     found = [braces(text[boxes[-1].end():][:1000]).strip()]
     for left, right in zip(boxes[-2::-1], boxes[::-1]):
         content = braces(text[left.end():][:1000])
-        between = text[left.end():right.start()].partition(content)[2]
-        if not JOINT.fullmatch(between):
+        between = text[left.end():right.start()].split(content or "}", maxsplit=1)[-1]
+        if not content.strip() or not JOINT.fullmatch(between):
             break
         found.insert(0, content.strip())
     if all(same_math(clean_latex(found[0]), clean_latex(other)) for other in found[1:]):
