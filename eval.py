@@ -396,8 +396,8 @@ SUPPOSED = re.compile(r"(?i)\b(?:if|suppose|whether|assum\w+|unless|check)\b[^.,
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
                     r"|except|rule[sd]? out|unlikely)\b|n['’]t\b")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
-# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4, not
-# 2nd, 2 million.
+# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4,
+# 2 million, but not 2nd.
 NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
     (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
     (?:(?P<whole>\d+)\ (?=\d+/\d))?
@@ -469,9 +469,9 @@ def extract_answer(task, text, choices=None):
                  and not (m[0][0].isalpha() and SUPPOSED.search(text[:m.start()][-60:]))]
     if not announced:
         return read_end(kind, text.strip(), choices)
-    statement = statement_after(text, announced[-1])
     if kind == "math":
         return read_math(text, announced)
+    statement = statement_after(text, announced[-1])
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
         return None
     return READERS[kind](statement, choices)
@@ -498,13 +498,13 @@ def statement_after(text, m):
 
 
 def braces(text):
-    """The content of the balanced {...} at the start of a text, all of it if they never close;
-    without any, a word."""
+    """The content of the balanced {...} at the start of a text, "" if they never close (the text
+    was cut); without any, a word."""
     text = text.lstrip()
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
     depth = list(itertools.accumulate((c == "{") - (c == "}") for c in text))
-    return text[1:depth.index(0)] if 0 in depth else text[1:]
+    return text[1:depth.index(0)] if 0 in depth else ""
 
 
 def first_sentence(text):

@@ -345,7 +345,7 @@ MATH_TEXTS = [
     ("So \\boxed{840}., but\n**Final Answer**\n\\boxed{840}", "840"),
     ("$\\boxed{5}$. So our answer is correct.", "5"), ("\\fbox{7}", "7"), ("\\boxed 9", "9"),
     ("so $x=3$, $y = 4$", "y = 4"), ("The final answer is:\n\n$$x^2 + 1$$", "x^2 + 1"), ("#### 12", "12"),
-    ("\\boxed{}", None), ("I don't know.", None),
+    ("\\boxed{}", None), ("\\boxed{1", None), ("I don't know.", None),
 ]
 
 
@@ -509,6 +509,23 @@ def test_endless_degenerate_responses_are_read_in_linear_time(task):
             E.extract_answer(task, text, {"A": "x", "B": "y"})
             E.extract_answer(task, f"answer{text}x", {"A": "x", "B": "y"})
             E.extract_answer(task, f"The answer is {text}x", {"A": "x", "B": "y"})
+
+
+PIECES = ["\\frac", "{", "}", "(", ")", "[", "]", "^", "_", "\\sqrt", "\\boxed{", "\\boxed{}", "the answer is ", "= ", "\\approx", "<", "\\le", "\\pm", "\\cup",
+          "\\infty", "x", "\\sin", "1", "3.5", "1/2", ",", " or ", " and ", "\\text{", "$", "\\(", "\\)", "\\[", "\\begin{pmatrix}", "&", "\\\\", "|", "!", "%",
+          "**", "\n", "\n\n", "(A)", "B", "yes", "no", "March 3, 1987", "<think>", "</think>", "seven ", "hundred ", "\u2013", "\u00b2", "\ud800", "####", "A:",
+          "```output\n", "<answer>", "?", ". ", "not "]
+
+
+def test_no_garble_raises_and_what_is_read_is_of_the_tasks_kind():
+    rng = random.Random(0)
+    for _ in range(1500):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
+        for task, valid in (("gsm8k", lambda x: E.number_in(x) == x), ("math", str.strip), ("strategyqa", {"yes", "no"}.__contains__),
+                            ("date", DATES.__contains__)):
+            prediction = E.extract_answer(task, text, DATES)
+            assert prediction is None or valid(prediction), (task, text, prediction)
+            assert E.grade(task, prediction, "x+1") in (True, False) and (task != "math" or E.grade("math", text, text) in (True, False))
 
 
 # -------------------------------------------------------------------------------------------------- real paths
