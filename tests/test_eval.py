@@ -563,7 +563,7 @@ def test_grader_agrees_with_the_papers_on_date_and_strategyqa(data_dir):
     assert strategyqa["human"] == 1
 
 
-def test_every_math_solution_is_right_and_no_other_answer_passes_for_it(data_dir):
+def test_every_math_solution_is_right(data_dir):
     rows = E.read_questions(data_dir / "original" / "math_test.jsonl")
     solutions = [r["solution"] for r in E.read_jsonl(data_dir / "original" / "math_test.jsonl")]
     assert len(rows) == len(solutions) == 5000

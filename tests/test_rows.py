@@ -175,6 +175,14 @@ def test_rows_made_from_other_rows_need_no_answer_of_their_task(tmp_path):
     assert judge.read_pool(written(tmp_path, made)) == [made]
 
 
+def test_a_new_task_is_one_line_of_one_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(E.TASKS, "trivia", "choice")
+    path = written(tmp_path, {**PATH, "task": "trivia"})
+    [question], [row] = E.read_questions(path), judge.grade_paths(judge.read_pool(path))
+    [(_, prompt)] = judge.style_jobs([question], "t", ["vanilla"], 1)
+    assert "(X)" in prompt() and "(A) ice" in E.student_prompt(question) and row["correct"]
+
+
 def test_real_pools_pass_the_door_unchanged(data_dir):
     for name in ("date", "strategyqa", "word"):
         raw = [json.loads(line) for line in (data_dir / "paths" / f"{name}.jsonl").read_text().splitlines()]
