@@ -181,7 +181,8 @@ def clean_row(row, where):
     row["id"] = as_text(row.get("id"))
     require_text(row, ("id", "question"), where)
     if "level" in row:
-        row["level"] = as_text(row["level"])
+        level = row["level"]
+        row["level"] = str(level) if isinstance(level, bool) else as_text(level)
         require_text(row, ("level",), where)
     match row.pop("prompt", ""):
         case str(text) | [{"role": "user", "content": str(text)}]:
@@ -312,8 +313,8 @@ def flatten(r, guess):
     if "hypothesis" in r:  # ANLI
         answer = {"e": "A", "n": "B", "c": "C", 0: "A", 1: "B", 2: "C"}[r["label"]]
         premise = r["premise"] if "premise" in r else r["context"]
-        question = (f"Premise: {premise}\nHypothesis: {r['hypothesis']}\n"
-                    "What is the hypothesis, given the premise?")
+        question = ("Premise: " + premise + "\nHypothesis: " + r["hypothesis"]
+                    + "\nWhat is the hypothesis, given the premise?")
         return {"task": "anli", "question": question, "answer": answer, "choices": ANLI}
     if "answerKey" in r:  # CommonsenseQA and ARC, as published and as on the Hugging Face hub
         stem = r["question"] if isinstance(r["question"], dict) else {"stem": r["question"], **r}

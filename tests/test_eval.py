@@ -714,7 +714,8 @@ GOOD = {"id": "x", "task": "gsm8k", "question": "Q?", "answer": "5"}
     (json.dumps({**GOOD, "task": "arc"}), "task arc needs 'choices'"),
     (json.dumps({**GOOD, "question": "R?"}), "the id 'x'"), (json.dumps({**GOOD, "task": ["arc"]}), "unknown task"),
     (json.dumps({**GOOD, "answer": None}), "not a question"),
-    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "not a question")])
+    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "not a question"),
+    (json.dumps({"context": "P", "hypothesis": ["H"], "label": "e"}), "not a question")])
 def test_bad_rows_stop_with_file_and_line(tmp_path, capsys, line, words):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")

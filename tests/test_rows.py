@@ -86,7 +86,7 @@ def test_truth_values_are_read_as_such(tmp_path, value, truth):
 QUESTION = {key: PATH[key] for key in ("id", "task", "question", "choices", "answer")}
 READ = [  # what a row says, what comes in
     ({"id": 7}, {"id": "7"}), ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}),
-    ({"level": 3}, {"level": "3"}), ({"level": 3.0}, {"level": "3"}), ({"level": "Level 3"}, {"level": "Level 3"}),
+    ({"level": 3}, {"level": "3"}), ({"level": 3.0}, {"level": "3"}), ({"level": "Level 3"}, {"level": "Level 3"}), ({"level": True}, {"level": "True"}),
     ({"prompt": [{"role": "user", "content": "What melts?"}]}, {"prompt": "What melts?"}), ({"prompt": " "}, {}), ({"prompt": None}, {}),
     ({"choices": {"A": "ice", "B": "air", "C": None, "D": ""}}, {}), ({"choices": ["ice", "air"]}, {}),
     ({"choices": ["ice", None, "air"]}, {"choices": {"A": "ice", "C": "air"}}),
@@ -112,7 +112,7 @@ def test_what_can_be_read_is_read_alike_in_questions_and_paths(tmp_path, change,
 
 BAD = [  # a change to a row, what the sentence names
     ({"id": None}, "'id'"), ({"id": [1]}, "'id'"), ({"id": True}, "'id'"), ({"question": ["x"]}, "'question'"), ({"task": "chess"}, "chess"),
-    ({"level": [1]}, "'level'"), ({"level": True}, "'level'"), ({"prompt": ["x"]}, "'prompt'"), ({"prompt": 5}, "'prompt'"),
+    ({"level": [1]}, "'level'"), ({"level": {}}, "'level'"), ({"prompt": ["x"]}, "'prompt'"), ({"prompt": 5}, "'prompt'"),
     ({"prompt": [{"role": "system", "content": "x"}]}, "'prompt'"), ({"prompt": [{"role": "user", "content": "x"}] * 2}, "'prompt'"),
     ({"choices": "ice"}, "'choices'"), ({"choices": {"A": "ice"}}, "'choices'"), ({"choices": {"A": ["ice"], "B": "air"}}, "'choices'"),
     ({"choices": {"label": ["A", "A"], "text": ["ice", "air"]}}, "'choices'"), ({"choices": [["ice"], "air"]}, "'choices'"),
