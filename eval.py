@@ -1,10 +1,10 @@
-"""Tasks and evaluation: the student's prompt, reading questions, answer extraction, grading, generation, tables.
+"""Tasks and evaluation: rows, the student's prompt, answers, grading, generation, pictures.
 
     python eval.py --students out/student_0 out/student_1 --questions test.jsonl
     python eval.py --plot out/run_a out/run_b
 
-A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices" {"A": text, ...}, "level"
-and "prompt" (which overrides the student prompt).
+A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices"
+{"A": text, ...}, "level" and "prompt" (which overrides the student prompt).
 """
 import argparse
 import importlib.util
@@ -20,28 +20,40 @@ from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
 
-import mpmath
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# task -> kind of answer: how a prompt ends, how an answer is found in a text and when two answers are equal
-TASKS = {"gsm8k": "number", "math": "math", "strategyqa": "yesno", "arc": "choice", "commonsense_qa": "choice",
-         "anli": "choice", "date": "choice", "demo": "number"}
-ASK = {"number": 'Reason step by step and end with "The answer is N." where N is a number.',
-       "math": 'Reason step by step and end with "The answer is $\\boxed{X}$." where X is the result.',
-       "yesno": 'Reason step by step and end with "The answer is yes." or "The answer is no."',
-       "choice": 'Reason step by step and end with "The answer is (X)." where X is the letter of one choice.'}
-# That sentence, once something follows it: a student that goes on after it need not be heard out.
-ASKED = {kind: re.compile(rf"(?i)\bthe answer is (?:{answer})(?!\w)[^\n]*?(?:\.(?=\s)|(?=\n))") for kind, answer in {
-    "number": r"[$€£]?-?\d[\d,.]*", "math": r"\$[^$\n]+\$", "yesno": "yes|no", "choice": r"\([A-Z]\)"}.items()}
+# One line per task, and no more is needed for a new one: which kind of answer it has.
+TASKS = {
+    "gsm8k": "number",
+    "math": "math",
+    "strategyqa": "yesno",
+    "arc": "choice",
+    "commonsense_qa": "choice",
+    "anli": "choice",
+    "date": "choice",
+    "demo": "number",
+}
+# Kind of answer -> how a student's prompt ends, and what a text says that does as it is asked.
+KINDS = {
+    "number": ('"The answer is N." where N is a number.', r"[$€£]?-?\d[\d,.]{0,30}"),
+    "math": ('"The answer is $\\boxed{X}$." where X is the result.', r"\$[^$\n]+\$"),
+    "yesno": ('"The answer is yes." or "The answer is no."', r"yes|no"),
+    "choice": ('"The answer is (X)." where X is the letter of one choice.', r"\([A-Z]\)"),
+}
+# That sentence, once something follows it: a student that goes on need not be heard out.
+ASKED = {kind: re.compile(rf"(?i)\bthe answer is (?:{answer})(?!\w)[^\n]{{0,300}}?"
+                          r"(?:\.(?=\s)|(?=\n))")
+         for kind, (_, answer) in KINDS.items()}
+LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
 
 
+# ---------------------------------------------------------------- commands
 def stop(message):
     """End the program with one sentence on stderr and exit code 2 (raises SystemExit)."""
     print(f"error: {message}", file=sys.stderr)
@@ -54,51 +66,286 @@ def within(kind, low, high=math.inf):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return kind(text)
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid whole number value: 'x'"
+    # argparse says "invalid whole number value: 'x'"
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
+def nonempty(text):
+    """An argparse type: text that is not blank, as an unset shell variable would make it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def check_output(path):
+    """Stop, before any work is done, where no file can be written at `path`; leaves no trace."""
+    existed = os.path.exists(path)
+    try:
+        with open(path, "ab"):
+            pass
+        if not existed:
+            os.remove(path)
+    except OSError as e:
+        stop(f"cannot write {path} ({e.strerror}): choose another place")
+
+
+def run_command(main):
+    """Run a script's main(): what a terminal can't show is escaped, a closed pipe ends it."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+# ---------------------------------------------------------------- rows: the one door
+# Whoever wrote a file (our own commands, pandas, datasets, a hand), it comes in here. What has
+# passed numbered_rows and clean_row (for paths: judge.pool_rows) is not checked further in.
 def read_jsonl(path, required=()):
-    """Rows of a JSON Lines file; blank lines are skipped. Stops with FILE:LINE at malformed JSON, at anything but an
-    object, and where a required field is missing, empty or not a string."""
+    """The rows of a JSON Lines file as a list; see numbered_rows."""
     return [row for _, row in numbered_rows(path, required)]
 
 
 def numbered_rows(path, required=()):
-    """Yield ("FILE:LINE", row) for what read_jsonl reads, one by one."""
+    """Yield ("FILE:LINE", row) for each JSON object of a JSON Lines file; blank lines are skipped.
+
+    Null and NaN are the same as absent, and half a surrogate pair is replaced, at every depth.
+    Stops with FILE:LINE at anything but a JSON object, and where a required field is missing,
+    empty or not a string.
+    """
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
                 if not line.strip():
                     continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as e:  # a ValueError: neither JSON nor UTF-8
-                    stop(f"{where}: not valid JSON ({e}); expected one JSON object a line")
+                where = f"{path}:{number}"
+                row = parse_json(line, where)
                 if not isinstance(row, dict):
                     stop(f"{where}: expected a JSON object, found {type(row).__name__}")
-                for key in required:
-                    if not isinstance(row.get(key), str) or not row[key].strip():
-                        stop(f"{where}: field {key!r} is missing, empty or not a string")
+                require_text(row, required, where)
                 yield where, row
     except OSError as e:
         stop(f"cannot read {path}: {e.strerror}")
 
 
+def parse_json(data, where):
+    """The value of a JSON text (bytes), cleaned as numbered_rows says; stops with `where`."""
+    def clean(value, depth=0):
+        if depth > 50:
+            raise ValueError("nested more than 50 deep")
+        match value:
+            case str():
+                return re.sub("[\ud800-\udfff]", "\ufffd", value)
+            case list():
+                return [clean(item, depth + 1) for item in value]
+            case dict():
+                return {clean(key): clean(item, depth + 1)
+                        for key, item in value.items() if item is not None}
+        return value
+
+    try:  # Infinity becomes null, too
+        return clean(json.loads(data.decode("utf-8-sig"), parse_constant=lambda name: None))
+    except (ValueError, RecursionError) as e:  # ValueError: no JSON, no UTF-8, or 5,000 digits
+        stop(f"{where}: not valid JSON ({str(e)[:200]}); expected one JSON object a line")
+
+
+def require_text(row, keys, where):
+    """Stop with FILE:LINE unless each row[key] is a string that is not blank."""
+    for key in keys:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            stop(f"{where}: field {key!r} is missing, empty or not a string")
+
+
+def as_text(value):
+    """A string as it is, a number as text (18.0, as pandas writes 18, is "18"), else None."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
+
+
+def clean_row(row, where):
+    """Check the fields that questions and paths share and bring them into canonical form.
+
+    Changes the row in place and returns it. A number may be an id or an answer, one user turn a
+    prompt, and choices may have any form of read_choices. Stops with FILE:LINE at the rest.
+    """
+    if str(row.get("task")) not in TASKS:
+        stop(f"{where}: unknown task {row.get('task')!r}; known are {', '.join(TASKS)} "
+             "(--task names the task of a file of questions)")
+    row["id"] = as_text(row.get("id"))
+    require_text(row, ("id", "question"), where)
+    if "level" in row:
+        level = row["level"]
+        row["level"] = str(level) if isinstance(level, bool) else as_text(level)
+        require_text(row, ("level",), where)
+    match row.pop("prompt", ""):
+        case str(text) | [{"role": "user", "content": str(text)}]:
+            if text.strip():
+                row["prompt"] = text
+        case _:
+            stop(f"{where}: field 'prompt' is neither a string nor one user turn")
+    labels = read_choices(row, where)
+    if "baseline" in row:  # graded when it was made from other rows: its answer may be "unknown"
+        row["answer"] = as_text(row.get("answer"))
+        require_text(row, ("answer",), where)
+    else:
+        row["answer"] = clean_answer(row, labels, where)
+    return row
+
+
+def read_choices(row, where):
+    """Make row["choices"] {"A": text, ...} -> {label in the file: letter}; without any, no field.
+
+    In a file they are {label: text}, [text, ...], [{"label", "text"}, ...] or {"label": [...],
+    "text": [...]}. Those without text go; labels that are no capital letters are replaced.
+    """
+    match row.pop("choices", None) or []:
+        case {"label": [*labels], "text": [*texts]}:
+            pairs = [*zip(labels, texts)]
+        case {**fields}:
+            pairs = [*fields.items()]
+        case [*items] if all(isinstance(item, dict) for item in items):
+            pairs = [(item.get("label"), item.get("text")) for item in items]
+        case [*texts] if len(texts) <= len(LETTERS):
+            pairs = [*zip(LETTERS, texts)]
+        case _:
+            pairs = [(None, None)]
+    pairs = [(as_text(label), as_text(text)) for label, text in pairs if text not in (None, "")]
+    labels = [label for label, text in pairs if label is not None and text is not None]
+    if len(set(labels)) < len(pairs) or len(pairs) > len(LETTERS):
+        stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list of texts")
+    if len(pairs) < 2 and TASKS[row["task"]] == "choice" and "baseline" not in row:
+        stop(f"{where}: task {row['task']} needs 'choices', two or more")
+    kept = all(label in LETTERS for label in labels)
+    letters = dict(zip(labels, labels if kept else LETTERS))
+    if pairs:
+        row["choices"] = {letters[label]: text for label, text in pairs}
+    return letters
+
+
+def clean_answer(row, letters, where):
+    """The canonical gold answer of a row; stops where it is none of the row's task."""
+    given, kind, choices = row.get("answer"), TASKS[row["task"]], row.get("choices", {})
+    if isinstance(given, bool):
+        given = "yes" if given else "no"
+    answer = right = (as_text(given) or "").strip()
+    if kind == "choice":
+        right = letters.get(answer) or letters.get(answer.strip("()"))
+        right = right or next((c for c, text in choices.items() if text == answer), None)
+    elif kind == "yesno":
+        right = YESNO.get(answer.lower())
+    elif kind == "number" and number_in(answer) is None:
+        right = None
+    if not right:
+        of = f"choices {', '.join(choices)}" if kind == "choice" else f"kind {kind}"
+        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {row['task']} "
+             f"({of})")
+    return right
+
+
+# ---------------------------------------------------------------- readers of questions
+def read_questions(path, task=None):
+    """Rows of a file of questions, each question once, clean (see clean_row).
+
+    The file is in a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI,
+    StrategyQA), flat JSONL, or a path pool. `task` overrides what the file says.
+    """
+    if task not in (None, *TASKS):
+        stop(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    stem = os.path.splitext(os.path.basename(path))[0]
+    guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
+    questions = {}
+    for i, (where, record) in enumerate(records(str(path))):
+        try:
+            row = flatten(record, guess)
+            given = [record[k] for k in ("id", "qid", "uid") if k in record]
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+            stop(f"{where}: not a question in a format that I know ({type(e).__name__}: {e})")
+        row = {"id": given[0] if given else f"{stem}-{i:05d}", **row, "task": task or row["task"]}
+        row = clean_row({k: v for k, v in row.items() if v is not None}, where)
+        if questions.setdefault(row["id"], row)["question"] != row["question"]:
+            stop(f"{where}: the id {row['id']!r} belongs to another question already; give each "
+                 "question its own")
+    if not questions:
+        stop(f"{path}: no questions in it")
+    return list(questions.values())
+
+
+def records(path):
+    """(place, record) for a JSONL file's lines, or a .json file's list or BIG-bench "examples"."""
+    if not path.endswith(".json"):
+        yield from numbered_rows(path)
+        return
+    try:
+        with open(path, "rb") as f:
+            data = parse_json(f.read(), path)
+    except OSError as e:
+        stop(f"cannot read {path}: {e.strerror}")
+    data = data.get("examples") if isinstance(data, dict) else data
+    if not isinstance(data, list):
+        stop(f"{path}: expected a list of questions or an object with 'examples'")
+    yield from ((f"{path}, example {i}", record) for i, record in enumerate(data))
+
+
+def flatten(r, guess):
+    """A published record as a flat row without id; `guess` is the task that its file's name has."""
+    if "problem" in r and "solution" in r:  # MATH
+        return {"task": "math", "question": r["problem"], "level": r.get("level"),
+                "answer": extract_answer("math", r["solution"])}
+    if "target_scores" in r:  # BIG-bench
+        scores = r["target_scores"]
+        right = max(scores, key=scores.get)
+        if {t.lower() for t in scores} == {"yes", "no"}:
+            return {"task": guess or "strategyqa", "question": r["input"], "answer": right}
+        # it may list the right choice first: our order hangs on the texts alone
+        texts = sorted(scores, key=lambda text: zlib.crc32(f"{r['input']} {text}".encode()))
+        return {"task": guess, "question": r["input"], "answer": right, "choices": texts}
+    if "input" in r and "target" in r:  # BIG-Bench Hard
+        question, _, options = r["input"].partition("\nOptions:\n")
+        choices = dict(re.findall(r"\(([A-Z])\) (.+)", options))
+        return {"task": guess, "question": question, "answer": r["target"], "choices": choices}
+    if "hypothesis" in r:  # ANLI
+        answer = {"e": "A", "n": "B", "c": "C", 0: "A", 1: "B", 2: "C"}[r["label"]]
+        premise = r["premise"] if "premise" in r else r["context"]
+        question = ("Premise: " + premise + "\nHypothesis: " + r["hypothesis"]
+                    + "\nWhat is the hypothesis, given the premise?")
+        return {"task": "anli", "question": question, "answer": answer, "choices": ANLI}
+    if "answerKey" in r:  # CommonsenseQA and ARC, as published and as on the Hugging Face hub
+        stem = r["question"] if isinstance(r["question"], dict) else {"stem": r["question"], **r}
+        known = "commonsense_qa" if "question_concept" in stem else "arc"
+        return {"task": guess or known, "question": stem["stem"], "answer": r["answerKey"],
+                "choices": stem["choices"]}
+    answer, task = r["answer"], r.get("task") or guess
+    if isinstance(answer, bool):
+        task = task or "strategyqa"
+    elif "####" in str(answer):  # GSM8K
+        answer, task = answer.rsplit("####", 1)[1].strip(), task or "gsm8k"
+    more = {k: r.get(k) for k in ("choices", "level", "prompt")}
+    return {"task": task, "question": r.get("question"), "answer": answer, **more}
+
+
 # ---------------------------------------------------------------- prompts
 def question_of(row):
     """The question with its choices, a line "(A) text" each."""
-    return row["question"] + "".join(f"\n({letter}) {text}" for letter, text in (row.get("choices") or {}).items())
+    choices = row.get("choices") or {}
+    return row["question"] + "".join(f"\n({letter}) {text}" for letter, text in choices.items())
 
 
 def student_prompt(row):
     """What a student sees of a row, the same in training and at test time (open point 11)."""
     if row.get("prompt"):
         return row["prompt"]
-    if row["task"] == "demo":  # tiny students with a word-level vocabulary: nothing but the question
+    if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
         return f"Question: {row['question']}\nAnswer:\n"
-    return f"Answer the question.\n\n{question_of(row)}\n\n{ASK[TASKS[row['task']]]}\n"
+    end, _ = KINDS[TASKS[row["task"]]]
+    return (f"Answer the question.\n\n{question_of(row)}\n\n"
+            f"Reason step by step and end with {end}\n")
 
 
 def encode_prompt(tokenizer, prompt):
@@ -126,153 +373,351 @@ def end_token(tokenizer):
 
 
 # ---------------------------------------------------------------- answers
-# What announces an answer ("the answer is correct" doesn't). `A:` opens GSM8K's answers, but elsewhere an option.
-ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:) | \bfinal\ answer\s*\n
-    | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b \s* (?:\([^()\n]*\)\s*)?
-      (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s*)? (?:choice\b|option\b|letter\b)? \s*
+# A filter would rather lose an answer than take a wrong one: what names several, denies one or
+# stops short of one is unparsed. Texts are cut to their end and their blanks to one, so that no
+# pattern below takes more than milliseconds on any of them.
+LONGEST = 5000  # characters of a text that are read, from its end
+# The marks of thoughts in the families' outputs; a decoder may leave <|channel|> and the like out.
+THOUGHT = re.compile(r"""(?ix)
+    (?P<closes> </(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[/think\] | ◁/think▷
+      | <\|end_(?:thinking|of_thought)\|> | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
+    | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
+    | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
+# What announces an answer ("the answer is correct" doesn't). `A:` opens GSM8K's answers, but
+# elsewhere an option.
+ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:)
+    | <(?:final_)?answer> | \bfinal\ answer\s*\n
+    | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b ["'`]?\s?
+      (?:\([^()\n]{1,80}\)\s?)? (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s?)?
+      (?:choice\b|option\b|letter\b)? \s?
       (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=] )
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
-# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4, not 2nd, 2 million.
-NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])  (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
-    (?:(?P<whole>\d+)\ (?=\d+/\d))?  (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
-    (?: [eE](?P<e>[-+]?\d{1,2})\b | \ ?[x×*]\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})\b\}? )?  (?:\ ?/\ ?(?P<under>\d+))?
-    (?!\d|st\b|nd\b|rd\b|th\b)  (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
-# After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share ("5 of 7").
-OPERATOR = re.compile(r"\(| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷^](?= ?[\w$(])|\\(?:times|cdot|div)"
-                      r"|(?:x|of|times|plus|minus)\b)")
-SCALE = {None: 0, "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+# "If the answer is ..." announces nothing.
+SUPPOSED = re.compile(r"(?i)\b(?:if|suppose|whether|assum\w+|unless|check)\b[^.,:!?\n]{0,30}\Z")
+DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
+                    r"|except|rule[sd]? out|unlikely)\b|n['’]t\b")
+BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
+# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4,
+# 2 million, but not 2nd.
+NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
+    (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
+    (?:(?P<whole>\d+)\ (?=\d+/\d))?
+    (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
+    (?: [eE](?P<e>[-+]?\d{1,2})\b
+      | \ ?(?:[x×*·]|\\times|\\cdot)\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})(?!\d)\}? )?
+    (?:\ ?/\ ?(?P<under>\d+))? (?!\d|st\b|nd\b|rd\b|th\b)
+    (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
+# After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
+# ("5 of 7").
+OPERATOR = re.compile(
+    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])|\\(?:times|cdot|div)"
+    r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
+# Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
+INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
+SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+         "trillion": 10**12}
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+        "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+SPELLED = {word: number for number, word in enumerate(ONES)}  # up to "nine hundred ninety nine"
+SPELLED |= {f"{ten} {one}".strip(): 20 + 10 * t + o for t, ten in enumerate(TENS)
+            for o, one in enumerate(["", *ONES[1:10]])}
+SPELLED |= {f"{ONES[h]} hundred {rest}".strip(): 100 * h + n for h in range(1, 10)
+            for rest, n in [("", 0), *SPELLED.items()] if rest != "zero"}
+_WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
+SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
+                            rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
+# After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
+# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5.
+_PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
+ONE_OF_SEVERAL = re.compile(
+    rf"(?i):\d|h\d|[\s-]{_PART}"
+    r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
+    rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
+    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
+DASHES = str.maketrans("−–‒﹣－‐‑", "-------")
+MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+# March 3, 1987 and 3rd of March 1987, 3/3/1987, 1987-03-03
+_MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
+DATE = re.compile(rf"""(?ix)\b(?: (?P<month>{_MONTH})\ (?P<day>\d\d?)(?:st|nd|rd|th)?,?\s
+      | (?P<day2>\d\d?)(?:st|nd|rd|th)?\ (?:of\ )?(?P<month2>{_MONTH}),?\s
+      | (?P<month3>\d\d?)/(?P<day3>\d\d?)/ ) (?P<year>\d{{4}})\b
+    | \b(?P<year4>\d{{4}})-(?P<month4>\d\d)-(?P<day4>\d\d)\b""")
+FORMULA = re.compile(r"(?s)\$\$?([^$]{1,500})\$|\\[(\[](.{1,500}?)\\[)\]]")
+
+
+def after_thought(text):
+    """What a text says after its thoughts: all that follows the last </think> or the like, or the
+    mark of the final channel. A thought that is not closed leaves nothing ("")."""
+    marks = list(THOUGHT.finditer(text))
+    if not marks:
+        return text
+    return text[marks[-1].end():] if marks[-1]["closes"] else ""
 
 
 def extract_answer(task, text, choices=None):
-    """The answer that a text states in canonical form (a number, LaTeX, a letter of `choices`, "yes" or "no"), or None.
+    """The answer that a text states, in canonical form, or None where it states none.
 
-    The last announcement that can be read wins; for yes and no the last one alone ("the answer is dependent on ..."
-    takes back what came before), for math the last \\boxed. Only a text that announces nothing is read from its end:
-    one that announces an answer and gives none ("the answer is unclear", a text cut off) is unparsed."""
+    It is a number, LaTeX, a letter of `choices`, "yes" or "no". What the text announces last
+    counts ("the answer is unclear" takes back what came before). Only a text that announces
+    nothing is read from its end.
+    """
     kind, choices = TASKS[task], choices or {}
-    text = re.sub(r"(?<![\w)])\*\*(.+?)\*\*", r"\1", text)  # markdown's bold, not Python's power
-    announced = [m for m in ANNOUNCED.finditer(text) if not (m["colon"] and kind == "choice")]
+    text = plain(after_thought(text))
+    announced = [m for m in ANNOUNCED.finditer(text)
+                 if not (m["colon"] and kind == "choice")
+                 and not (m[0][0].isalpha() and SUPPOSED.search(text[:m.start()][-60:]))]
     if not announced:
         return read_end(kind, text.strip(), choices)
     if kind == "math":
-        announced = [m for m in announced if m[0].startswith("\\")] or announced
-    answers = (read_statement(kind, statement_after(text, m), choices) for m in announced[:-20:-1])
-    return next(answers) if kind == "yesno" else next((a for a in answers if a is not None), None)
+        return read_math(text, announced)
+    statement = statement_after(text, announced[-1])
+    if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
+        return None
+    return READERS[kind](statement, choices)
+
+
+def plain(text):
+    """The end of a text without markdown's bold and with single blanks (Python's ** stays)."""
+    text = re.sub(r"[ \t\xa0\u202f]+", " ", text[-LONGEST:])
+    text = re.sub(r"\s*\n\s*\n\s*", "\n\n", text)
+    return re.sub(r"(?<![^\s(\"'>:])(\*{1,3}|__)(?=\S)(.{1,200}?)(?<=\S)\1(?![\w*(])", r"\2", text)
 
 
 def statement_after(text, m):
-    """What is announced: the braces of \\boxed, the last line of a program's output, else the paragraph."""
+    """What is announced: the braces of \\boxed, the last line of a program's output, the content
+    of a tag, else the paragraph."""
     rest = text[m.end():m.end() + 1000]
     if m[0].startswith("\\"):
         return braces(rest)
     if m[0].startswith("```"):
         return rest.split("```")[0].strip().rsplit("\n", 1)[-1]
-    return re.split(r"\n\s*\n", re.sub(r"^(?:\s|:|\.(?!\d))+", "", rest), maxsplit=1)[0]
+    if m[0].startswith("<"):
+        return rest.split("</")[0].strip()
+    return re.sub(r"^(?:[\s:*]|\.(?!\d))+", "", rest).split("\n\n", 1)[0]
 
 
 def braces(text):
-    """The content of the balanced {...} at the start of a text, all of it if they never close; without any, a word."""
+    """The content of the balanced {...} at the start of a text, "" if they never close (the text
+    was cut); without any, a word."""
     text = text.lstrip()
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
     depth = list(itertools.accumulate((c == "{") - (c == "}") for c in text))
-    return text[1:depth.index(0)] if 0 in depth else text[1:]
+    return text[1:depth.index(0)] if 0 in depth else ""
 
 
 def first_sentence(text):
-    return re.split(r"(?<!\\)[.!?](?=\s|$)", text, maxsplit=1)[0]
-
-
-def read_statement(kind, statement, choices):
-    """The answer of this kind that a statement ("The answer is" ...) makes, or None."""
-    if kind == "number":
-        s = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", statement.replace("{,}", ",").replace("\\!", ""))
-        return number_in(first_sentence(s))
-    if kind == "yesno":  # "most likely No", "technically, yes"
-        m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
-        return YESNO[m[1].lower()] if m else None
-    if kind == "choice":
-        return letter_in(statement, choices)
-    formulas = re.findall(r"(?s)\$([^$]+)\$|\\[(\[](.+?)\\[)\]]", statement)
-    return ", ".join(a or b for a, b in formulas) or statement.strip() or None
+    """A text up to the dot (or !, ?) that ends its first sentence ("4 hrs. 30" has none)."""
+    return re.split(r"(?<!\\)(?:(?<![a-z])\.|[!?]|\.(?!\s\d))(?=\$?(?:\s|$))", text, maxsplit=1)[0]
 
 
 def read_end(kind, text, choices):
-    """The answer of a text that announces none: its last number, formula or sentence, if that leaves no doubt."""
-    if kind == "number":
-        return next((n for m in reversed(list(NUMBER.finditer(text))) if (n := canonical(m)) is not None), None)
+    """The answer of a text that announces none: its last number, formula or sentence, if that
+    leaves no doubt."""
     line = text.rsplit("\n", 1)[-1]
+    if kind == "number":
+        numbers = [canonical(m) for m in NUMBER.finditer(text.translate(DASHES))]
+        return next((n for n in reversed(numbers) if n is not None), None)
     if kind == "math":
-        formulas = re.findall(r"\$([^$]+)\$", line) or [m[0] for m in NUMBER.finditer(line)]
-        return formulas[-1].strip() if formulas else None
+        formulas = [m for m in FORMULA.finditer(text) if m.end() > len(text) - len(line)]
+        if formulas:
+            return (formulas[-1][1] or formulas[-1][2]).strip() or None
+        if "\\" in line:
+            return line.rstrip(".")
+        numbers = list(NUMBER.finditer(line))
+        return numbers[-1][0].strip() if numbers else None
     sentence = line if re.match(r"\(?[A-Z][).:]", line) else re.split(r"[.!?]\s+(?=\S)", line)[-1]
     if kind == "yesno":
         starts = re.compile(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)")
         m = starts.match(sentence) or starts.match(text)
         return m[1].lower() if m else None
-    letters = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?:option|choice) ([A-Z])\b", sentence)} & set(choices)
-    return letters.pop() if len(letters) == 1 else None if letters else letter_in(sentence, choices)
+    must_be = re.split(r"\b(?:must|has to) be\b", sentence)  # "it can't be A, so it must be B"
+    if len(must_be) == 2:
+        return read_choice(must_be[1], choices)
+    if DENIED.search(sentence):
+        return None
+    named = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?:option|choice) ([A-Z])\b", sentence)}
+    named &= set(choices)
+    if named:
+        return named.pop() if len(named) == 1 else None
+    return read_choice(sentence, choices)
+
+
+# ---- numbers
+def read_number(statement, choices=None):
+    """The number that the first sentence of a statement gives, or None."""
+    text = statement.replace("{,}", ",").replace("\\!", "")
+    text = re.sub(r"\\[dtc]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r" \1\2/\3\4", text)
+    return number_in(first_sentence(text))
+
+
+def number_in(text):
+    """The one number that a text gives: its first, or what its last equation comes to. None for
+    open arithmetic, several numbers, and one that is denied."""
+    text = digits_for_words(text.translate(DASHES))
+    m = NUMBER.search(text)
+    if not m:
+        return None
+    before, rest = text[:m.start()], text[m.end():]
+    if DENIED.search(before):
+        positive = BUT.split(text, maxsplit=1)[1:]  # "not 5 but 6"
+        return number_in(positive[0]) if positive else None
+    operator = OPERATOR.match(rest)
+    if operator and (equation := re.split(r"=|\bequals\b", rest))[1:]:
+        return number_in(equation[-1])
+    open_ended = operator and not operator[0].endswith("of")
+    if open_ended or INSIDE.search(before) or ONE_OF_SEVERAL.match(rest) or "\\frac" in text:
+        return None
+    return canonical(m)
 
 
 def canonical(m):
-    """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"); None for a division by zero."""
+    """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"); None for a division by
+    zero and for what is too long."""
+    digits = (m["digits"].replace(",", "") or "0") + (m["decimals"] or "")
     try:
-        value = Fraction((m["digits"].replace(",", "") or "0") + (m["decimals"] or "")) / int(m["under"] or 1)
-        value = (value + int(m["whole"] or 0)) * Fraction(10) ** (int(m["e"] or m["e10"] or 0) + SCALE[m["scale"]])
+        value = Fraction(digits) / int(m["under"] or 1) + int(m["whole"] or 0)
+        value *= Fraction(10) ** int(m["e"] or m["e10"] or 0) * SCALE[m["scale"] or ""]
         value = -value if m["minus"] or m["minus2"] else value
-        return str(float(value)) if value.denominator > 1 and Fraction(str(float(value))) == value else str(value)
+        decimal = str(float(value))
+        exact = value.denominator > 1 and Fraction(decimal) == value
+        return decimal if exact else str(value)
     except (ValueError, ArithmeticError):
         return None
 
 
-def number_in(text):
-    """The number that a statement gives: its first, or what its last equation comes to; None for open arithmetic."""
-    text = text.replace("−", "-")
-    m = NUMBER.search(text)
+def digits_for_words(text):
+    """A text that begins with a number in words, with digits for it ("forty-two eggs"); nothing is
+    left of one that begins with no clear number ("five six", "one of them")."""
+    m = SPELLED_NUMBER.match(text)
     if not m:
-        return None
-    rest = text[m.end():]
-    operator = OPERATOR.match(rest)
-    if operator and "=" in rest:
-        return number_in(rest.rsplit("=", 1)[1])
-    return canonical(m) if not operator or operator[0].endswith("of") else None
+        return text
+    words, rest = re.sub(r"[\s-]+(?:and\s)?", " ", m[1].lower()), text[m.end():]
+    words = re.sub(r"^an? ", "one ", words)
+    value, smallest = 0, math.inf
+    for part, scale in re.findall(r"(\S.*?)(?: (thousand|million|billion|trillion)|$)", words):
+        if part not in SPELLED or SCALE[scale] >= smallest:
+            return ""
+        smallest = SCALE[scale]
+        value += SPELLED[part] * smallest
+    return "" if words == "one" and re.match(r"\s*\w", rest) else f"{value}{rest}"
 
 
-def letter_in(statement, choices):
-    """The one choice that a statement names by letter or by text: never the article "a", never a negated one."""
+# ---- yes or no
+def read_yesno(statement, choices=None):
+    """The "yes" or "no" that begins a statement ("most likely No", "technically, yes"), or None."""
+    m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
+    both = r"\W{0,3}(?:(?:or|and|but)\W+)?(?:yes|no|true|false)\b(?!\sone)"
+    phrase = r"\s(?:longer|one|idea|doubt|way|such|more|(?:\w+\s)?(?:answer|consensus|evidence))\b"
+    if not m or re.match(f"(?i){both}|{phrase}", statement[m.end():]):
+        return None  # "yes/no", "yes and no", "no clear answer"
+    return YESNO[m[1].lower()]
+
+
+# ---- one of several choices
+REASON = re.compile(r"\b(?:because|since|as|given|which|while|whereas|although|though|not"
+                    r"|rather than|instead of|unlike|due to)\b")
+
+
+def read_choice(statement, choices):
+    """The letter of the one choice that a statement names by letter or by text, or None: never the
+    article "a", never one that is denied, never one of several."""
     s = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"'“”]", "", statement).strip()
-    if re.match(r"(?i)(?:not|neither)\b", s):
-        s = "".join(re.split(r"(?i)\b(?:but|rather|instead)\b", s, maxsplit=1)[1:])
-    m = re.match(r"(?:[\s:,-]|\b(?:its?|is|most|likely|probably|definitely|clearly|option|choice|letter)\b)*"
+    if re.match(r"(?i)(?:not|neither|never)\b", s):
+        s = "".join(BUT.split(s, maxsplit=1)[1:])
+    m = re.match(r"(?:[\s:,-]|\b(?:its?|is|most|likely|probably|definitely|clearly|option|choice"
+                 r"|letter)\b)*"
                  r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?!\w)|([a-z])(?=[.,:;)]?\s*$))", s)
     if m and (letter := (m[1] or m[2] or m[3]).upper()) in choices:
         rest = s[m.end():]
-        other = re.match(r"\)?\s*(?:or|and|/|&)\s*\(?([A-Z])\b", rest)
-        if other and other[1] in choices:
-            return None
-        if m[2] != "A" or not re.match(r" (?!because|since|as\b|and\b|which|is\b|for\b|with\b)[a-z]", rest):
-            return letter
+        article = m[2] in ("A", "I") and re.match(
+            r" (?!because|since|as\b|or\b|and\b|which|is\b|for\b|with\b)[a-z]", rest)
+        if not article:
+            return None if names_another(rest, letter, choices) else letter
     return choice_by_text(s, choices)
+
+
+def names_another(rest, letter, choices):
+    """Whether what follows a letter names another choice as well, by letter or by text."""
+    rest = re.sub(r"[):,\s]*(?:\.\s*(?=(?:or|and)\b))?", "", rest, count=1)  # "B. or C."
+    claim = REASON.split(first_sentence(rest), maxsplit=1)[0]
+    said, own = claim.lower().lstrip("( "), choices[letter].lower()
+    if said.startswith(own):
+        claim = said = claim.lstrip("( ")[len(own):]
+    elif any(said.startswith(text.lower()) for text in choices.values()):
+        return True
+    letters = set(re.findall(r"(?<![\w'’])([A-Z])\b(?!['’]\w)", claim)) & set(choices)
+    letters |= {letter.upper() for letter in re.findall(r"\(([a-z])\)", claim)} & set(choices)
+    texts = "|".join(re.escape(text.lower()) for c, text in choices.items() if c != letter)
+    return bool(letters - {letter} or re.search(rf"(?:\b(?:or|and)\s|[/&]\s?)(?:{texts})\b", said))
 
 
 def choice_by_text(statement, choices):
     """The letter of the one choice whose text a statement gives, or None."""
-    def norm(t):
-        return re.sub(r"(?:\b(?:the|an|a)\b|[^\w/.%$-])+", " ", t.lower()).strip(" .")
+    texts = {letter: normal(text) for letter, text in choices.items() if normal(text)}
+    said = normal(statement)
+    claim = normal(REASON.split(first_sentence(numeric_dates(statement)), maxsplit=1)[0])
+    hits = [letter for letter, text in texts.items()
+            if re.match(re.escape(text) + r"(?!\w)", said)
+            or re.search(r"(?<!\w)" + re.escape(text) + r"(?!\w)", claim)]
+    # "park" in "car park"
+    hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]
+    if len(hits) != 1 or DENIED.search(claim.replace(texts[hits[0]], "")):
+        return None
+    return hits[0]
 
-    texts = {letter: norm(text) for letter, text in choices.items() if norm(text)}
-    whole, sentence = norm(statement), norm(first_sentence(statement))
-    hits = [c for c, t in texts.items() if re.match(re.escape(t) + r"(?!\w)", whole)] or \
-           [c for c, t in texts.items() if re.search(r"(?<!\w)" + re.escape(t) + r"(?!\w)", sentence)]
-    hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]  # "park" in "car park"
-    return hits[0] if len(hits) == 1 else None
+
+def normal(text):
+    """A text in lower case, without articles and punctuation, dates as MM/DD/YYYY."""
+    text = numeric_dates(text).lower()
+    return re.sub(r"(?:\b(?:the|an|a)\b|[^\w/.%$-])+", " ", text).strip(" .")
+
+
+def numeric_dates(text):
+    """A text with MM/DD/YYYY for each date in words or without leading zeros."""
+    def numeric(m):
+        found = {key.rstrip("234"): part for key, part in m.groupdict().items() if part}
+        month = found["month"].lower()
+        month = int(month) if month.isdigit() else MONTHS.index(month[:3]) + 1
+        return f"{month:02}/{int(found['day']):02}/{found['year']}"
+    return DATE.sub(numeric, text)
+
+
+# ---- mathematics
+def read_math(text, announced):
+    """The LaTeX that a text announces last: a box (with those beside it: "\\boxed{1} and
+    \\boxed{2}"), or the formulas of a sentence, or the sentence; None if it is empty."""
+    boxes = [m for m in announced if m[0].startswith("\\")][-20:]
+    if announced[-1] not in boxes:
+        sentence = first_sentence(statement_after(text, announced[-1])).strip()
+        formulas = [(a or b).strip() for a, b in FORMULA.findall(sentence)]
+        if formulas or not boxes or re.search(r"\d", sentence):
+            return ", ".join(formulas) or sentence or None
+    found = [braces(text[boxes[-1].end():][:1000]).strip()]
+    for left, right in zip(boxes[-2::-1], boxes[::-1]):
+        content = braces(text[left.end():][:1000])
+        between = text[left.end():right.start()].split(content or "}", maxsplit=1)[-1]
+        if not content.strip() or not JOINT.fullmatch(between):
+            break
+        found.insert(0, content.strip())
+    if all(same_math(clean_latex(found[0]), clean_latex(other)) for other in found[1:]):
+        found = found[-1:]  # one answer in two forms
+    return ", ".join(found) or None
+
+
+# Between boxes that make one answer: "}$ and $y = ".
+JOINT = re.compile(r"(?:[\s$,;{}&]|\\[()\[\],;]|\\q?quad|\\text|\b(?:and|or)\b"
+                   r"|[A-Za-z](?:_\w)?\s?=)*")
+READERS = {"number": read_number, "yesno": read_yesno, "choice": read_choice}
 
 
 def grade(task, prediction, answer, choices=None):
     """True if a prediction means the same as the answer; None (unparsed) is wrong."""
     if prediction is None:
         return False
-    kind, prediction, answer = TASKS[task], str(prediction).strip(), str(answer).strip()
+    kind, prediction, answer = TASKS[task], prediction.strip(), answer.strip()
     if kind == "math":
         return len(prediction) < 500 and same_math(clean_latex(prediction), clean_latex(answer))
     if kind != "number":
@@ -280,47 +725,70 @@ def grade(task, prediction, answer, choices=None):
     a, b = number_in(prediction), number_in(answer)
     if a is None or b is None:
         return False
-    a, b = Fraction(a), Fraction(b)  # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
+    # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
+    a, b = Fraction(a), Fraction(b)
     return a == b or (a.denominator > 1 and abs(a - b) <= abs(b) / 10**6)
 
 
 # ---------------------------------------------------------------- mathematical equality
-# Two formulas are equal if their values agree to 80 digits wherever we put their variables. That needs neither eval()
-# nor a simplifier, and its time is bounded by the length of the text: nothing can hang, in whatever thread.
-FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc", "cot": "cot", "arcsin": "asin",
-             "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln", "log": "log10"}
-GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi",
-         "varphi", "psi", "omega", "infty")
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "√": r"\sqrt",
-                         "π": r"\pi ", "∞": r"\infty "})
+# Two formulas are equal if their values agree to 80 digits wherever we put their variables. That
+# needs neither eval() nor a simplifier, and its time is bounded by the length of the text: nothing
+# can hang, in whatever thread.
+FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc", "cot": "cot",
+             "arcsin": "asin", "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln",
+             "log": "log10"}
+GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho",
+         "sigma", "tau", "phi", "varphi", "psi", "omega", "infty")
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "≤": "<=",
+                         "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ", "∞": r"\infty ",
+                         "∪": r"\cup ", "≈": r"\approx "})
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # layout, currency and degrees; \\ ends the row of a matrix
     (r"\\\\", "\n"), (r",\s*\\!\s*|\{,\}", ""),  # 11,\!111 and 11{,}111
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|allowbreak)(?![A-Za-z])|\\[!,;: ]|~", " "),
     (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\^?\\degree|\\[()\[\]]", ""),
-    # one spelling of operators, commands, names and lists: \mathrm{e}, x_{1}, plain sqrt(2), "1, 2 and 3"
-    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"\\div(?![a-z])", "/"), (r"\\cup(?![a-z])", "∪"),
-    (r"\\[dtc]frac", r"\\frac"), (r"_\{(\w+)\}", r"_\1"),
-    (r"\\(?:math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{(\w)\}", r"\1"), (r"\\operatorname\s*\{(\w+)\}", r"\\\1"),
+    (r"[(\[]?\s*\\begin\{array\}\s*(?:\{[^{}]*\})?", r"\\begin{matrix}"),
+    (r"\\end\{array\}\s*[)\]]?", r"\\end{matrix}"),
+    # one spelling of operators, relations, commands, names and lists: \mathrm{e}, x_{1}, sqrt(2)
+    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"\\div(?![a-z])", "/"),
+    (r"\\cup(?![a-z])", "∪"), (r"\\leq?(?:slant)?(?![a-z])", "<="), (r"\\lt(?![a-z])", "<"),
+    (r"\\geq?(?:slant)?(?![a-z])", ">="), (r"\\gt(?![a-z])", ">"), (r"\\neq?(?![a-z])", "!="),
+    (r"\\[dtc]frac", r"\\frac"), (r"_\{\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\w+))\s*\}", r"_\1\2"),
+    (r"\\(?:math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{(\w)\}", r"\1"),
+    (r"\\operatorname\s*\{(\w+)\}", r"\\\1"),
     (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),
+    (r"([<>]=?[^<>,;]{1,40}?)(?:\\(?:text|mbox)\s*\{\s*,?\s*or\s*\}|,?\sor\s)", r"\1∪"),
     (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ","), (r",\s*,", ","),
-    # mixed numbers: 3\frac12, 3\frac{1}{2} and 3 1/2; the set that x is in
+    # mixed numbers: 3\frac12, 3\frac{1}{2} and 3 1/2; the set that x is in; {1,2} in plain braces
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"), (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""))]
+    (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"),
+    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\{([^{}]*)\}\s*$", r"\1"))]
 # words in a formula (but "a.m." and "p.m." are part of an answer), and plain units after it
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|emph|mathrm|mathbf|bold)\s*\{(?!\s*[ap]\.?m\b)([^{}]*)\}"
-                  r"(?:\^\{?\d\}?)?")
-UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+(?:\^\{?\d\}?)?\s*$")
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|[mh]box|emph|mathrm|mathbf|bold)\s*"
+                  r"\{(?!\s*[ap]\.?m\b)([^{}]*)\}(?:\^\{?\d\}?)?")
+UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+"
+                   r"(?:\^\{?\d\}?)?\s*$")
+_SYMBOL = rf"(?:[A-Za-z]'?(?:_\w+)?'?|\\(?:{'|'.join(GREEK)})(?:_\w+)?)"
+SYMBOL = re.compile(_SYMBOL)
+# What may stand before "=" without being a part of the answer: x, f(x), (a, b), AB, \angle ABC.
+NAME = re.compile(rf"(?:{_SYMBOL}(?:\^\{{?-1\}}?)?(?:\([^()=]{{1,20}}\))?"
+                  rf"|\(\s*{_SYMBOL}(?:\s*,\s*{_SYMBOL})+\s*\)|\|?[A-Z]{{2,3}}\|?"
+                  r"|m?\s*\\(?:angle|overline)\s*\{?[A-Z]+\}?)")
 
 
 def clean_latex(s):
-    """LaTeX or plain mathematics without layout, currency, units and thousands separators."""
+    """LaTeX or plain mathematics without layout, currency, units, thousands separators and an
+    approximation after the exact value."""
     s = s.translate(UNICODE)
     for pattern, new in REWRITES:
         s = pattern.sub(new, s)
+    exact, approximately, rest = re.sub(r"\\approx(?![a-z])", "≈", s).partition("≈")
+    if approximately:
+        s = exact if re.search(r"\d|\\pi", exact) else f"{exact}={rest}".strip(" =")
     bare = TEXT.sub(" ", s)
-    s = UNITS.sub("", bare if re.search(r"\w", bare) else TEXT.sub(r"\1", s)).strip().rstrip(".").strip()
+    s = UNITS.sub("", bare if re.search(r"\w", bare) else TEXT.sub(r"\1", s))
+    s = s.strip().rstrip(".").strip()
     if s[:1] in ("(", "[", "\\"):  # (1,000) is a pair
         return s
     return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), s)
@@ -337,33 +805,67 @@ def split_top(s, separators):
 
 
 def structure(s):
-    """(kind, parts) of a formula: a matrix, a union, a set or list, a tuple or interval, or the formula alone."""
+    """(kind, parts) of a formula: a matrix, a union, a set or list, a tuple or interval, or the
+    formula alone."""
     if m := re.fullmatch(r"(?s)\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}", s):
         rows = m[2].strip().split("\n")
-        return f"matrix of {len(rows)} rows", [cell.strip() for row in rows for cell in row.split("&")]
+        return f"matrix of {len(rows)} rows", [c.strip() for row in rows for c in row.split("&")]
     for kind, separators in (("union", "∪"), ("set", ",;")):
         if len(parts := split_top(s, separators)) > 1:
-            return kind, [q for p in parts for q in ([p] if "\\pm" not in p else structure(p)[1])]
+            return kind, [q for p in parts for q in (structure(p)[1] if "\\pm" in p else [p])]
     m = re.fullmatch(r"(?s)(\\\{|[(\[])(.*?)(\\\}|[)\]])", s)
     if m and 0 not in depths(s)[len(m[1]) - 1:-1]:
         kind, parts = structure(m[2].strip())
         ordered = kind == "set" and m[1] != "\\{" and len(split_top(m[2], ",;")) > 1
         return m[1] + m[3] if ordered else kind, parts
-    return ("set", [s.replace("\\pm", "+"), s.replace("\\pm", "-")]) if "\\pm" in s else ("formula", [s])
+    if "\\pm" in s:
+        return "set", [s.replace("\\pm", "+"), s.replace("\\pm", "-")]
+    return "formula", [s]
+
+
+def named(s):
+    """(name, value) of "x = 5" or "f(x) = ... = 2x"; (None, s) of anything else."""
+    name, equals, rest = s.partition("=")
+    parts = split_top(rest, ",;")
+    if not equals or not NAME.fullmatch(name.strip()) or any("=" in part for part in parts[1:]):
+        return None, s
+    return "".join(name.split()), rest.rsplit("=", 1)[1].strip() if "=" in rest else rest.strip()
+
+
+def interval(s):
+    """(variable, interval) of an inequality such as x > 3 or 3 < x <= 5; (None, s) of others."""
+    parts = [part.strip() for part in re.split(r"([<>]=?)", s)]
+    if len(parts) in (3, 5) and parts[1][0] == ">":  # from the smallest to the largest
+        parts = [part.replace(">", "<") for part in reversed(parts)]
+    if len(parts) == 3:
+        rising = SYMBOL.fullmatch(parts[0])  # x < 3, else 3 < x
+        parts = ["-\\infty", "<", *parts] if rising else [*parts, "<", "\\infty"]
+    if len(parts) != 5 or not parts[1][0] == parts[3][0] == "<" or not SYMBOL.fullmatch(parts[2]):
+        return None, s
+    low, first, name, second, high = parts
+    return name, f"{'[' if '=' in first else '('}{low},{high}{']' if '=' in second else ')'}"
 
 
 def same_math(a, b):
-    """Equality of two cleaned formulas: sets and lists in any order, tuples, intervals and matrices part by part."""
+    """Equality of two cleaned formulas: sets and lists in any order, tuples, intervals and
+    matrices part by part; a name before "=" and an inequality's variable may lack in one."""
     x, y = (re.sub(r"\\text|\s|\.(?!\d)", "", s) for s in (a, b))
-    if x == y or (x.lower() == y.lower() and "\\" not in x and re.search("[A-Za-z]{2}|^[A-Za-z]$", x)):
+    word = "\\" not in x and re.search("[A-Za-z]{2}|^[A-Za-z]$", x)
+    if x == y or (x.lower() == y.lower() and word):
         return x != ""
+    for read in (named, interval):
+        (name, value), (name_b, value_b) = read(a), read(b)
+        alike = (name or name_b) and (name is None or name_b is None or name == name_b)
+        if alike and same_math(value, value_b):
+            return True
     (kind, parts), (kind_b, parts_b) = structure(a), structure(b)
     if kind != kind_b or len(parts) != len(parts_b):
         return False
     if kind == "formula":
         return same_formula(parts[0], parts_b[0])
     for part in parts:
-        twin = next((p for p in (parts_b if kind in ("set", "union") else parts_b[:1]) if same_math(part, p)), None)
+        candidates = parts_b if kind in ("set", "union") else parts_b[:1]
+        twin = next((other for other in candidates if same_math(part, other)), None)
         if twin is None:
             return False
         parts_b.remove(twin)
@@ -371,27 +873,28 @@ def same_math(a, b):
 
 
 def same_formula(a, b):
-    """Whether two LaTeX formulas have the same values; "x =" may stand before one; equations up to a factor."""
-    named = re.compile(r"(?s)([A-Za-z](?:_\w|\([a-z]\))?|\\[a-z]+)\s*=(?:.*=)?([^=]+)")  # x = 5, f(x) = ... = 2x
-    m, n = named.fullmatch(a), named.fullmatch(b)
-    x, y = (values((g[2] if g else s).strip()) for g, s in ((m, a), (n, b)))
-    if x and y and (not m or not n or m[1] == n[1]):
-        return all(close(p, q) for p, q in zip(x, y))
-    if a.count("=") == b.count("=") == 1 and not any(g and v and v[0] == v[1] for g, v in ((m, x), (n, y))):
-        x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))  # equations: equal up to a factor
+    """Whether two LaTeX formulas have the same values; equations up to a factor."""
+    if a.count("=") == b.count("=") == 1:
+        if any(v and v[0] == v[1] for v in (values(named(s)[1]) for s in (a, b) if named(s)[0])):
+            return False  # x = 5 and 2x = 10 are not the same answer
+        x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))
         return bool(x and y) and all(p and q and close(p * y[0], q * x[0]) for p, q in zip(x, y))
-    return False
+    x, y = values(a), values(b)
+    return bool(x and y) and all(close(p, q) for p, q in zip(x, y))
 
 
 def close(x, y):
-    size, tiny = max(abs(x), abs(y)), mpmath.mpf(10) ** -80
-    return abs(x - y) <= size * tiny or (min(abs(x), abs(y)) == 0 and size < tiny)
+    size, gap = max(abs(x), abs(y)), abs(x - y) * 10**80
+    return gap <= size or (min(abs(x), abs(y)) == 0 and gap < 1)
 
 
 @lru_cache(maxsize=4096)
 def values(formula):
-    """The values of a formula with its variables at three arbitrary points (100 digits), None if it can't be read."""
-    mp = mpmath.MPContext()  # our own: the precision of mpmath.mp is global, threads would share it
+    """The values of a formula with its variables at three arbitrary points (100 digits), None if it
+    can't be read."""
+    from mpmath import MPContext
+
+    mp = MPContext()  # our own: the precision of mpmath.mp is global, threads would share it
     mp.dps = 100
     try:
         return tuple(evaluate_formula(mp, formula, point) for point in range(3))
@@ -401,7 +904,8 @@ def values(formula):
 
 def evaluate_formula(mp, formula, point):
     """Recursive descent over LaTeX; raises ValueError or IndexError where it can't read on."""
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_\w)?|\S", formula)[::-1]  # a stack
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_\w)?|\S", formula)
+    tokens.reverse()  # a stack
 
     def take(*expected):
         return tokens.pop() if tokens and tokens[-1] in expected else None
@@ -436,23 +940,27 @@ def evaluate_formula(mp, formula, point):
             return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
         if not token[0].isalpha() and token[1:] not in GREEK:
             raise ValueError(f"unexpected {token}")
-        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5  # a variable; > 0: sqrt(1/n) is 1/sqrt(n)
+        # a variable; > 0, where sqrt(1/n) is 1/sqrt(n)
+        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
 
     def factor():
         x = power(atom())
         while take("!"):
             x = power(mp.factorial(bounded(x)))
-        if x and not abs(mp.mag(x)) < 10**5:  # bits; where numbers get that long, sums and logarithms take seconds
+        if x and not abs(mp.mag(x)) < 10**5:  # bits: longer sums and logarithms take seconds
             raise ValueError("too large")
         return x
 
-    def product(of_function=False):  # signs may lack, as in 2x(x+1); a function's argument ends early: sin 2x cos x
+    def product(of_function=False):
+        # signs may lack, as in 2x(x+1); a function's argument ends early: sin 2x cos x
         bracket = of_function and tokens[-1] == "("
+        take("+")
         x = -factor() if take("-") else atom() if bracket else factor()
         while tokens and not bracket:
             sign = None if of_function else take("*", "/")
             follows = tokens[-1][0].isalpha() or tokens[-1][1:] in ("frac", "sqrt", "pi", *GREEK)
-            if not sign and not follows and (of_function or not (tokens[-1] in "([{" or tokens[-1][1:] in FUNCTIONS)):
+            opens = tokens[-1] in "([{" or tokens[-1][1:] in FUNCTIONS
+            if not sign and not follows and (of_function or not opens):
                 break
             y = -factor() if sign and take("-") else factor()
             x = x / y if sign == "/" else x * y
@@ -468,112 +976,6 @@ def evaluate_formula(mp, formula, point):
     if tokens or not mp.isfinite(x):
         raise ValueError("not a formula to its end")
     return x
-
-
-# ---------------------------------------------------------------- readers
-def read_questions(path, task=None):
-    """Flat rows {"id", "task", "question", "answer", "choices"?, "level"?, "prompt"?}, each question once, of a file in
-    a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), of flat JSONL or of a path
-    pool. `task` overrides what the file says. Stops, naming the place, at a row that is no question."""
-    if task not in (None, *TASKS):
-        stop(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
-    stem = os.path.splitext(os.path.basename(path))[0]
-    guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
-    questions = {}
-    for i, (where, record) in enumerate(records(str(path))):
-        try:
-            row = flatten(record, guess)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-            stop(f"{where}: not a question in a format that I know ({type(e).__name__}: {e})")
-        row["task"] = task or row["task"]
-        given = [record[k] for k in ("id", "qid", "uid") if record.get(k) is not None]
-        row["id"] = str(given[0]) if given else f"{stem}-{i:05d}"
-        row = {k: v for k, v in row.items() if v is not None}
-        check_row(row, where)
-        if questions.setdefault(row["id"], row)["question"] != row["question"]:
-            stop(f"{where}: the id {row['id']!r} belongs to another question already; give each question its own")
-    if not questions:
-        stop(f"{path}: no questions in it")
-    return list(questions.values())
-
-
-def records(path):
-    """(place, record) for the lines of a JSONL file, or for a .json file's list or BIG-bench "examples"."""
-    if not path.endswith(".json"):
-        yield from numbered_rows(path)
-        return
-    try:
-        with open(path, encoding="utf-8") as f:
-            data = json.load(f)
-    except (OSError, ValueError) as e:
-        stop(f"cannot read {path}: {e}")
-    data = data.get("examples") if isinstance(data, dict) else data
-    if not isinstance(data, list):
-        stop(f"{path}: expected a list of questions or an object with 'examples'")
-    yield from ((f"{path}, example {i}", record) for i, record in enumerate(data))
-
-
-def lettered(texts):
-    return {chr(ord("A") + i): text for i, text in enumerate(texts)}
-
-
-def flatten(r, guess):
-    """A published record as a flat row without id; `guess` is the task that the file's name suggests."""
-    if "problem" in r and "solution" in r:  # MATH
-        answer = braces(r["solution"][list(re.finditer(r"\\(?:boxed|fbox)", r["solution"]))[-1].end():])
-        return {"task": "math", "question": r["problem"], "answer": answer, "level": r.get("level")}
-    if "target_scores" in r:  # BIG-bench, which may list the right choice first: our order hangs on the texts alone
-        scores = r["target_scores"]
-        right = max(scores, key=scores.get)
-        if {t.lower() for t in scores} == {"yes", "no"}:
-            return {"task": guess or "strategyqa", "question": r["input"], "answer": right}
-        choices = lettered(sorted(scores, key=lambda text: zlib.crc32(f"{r['input']} {text}".encode())))
-        return {"task": guess, "question": r["input"], "answer": right, "choices": choices}
-    if "input" in r and "target" in r:  # BIG-Bench Hard
-        question, _, options = r["input"].partition("\nOptions:\n")
-        choices = dict(re.findall(r"\(([A-Z])\) (.+)", options)) or None
-        return {"task": guess, "question": question, "answer": r["target"].strip("()"), "choices": choices}
-    if "hypothesis" in r:  # ANLI
-        answer = {"e": "A", "n": "B", "c": "C", 0: "A", 1: "B", 2: "C"}[r["label"]]
-        question = (f"Premise: {r['premise'] if 'premise' in r else r['context']}\nHypothesis: {r['hypothesis']}\n"
-                    "What is the hypothesis, given the premise?")
-        return {"task": "anli", "question": question, "answer": answer, "choices": ANLI}
-    if "answerKey" in r:  # CommonsenseQA and ARC, as published and as on the Hugging Face hub
-        question = r["question"] if isinstance(r["question"], dict) else {"stem": r["question"], **r}
-        choices = question["choices"]
-        if isinstance(choices, dict):
-            choices = [{"label": label, "text": text} for label, text in zip(choices["label"], choices["text"])]
-        labels = [c["label"] for c in choices]  # some of ARC's are numbers
-        return {"task": guess or ("commonsense_qa" if "question_concept" in question else "arc"),
-                "question": question["stem"], "answer": chr(ord("A") + labels.index(r["answerKey"])),
-                "choices": lettered(c["text"] for c in choices)}
-    answer, task = r["answer"], r.get("task") or guess
-    if isinstance(answer, bool):  # StrategyQA
-        answer, task = "yes" if answer else "no", task or "strategyqa"
-    elif answer is None:
-        raise ValueError("the answer is null")
-    elif "####" in str(answer):  # GSM8K
-        answer, task = answer.rsplit("####", 1)[1].strip(), task or "gsm8k"
-    return {"task": task, "answer": str(answer), **{k: r.get(k) for k in ("question", "choices", "level", "prompt")}}
-
-
-def check_row(row, where):
-    """Bring a flat row's answer to canonical form; stop where its task is unknown or its answer can't be one."""
-    if str(row.get("task")) not in TASKS:
-        stop(f"{where}: unknown task {row.get('task')!r}; name one with --task: {', '.join(TASKS)}")
-    kind, answer, choices = TASKS[row["task"]], row["answer"].strip(), row.get("choices")
-    if not isinstance(row.get("question"), str) or not row["question"].strip():
-        stop(f"{where}: field 'question' is missing, empty or not a string")
-    if kind == "choice":
-        if not isinstance(choices, dict) or len(choices) < 2 or not all(isinstance(t, str) for t in choices.values()):
-            stop(f"{where}: task {row['task']} needs 'choices' as an object of letters and texts")
-        row["answer"] = answer if answer in choices else next((c for c, t in choices.items() if t == answer), None)
-    elif kind == "yesno":
-        row["answer"] = YESNO.get(answer.lower())
-    elif not answer or (kind == "number" and number_in(answer) is None):
-        row["answer"] = None
-    if row["answer"] is None:
-        stop(f"{where}: {answer!r} is no answer to a question of task {row['task']} ({kind})")
 
 
 # ---------------------------------------------------------------- students
@@ -662,7 +1064,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
 
     def read(i, response):
         text = tokenizer.decode(response, skip_special_tokens=True)
-        return text, until and until[i].search(text)
+        thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
+        return text, until and until[i].search(text, thought)
 
     jobs = [(i, k) for i in range(len(prompts)) for k in range(samples)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what doesn't fit into memory shows at once
@@ -732,180 +1135,244 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
     return results
 
 
+# ---------------------------------------------------------------- evaluation
 def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=None, seed=0):
-    """Students [(model, tokenizer), ...] on rows, in shares of 1: {"questions": their number, "accuracy", "unparsed",
-    "stopped": per student a share of its responses, "ensemble": accuracy of one common answer (of the parsed response
-    with the highest mean log-probability; with samples the majority's, ties by log-probability), "upper_bound": share
-    of questions with any right response, "predictions": per question {"id", "answer", "ensemble", "ensemble_correct",
-    "responses": [student][sample] with "prediction" and "correct"}}."""
+    """Students [(model, tokenizer), ...] on rows, in shares of 1.
+
+    -> {"questions": their number, "accuracy", "unparsed", "stopped": per student a share of its
+    responses, "ensemble": accuracy of one common answer (see vote), "upper_bound": share of
+    questions with any right response, "predictions": per question {"id", "question", "answer",
+    "ensemble", "ensemble_correct", "responses": [student][sample] with "prediction", "correct"}}.
+    """
     responses = []  # [student][question][sample]
+    asked = [ASKED[TASKS[row["task"]]] for row in rows]
     for s, (model, tokenizer) in enumerate(students):
         prompts = [encode_prompt(tokenizer, student_prompt(row)) for row in rows]
-        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples, temperature, seed + s,
-                                  f"student {s} answers", [ASKED[TASKS[row["task"]]] for row in rows]))
+        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples,
+                                  temperature, seed + s, f"student {s} answers", asked))
         for row, answers in zip(rows, responses[s]):
             for r in answers:
                 r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
-                r["correct"] = grade(row["task"], r["prediction"], row["answer"], row.get("choices"))
+                r["correct"] = grade(row["task"], r["prediction"], row["answer"])
     predictions = []
-    for q, row in enumerate(rows):
-        votes = []  # [prediction, number of votes, best log-probability]
-        for r in (r for student in responses for r in student[q] if r["prediction"] is not None):
-            vote = next((v for v in votes if grade(row["task"], r["prediction"], v[0], row.get("choices"))), None)
-            if vote is None:
-                votes.append(vote := [r["prediction"], 0, -math.inf])
-            vote[1:] = vote[1] + 1, max(vote[2], r["logprob"])
-        surest = max(votes, key=lambda v: (v[1] if samples > 1 else 0, v[2]), default=[None])[0]
-        predictions.append({"id": row["id"], "answer": row["answer"], "ensemble": surest,
-                            "ensemble_correct": grade(row["task"], surest, row["answer"], row.get("choices")),
-                            "responses": [student[q] for student in responses]})
+    for row, *answers in zip(rows, *responses):  # answers: [student][sample] to this question
+        common = vote(row["task"], [r for of_student in answers for r in of_student], samples > 1)
+        predictions.append({"id": row["id"], "question": row["question"], "answer": row["answer"],
+                            "ensemble": common,
+                            "ensemble_correct": grade(row["task"], common, row["answer"]),
+                            "responses": answers})
 
     def share(flags):
         flags = list(flags)
         return sum(flags) / max(len(flags), 1)
 
+    def per_student(flag):
+        return [share(flag(r) for answers in student for r in answers) for student in responses]
+
     return {"questions": len(rows),
-            "accuracy": [share(r["correct"] for answers in s for r in answers) for s in responses],
-            "unparsed": [share(r["prediction"] is None for answers in s for r in answers) for s in responses],
-            "stopped": [share(r["stopped"] for answers in s for r in answers) for s in responses],
+            "accuracy": per_student(lambda r: r["correct"]),
+            "unparsed": per_student(lambda r: r["prediction"] is None),
+            "stopped": per_student(lambda r: r["stopped"]),
             "ensemble": share(p["ensemble_correct"] for p in predictions),
-            "upper_bound": share(any(r["correct"] for s in p["responses"] for r in s) for p in predictions),
+            "upper_bound": share(any(r["correct"] for student in p["responses"] for r in student)
+                                 for p in predictions),
             "predictions": predictions}
 
 
+def vote(task, responses, majority):
+    """One common answer of responses to a question, None if none is parsed: the one with the best
+    mean log-probability, or with `majority` the one given most often (ties by log-probability)."""
+    votes = []  # [prediction, number of votes, best log-probability]
+    for r in responses:
+        if r["prediction"] is None:
+            continue
+        same = next((v for v in votes if grade(task, r["prediction"], v[0])), None)
+        if same is None:
+            votes.append(same := [r["prediction"], 0, -math.inf])
+        same[1:] = same[1] + 1, max(same[2], r["logprob"])
+    return max(votes, key=lambda v: (v[1] if majority else 0, v[2]), default=[None])[0]
+
+
 # ---------------------------------------------------------------- pictures of run folders (--plot)
-PICTURES = {"rate_style": ("selection rate per reasoning style", "share of paths routed to the student"),
-            "rate_level": ("selection rate per question level", "share of paths routed to the student"),
-            "loss_style": ("loss per reasoning style", "loss (nats per response token)")}
 # Dashes and markers tell the lines apart in grey; the colours are those of Okabe and Ito.
-LOOKS = [{"color": "#" + ("0072B2", "D55E00", "009E73", "000000", "CC79A7", "56B4E9", "E69F00")[i % 7], "markersize": 5,
-          "linestyle": ("-", "--", ":", "-.")[i % 4], "marker": "os^DvPX*"[i % 8]} for i in range(56)]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
+LOOKS = [{"color": COLOURS[i % 7], "linestyle": ("-", "--", ":", "-.")[i % 4],
+          "marker": "os^DvPX*"[i % 8], "markersize": 5} for i in range(56)]
 
 
 def read_run(folder):
-    """A run folder of distill.py: {"name", "args", "log": rows, "accuracy": {student or ensemble: %}, which is empty
-    before the run's end}. Stops where it is no run, and with FILE:LINE where the log is damaged."""
-    run = {"name": os.path.basename(os.path.abspath(folder)), "log": [], "accuracy": {}}
-    args, results, log = (os.path.join(folder, name) for name in ("args.json", "results.json", "log.jsonl"))
+    """A run folder of distill.py: {"name", "args", "log": rows, "results": None before the end}.
+
+    Stops where it is no run, and with FILE:LINE where the log is damaged.
+    """
+    run = {"name": os.path.basename(os.path.abspath(folder)), "log": [], "results": None}
     try:
-        with open(file := args, encoding="utf-8") as f:
+        with open(file := os.path.join(folder, "args.json"), encoding="utf-8") as f:
             run["args"] = {**json.load(f)}
-        if os.path.exists(file := results):
+        if os.path.exists(file := os.path.join(folder, "results.json")):
             with open(file, encoding="utf-8") as f:
-                after = json.load(f)["after"]
-            shares = {**{f"student {s}": x for s, x in enumerate(after["accuracy"])}, "ensemble": after["ensemble"]}
-            run["accuracy"] = {name: 100 * float(x) for name, x in shares.items()}
+                run["results"] = json.load(f)
+            for when in ("before", "after"):
+                result = run["results"][when]
+                math.fsum([*result["accuracy"], result["ensemble"]])  # raises if one is no number
+            run["results"]["counts"]["steps"] += 0
     except (OSError, ValueError, KeyError, TypeError) as e:
-        stop(f"--plot {folder}: no run folder of distill.py, or {file} is damaged ({type(e).__name__}: {e})")
-    for where, row in numbered_rows(log):
+        stop(f"--plot {folder}: no run folder of distill.py, or {file} is damaged "
+             f"({type(e).__name__}: {e})")
+    for where, row in numbered_rows(os.path.join(folder, "log.jsonl")):
         try:
-            run["log"].append({**row, "step": float(row["step"])})
-            shapes = {np.array(x, float).shape for field in PICTURES for x in row.get(field, {}).values()}
-            if shapes != {(len(run["log"][0]["rate"]),)}:
+            per_student = [row["loss"], row["rate"], *row.get("rate_style", {}).values()]
+            per_student += [row["accuracy"]] if "accuracy" in row else []
+            math.fsum([row["step"], *itertools.chain(*per_student)])
+            first = run["log"][0] if run["log"] else row
+            if {len(values) for values in per_student} != {len(first["loss"])}:
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
-            stop(f"{where}: expected a step of distill.py with a rate and a loss for each style and student")
-    return run if run["log"] else stop(f"{log}: no step in it yet")
+            stop(f"{where}: expected a step of distill.py, with a loss and a rate for each student")
+        run["log"].append(row)
+    return run if run["log"] else stop(f"{folder}/log.jsonl: no step in it yet")
 
 
-def curves(log, field, window=1):
-    """{style or level: (steps, students)}: a field of the log, each step as the mean of the (odd) `window` around it.
-    nan where none of these steps had such a path or, for a loss, ran one: there the log's 0 is no loss."""
-    def table(field, name):
-        return np.array([row.get(field, {}).get(name, [math.nan] * len(row["rate"])) for row in log], float)
-
-    lines = {}
-    for name in sorted({name for row in log for name in row.get(field, {})}):
-        x = table(field, name)
-        known = np.isfinite(x) & (field != "loss_style" or table("rate_style", name) > 0)
-        total, count = (np.apply_along_axis(np.convolve, 0, y, np.ones(window), "same")
-                        for y in (np.where(known, x, 0), known))
-        lines[name] = np.where(count > 0.5, total / np.maximum(count, 1), math.nan)
-    return lines
+def first_phase(run):
+    """The step at which a learned router stops training all students on all paths, 0 without one
+    or where the number of steps is not known yet."""
+    args = run["args"]
+    steps = run["results"]["counts"]["steps"] if run["results"] else args.get("max_steps")
+    return (args.get("explore") or 0) * (steps or 0) if args.get("route") == "learned" else 0
 
 
-def by_flags(runs, *ignored):
-    """{flags as text: runs}: grouped by the flags in which any runs differ, but for seed, out_dir and `ignored`."""
-    flags = [flag for flag in dict.fromkeys(flag for run in runs for flag in run["args"])
-             if flag not in ("seed", "out_dir", *ignored) and len({str(run["args"].get(flag)) for run in runs}) > 1]
-    groups = defaultdict(list)
-    for run in runs:
-        groups["\n".join(f"{flag} {run['args'].get(flag)}" for flag in flags)].append(run)
-    return groups
+def panels_of(run):
+    """What a run's figure shows: [(title, y label, {line: (steps, values)})]. The accuracy is
+    there if it was measured during the run."""
+    log, results = run["log"], run["results"]
+    steps = [row["step"] for row in log]
+    phase = sum(step <= first_phase(run) for step in steps)
+
+    def smooth(values):  # each phase by itself
+        return (steps, [*running_mean(values[:phase]), *running_mean(values[phase:])])
+
+    sources = run["args"].get("students") or ["demo"] * len(log[0]["loss"])
+    names = [f"student {s} ({os.path.basename(os.path.normpath(source))})"
+             for s, source in enumerate(sources)]
+    # in a step in which a student got no path, the log's 0 is no loss
+    losses = {name: smooth([row["loss"][s] if row["rate"][s] else None for row in log])
+              for s, name in enumerate(names)}
+    panels = [("loss", "nats per response token", losses)]
+    points = [(row["step"], row["accuracy"]) for row in log if "accuracy" in row]
+    if points and results:
+        last = results["counts"]["steps"]
+        points = [(0, results["before"]["accuracy"]), *(p for p in points if p[0] < last),
+                  (last, results["after"]["accuracy"])]
+    if points:
+        lines = {name: ([step for step, _ in points], [100 * shares[s] for _, shares in points])
+                 for s, name in enumerate(names)}
+        panels.append(("accuracy", "right answers (%)", lines))
+    styles = sorted({style for row in log for style in row.get("rate_style", {})})
+    for s, name in enumerate(names):
+        of_style = [row.get("rate_style", {}) for row in log]
+        lines = {style: smooth([rates[style][s] if style in rates else None for rates in of_style])
+                 for style in styles}
+        panels.append((f"selection rates of {name}", "share of paths selected", lines))
+    return panels
 
 
-def panels(heading, titles):
-    """A figure with a panel for each title, two a row, and their axes, which share y."""
+def running_mean(values):
+    """The centred mean over a tenth of the values, without those that are None; nan where none is
+    left."""
+    import numpy as np
+
+    if not values:
+        return []
+    known = np.array([value is not None for value in values])
+    window = np.ones(len(values) // 20 * 2 + 1)
+    total, count = (np.convolve(x, window)[len(window) // 2:][:len(values)]
+                    for x in (np.where(known, np.array(values, float), 0), known))
+    return np.where(count > 0.5, total / np.maximum(count, 1), math.nan)
+
+
+def new_figure(heading, panels):
+    """A figure with so many panels, two a row, and their axes."""
     from matplotlib.figure import Figure
 
-    rows, columns = math.ceil(len(titles) / 2), min(2, len(titles))
-    figure, axes = Figure((1.8 + 3.8 * columns, 0.5 + 3.1 * rows), dpi=150, layout="constrained"), []
+    rows, columns = math.ceil(panels / 2), min(2, panels)
+    figure = Figure((1 + 5.5 * columns, 0.5 + 3.3 * rows), dpi=150, layout="constrained")
     figure.suptitle(heading, wrap=True)
-    for i, title in enumerate(titles, 1):
-        axes.append(figure.add_subplot(rows, columns, i, title=title, sharey=axes[0] if axes else None))
-        axes[-1].spines[["top", "right"]].set_visible(False)
-        axes[-1].grid(color="0.92")
+    axes = [figure.add_subplot(rows, columns, i) for i in range(1, panels + 1)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.92")
     return figure, axes
 
 
-def draw_training(run, field):
-    """Figure of a field of PICTURES over training: a panel per student, a line per style or level."""
-    from matplotlib.ticker import LogLocator
-
-    (title, y), log, args = PICTURES[field], run["log"], run["args"]
-    window = min(max(20, len(log) // 10), len(log) - 1) // 2 * 2 + 1  # one step has few paths of a style
-    every = max(1, len(log) // 5)  # steps between a line's markers
-    lines = list(zip(LOOKS, curves(log, field, window).items()))
-    lines.sort(key=lambda line: -np.nan_to_num(line[1][1][-1]).sum())  # the legend lists them as they end
-    names = zip(range(len(log[0]["rate"])), args.get("students") or itertools.repeat("demo"))
-    figure, axes = panels(f"{run['name']} (route {args.get('route')}, seed {args.get('seed')}): {title}",
-                          [f"student {s} ({os.path.basename(os.path.normpath(name))})" for s, name in names])
-    for s, ax in enumerate(axes):
-        for k, (look, (name, values)) in enumerate(lines):
-            ax.plot([row["step"] for row in log], values[:, s], **look, markevery=(k * every // len(lines), every),
-                    label=f"level {name}" if name.isdigit() else name)
-        ax.set(xlabel=f"optimiser step (running mean of {window} steps)", ylabel=y)
-    if field == "loss_style":
-        axes[0].set_yscale("log")  # and with it the others
-        axes[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-    else:
-        axes[0].set_ylim(0, 1.02)
+def draw_run(run):
+    """Figure of a run: losses, accuracy if it was measured, and what the router selected."""
+    panels, explored = panels_of(run), first_phase(run)
+    figure, axes = new_figure(f"{run['name']} (route {run['args'].get('route')})", len(panels))
+    for ax, (title, unit, lines) in zip(axes, panels):
+        for k, (look, (label, (x, y))) in enumerate(zip(LOOKS, lines.items())):
+            every = max(1, len(x) // 5)  # steps between a line's markers
+            ax.plot(x, y, **look, markevery=(k * every // len(lines), every), label=label)
+        ax.set(title=title, xlabel="optimiser step", ylabel=unit)
+        ax.set_ylim(0, 1.02 if "rates" in title else None)
+        if explored and title != "accuracy":
+            ax.axvline(explored, color="0.5", linewidth=1)
+            ax.text(explored, 1, "  routed from here", color="0.4", fontsize="small", va="top",
+                    transform=ax.get_xaxis_transform())
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False,
+                  handlelength=3)  # beside the lines, covers none
     return figure
 
 
-def draw_share(groups):
-    """Figure of accuracy against --train_frac: a panel per group of runs, mean and standard deviation of equal ones."""
-    figure, axes = panels("accuracy by training data (mean and s.d. of runs)", list(groups))
-    names = max((run["accuracy"] for runs in groups.values() for run in runs), key=len)
-    for ax, runs in zip(axes, groups.values()):
-        shares = sorted({run["args"]["train_frac"] for run in runs})
-        for look, name in zip(LOOKS, names):
-            y = [[r["accuracy"].get(name, math.nan) for r in runs if r["args"]["train_frac"] == x] for x in shares]
-            ax.errorbar([100 * x for x in shares], [np.mean(v) for v in y], [np.std(v, ddof=len(v) > 1) for v in y],
-                        **look, elinewidth=1, capsize=3, label=name)
-        ax.set(xlabel="training questions used (%)", ylabel="right answers (% of test questions)", xlim=(0, 104))
-    axes[0].set_ylim(bottom=0)
+def by_flags(runs):
+    """{flags as text: runs}, by the flags in which any runs differ, seed and folder aside."""
+    flags = dict.fromkeys(flag for run in runs for flag in run["args"])
+    flags = [flag for flag in flags if flag not in ("seed", "out_dir")
+             and len({str(run["args"].get(flag)) for run in runs}) > 1]
+    groups = defaultdict(list)
+    for run in runs:
+        label = "\n".join(f"{flag} {run['args'].get(flag)}" for flag in flags)
+        groups[label or "all runs"].append(run)
+    return groups
+
+
+def draw_comparison(groups):
+    """Figure of the accuracy of groups of ended runs: mean and standard deviation of each group."""
+    import numpy as np
+
+    shares = [[[*run["results"]["after"]["accuracy"], run["results"]["after"]["ensemble"]]
+               for run in runs] for runs in groups.values()]
+    students = min(len(share) for group in shares for share in group) - 1
+    figure, [ax] = new_figure("accuracy after training (mean and s.d. of runs)", 1)
+    for k, look in zip(range(students + 1), LOOKS):
+        name, which = (f"student {k}", k) if k < students else ("ensemble", -1)
+        percent = [[100 * share[which] for share in group] for group in shares]
+        spread = [np.std(x, ddof=1) if len(x) > 1 else 0 for x in percent]
+        ax.errorbar([np.mean(x) for x in percent], np.arange(len(percent)) + 0.12 * (k - 1),
+                    xerr=spread, **{**look, "linestyle": ""}, capsize=3, label=name)
+    labels = [f"{label}\n{len(runs)} run{'s' * (len(runs) > 1)}" for label, runs in groups.items()]
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_xlim(left=max(0, ax.get_xlim()[0]))
+    ax.set_xlabel("right answers (% of test questions)")
+    figure.set_figheight(2 + sum(0.4 + 0.17 * label.count("\n") for label in labels))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def plot(folders):
-    """Draw PICTURES into each run folder and, of runs with different --train_frac, the accuracy into the first."""
+    """Draw each run into its folder (training.png) and, of several that have ended, the accuracy
+    into the first (comparison.png)."""
     if not importlib.util.find_spec("matplotlib"):
         stop("--plot needs matplotlib: pip install matplotlib")
-    runs = {folder: read_run(folder) for folder in folders}
-    figures = {os.path.join(folder, f"{field}.png"): draw_training(run, field) for folder, run in runs.items()
-               for field in PICTURES if curves(run["log"], field)}
-    ended = [run for run in runs.values() if run["accuracy"]]
-    for name in {run["name"] for run in runs.values() if not run["accuracy"] and len(runs) > 1}:
-        print(f"{name} has no results.json yet: left out of the accuracy")
+    runs = {folder: read_run(folder) for folder in dict.fromkeys(folders)}
+    figures = {os.path.join(folder, "training.png"): draw_run(run) for folder, run in runs.items()}
+    ended = [run for run in runs.values() if run["results"]]
+    for run in runs.values():
+        if len(runs) > 1 and not run["results"]:
+            print(f"{run['name']} has no results.json yet: left out of the comparison")
     if len(ended) > 1:
-        groups = {label: group for label, group in by_flags(ended, "train_frac").items()
-                  if len({run["args"].get("train_frac") for run in group}) > 1}
-        if groups:
-            figures[os.path.join(folders[0], "train_frac.png")] = draw_share(groups)
+        figures[os.path.join(folders[0], "comparison.png")] = draw_comparison(by_flags(ended))
     for file, figure in figures.items():
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", frameon=False, handlelength=3)  # covers no line
         try:
             figure.savefig(file)
         except OSError as e:
@@ -913,71 +1380,101 @@ def plot(folders):
         print(file)
 
 
-def main():
-    """The command: evaluate saved students, or draw run folders. Bad input stops with one sentence."""
+# ---------------------------------------------------------------- the command
+def parse_args():
+    """The command line; bad flags stop with one sentence."""
     natural, positive = within(int, 0), within(int, 1)
-    p = argparse.ArgumentParser(usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
-                                description="Evaluate saved students on a file of questions, or draw runs.",
-                                epilog="Defaults in brackets.")
+    p = argparse.ArgumentParser(
+        usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
+        description="Evaluate saved students on a file of questions, or draw runs.",
+        epilog="Defaults in brackets.")
     p.error = stop  # one sentence and exit code 2
     g = p.add_argument_group("what")
-    g.add_argument("--students", nargs="+", metavar="NAME", help="models or PEFT LoRA adapters, by folder or name")
-    g.add_argument("--questions", metavar="FILE",
-                   help="a dataset's own file, JSON Lines with id, task, question, answer, or a pool")
-    g.add_argument("--task", help=f"overrides the task that the file names: {', '.join(TASKS)}")
-    g.add_argument("--limit", type=positive, metavar="N", help="use only the first N questions (all)")
-    g.add_argument("--plot", nargs="+", metavar="RUN_DIR",
-                   help="draw runs of distill.py instead; pictures of several runs go into the first one's folder")
+    g.add_argument("--students", nargs="+", type=nonempty, metavar="NAME",
+                   help="models or PEFT LoRA adapters, by folder or name")
+    g.add_argument("--questions", type=nonempty, metavar="FILE",
+                   help="a dataset's own file, a pool, or JSON Lines with id, task, question, "
+                        "answer")
+    g.add_argument("--task", choices=TASKS, metavar="TASK",
+                   help=f"overrides the task that the file names: {', '.join(TASKS)}")
+    g.add_argument("--limit", type=positive, metavar="N",
+                   help="use only the first N questions (all)")
+    g.add_argument("--plot", nargs="+", type=nonempty, metavar="RUN_DIR",
+                   help="draw runs of distill.py instead: training.png in each folder, and of "
+                        "several comparison.png in the first")
     g = p.add_argument_group("how")
-    g.add_argument("--samples", type=positive, default=1, metavar="N", help="responses per question, for a vote (1)")
+    g.add_argument("--samples", type=positive, default=1, metavar="N",
+                   help="responses per question, for a vote (1)")
     g.add_argument("--temperature", type=within(float, 0, 10), metavar="X",
                    help="sampling temperature (0, greedy, for one sample; else 0.8)")
-    g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="longest response in tokens (512)")
-    g.add_argument("--batch_size", type=positive, default=16, metavar="N", help="responses generated at a time (16)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda, cuda:1, mps ... (%(default)s)")
+    g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N",
+                   help="longest response in tokens (512)")
+    g.add_argument("--batch_size", type=positive, default=16, metavar="N",
+                   help="responses generated at a time (16)")
+    g.add_argument("--device", type=nonempty,
+                   help="cpu, cuda, cuda:1, mps ... (cuda where there is one, else cpu)")
     g.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     g = p.add_argument_group("output")
-    g.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
-    g.add_argument("--show", type=natural, default=3, metavar="N", help="responses to print per student (3)")
+    g.add_argument("--out", type=nonempty, metavar="FILE",
+                   help="write the results and every response as JSON")
+    g.add_argument("--show", type=natural, default=3, metavar="N",
+                   help="responses to print per student (3)")
     args = p.parse_args()
-    if args.plot:
-        return plot(args.plot)
-    if not (args.students and args.questions):
+    if not args.plot and not (args.students and args.questions):
         stop("pass --students and --questions to test students, or --plot RUN_DIR to draw runs")
     if args.samples > 1 and args.temperature == 0:
-        stop(f"--samples {args.samples} would repeat one greedy response at temperature 0; pass a higher --temperature")
-    if args.out and not os.path.isdir(os.path.dirname(args.out) or "."):
-        stop(f"--out {args.out}: no such folder; make it first")
+        stop(f"--samples {args.samples} would repeat one greedy response at temperature 0; pass a "
+             "higher --temperature")
+    return args
+
+
+def main():
+    """The command: evaluate saved students, or draw run folders."""
+    args = parse_args()
+    if args.plot:
+        return plot(args.plot)
+    if args.out:
+        check_output(args.out)
+    rows = read_questions(args.questions, args.task)[:args.limit]
+
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:
         stop(f"--device {args.device} can't be used ({str(e).splitlines()[0]})")
-
-    rows = read_questions(args.questions, args.task)[:args.limit]
-    dtype = torch.bfloat16 if args.device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if half else torch.float32
     students = [load_student(name, args.device, dtype) for name in args.students]
-    results = evaluate(students, rows, args.max_new_tokens, args.batch_size, args.samples, args.temperature, args.seed)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as f:
-            json.dump({"args": vars(args), **results}, f, indent=1)
+    results = evaluate(students, rows, args.max_new_tokens, args.batch_size, args.samples,
+                       args.temperature, args.seed)
     for p in results["predictions"][:args.show]:
         for name, answers in zip(args.students, p["responses"]):
             print(f"--- {p['id']}, {name}: {answers[0]['prediction']} (right: {p['answer']})")
             print(answers[0]["text"].strip())
     print_table(args.students, results)
+    if args.out:
+        try:
+            with open(args.out, "w", encoding="utf-8") as f:
+                json.dump({"args": vars(args), **results}, f, indent=1)
+        except OSError as e:
+            stop(f"cannot write {args.out} ({e.strerror}): what is printed above is all there is")
 
 
 def print_table(names, results):
-    """Print accuracy with its standard error, unparsed and stopped shares per student, ensemble and upper bound."""
+    """Print accuracy with its standard error, unparsed and stopped shares per student, ensemble
+    and upper bound."""
     width = max(map(len, (*names, "upper bound (any right)")))
-    print(f"\n{results['questions']} questions".ljust(width + 1) + "  accuracy  (s.e.)  unparsed  stopped by itself")
+    heading = f"\n{results['questions']} questions".ljust(width + 1)
+    print(f"{heading}  accuracy  (s.e.)  unparsed  stopped by itself")
     lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
              ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
     for name, accuracy, *more in lines:
         error = math.sqrt(accuracy * (1 - accuracy) / results["questions"])  # binomial
-        print(f"{name:{width}}  {accuracy:8.1%}  ({error:4.1%})" + "".join(f"  {x:8.1%}" for x in more))
+        print(f"{name:{width}}  {accuracy:8.1%}  ({error:4.1%})"
+              + "".join(f"  {x:8.1%}" for x in more))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -78,7 +78,6 @@ BASELINE_PROMPTS = {
     "generated": "Write one new question of the same kind and difficulty as this one, with another story and other "
                  "numbers or facts. Write the new question only.\n\n{question}",
 }
-FIELDS = ("id", "task", "question", "answer", "style", "teacher")  # a path may be empty: recorded, never trains
 
 # ---------------------------------------------------------------- the embedded demo
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Leo", "Eva", "Sam", "Zoe", "Max", "Ida")
@@ -215,20 +214,48 @@ def demo_sentences(n, seed):
 
 # ---------------------------------------------------------------- the pool
 def pool_rows(path):
-    """Yield the rows of a pool one by one, validated; stop() with FILE:LINE on the first bad one."""
+    """Yield the rows of a pool one by one, checked and in canonical form (see tasks.clean_row).
+
+    A graded row has all of prediction, correct, valid and verdict; a row with `correct` null or
+    absent is ungraded and has none of them. Stops with FILE:LINE on the first bad row.
+    """
     questions = {}  # id -> digest of (question, answer), to stay small
-    for where, row in tasks.numbered_rows(path, FIELDS):
-        if not isinstance(row.get("path"), str):
-            tasks.stop(f"{where}: field 'path' is missing or not a string")
-        if row["task"] not in tasks.TASKS:
-            tasks.stop(f"{where}: unknown task '{row['task']}' (one of {', '.join(tasks.TASKS)})")
-        choices = row.get("choices")
-        if choices is not None and (not isinstance(choices, dict) or row["answer"] not in choices):
-            tasks.stop(f"{where}: the answer '{row['answer']}' is not a letter among the row's choices")
+    for where, row in tasks.numbered_rows(path):
+        clean_path(row, where)
         content = hashlib.blake2b(repr((row["question"], row["answer"])).encode(), digest_size=8).digest()
         if questions.setdefault(row["id"], content) != content:
-            tasks.stop(f"{where}: id '{row['id']}' stood earlier with another question or answer")
+            tasks.stop(f"{where}: id {row['id']!r} stood earlier with another question or answer")
         yield row
+
+
+def clean_path(row, where):
+    """Check a path's own fields, in place, beside those that it shares with questions."""
+    tasks.clean_row(row, where)
+    tasks.require_text(row, ("style", "teacher"), where)
+    if not isinstance(row.get("path"), str):  # it may be empty: recorded, never trains
+        tasks.stop(f"{where}: field 'path' is missing or not a string")
+    for key in ("correct", "valid", "train_only"):
+        if key in row and row[key] not in (0, 1):  # 1.0 is pandas' true
+            tasks.stop(f"{where}: field {key!r} is neither true nor false")
+        if key in row:
+            row[key] = bool(row[key])
+    for key in ("prediction", "finish_reason"):
+        if key in row:
+            row[key] = tasks.as_text(row[key])
+            tasks.require_text(row, (key,), where)
+    verdict = row.get("verdict", {})
+    if not isinstance(verdict, dict) or not all(isinstance(said, str) for said in verdict.values()):
+        tasks.stop(f"{where}: field 'verdict' is no object of judges and what they said")
+    if "baseline" in row and "correct" not in row:
+        tasks.stop(f"{where}: a row of a baseline needs 'correct': make it with judge.py --baseline")
+    if "correct" not in row and "valid" in row:  # judged elsewhere: its verdict must not be lost
+        grade_paths([row])
+    if "correct" in row:
+        row.update({key: row.get(key) for key in ("prediction", "valid")})
+        row["verdict"] = verdict or None
+    else:
+        for key in ("prediction", "verdict"):
+            row.pop(key, None)
 
 
 def read_pool(path):

@@ -1,8 +1,10 @@
 import copy
 import json
 import math
+import os
 import random
 import re
+import subprocess
 import sys
 import threading
 
@@ -26,9 +28,10 @@ import eval as E
 # ------------------------------------------------------------------------------------------ tiny real students
 
 
-def word_tokenizer(size=64, chat=False, bos=False):
-    """w4 ... w63 as words: text and token ids tell the same story."""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, size)}}
+def word_tokenizer(size=64, chat=False, bos=False, names=None):
+    """w4 ... w63 as words (or what `names` calls them): text and token ids tell the same story."""
+    words = {(names or {}).get(f"w{i}", f"w{i}"): i for i in range(4, size)}
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **words}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
@@ -152,6 +155,21 @@ def test_a_response_ends_with_the_first_match_of_its_pattern(model, prompts):
                 assert a["text"] == b["text"] and a["tokens"] == b["tokens"]
 
 
+def test_what_is_said_in_a_thought_ends_no_response(prompts):
+    torch.manual_seed(0)
+    model = tiny_llama().eval()
+    model.generation_config.eos_token_id = [2]
+    words = [r["text"].split() for r, in E.generate(model, word_tokenizer(), prompts, 40, batch_size=6)]
+    i, said = next((i, w) for i, w in enumerate(words) if len(w) > 30 and w[0] not in w[1:] and w[1] != w[0])
+    until = [re.compile(rf"{said[1]}(?=\s)")]
+
+    def length(names):
+        [[r]] = E.generate(model, word_tokenizer(names=names), prompts[i:i + 1], 40, batch_size=1, until=until)
+        return len(r["text"].split())
+
+    assert length({}) == 2 and length({said[0]: "<think>"}) == len(said)  # a thought that is never closed
+
+
 @pytest.mark.parametrize("task, text, needed", [
     ("gsm8k", "So 3.5.\nThe answer is $1,234.50. Next question: 7", "So 3.5.\nThe answer is $1,234.50."),
     ("gsm8k", "The answer is 36 + 48 = 84.\n\nThe answer is 5.", "The answer is 36 + 48 = 84."),
@@ -238,7 +256,7 @@ def test_an_answer_stated_as_the_prompt_asks_is_read(task):
     choices = {"A": "x", "B": "y"}
     blank, answer = {"number": ("N", "7"), "math": ("X", "\\frac{1}{2}"), "yesno": ("yes", "yes"),
                      "choice": ("X", "B")}[E.TASKS[task]]
-    phrase = re.search('"(The answer is .*?[.])"', E.ASK[E.TASKS[task]])[1]
+    phrase = re.search('"(The answer is .*?[.])"', E.KINDS[E.TASKS[task]][0])[1]
     assert E.extract_answer(task, "So. " + phrase.replace(blank, answer), choices) == answer
 
 
@@ -327,13 +345,80 @@ MATH_TEXTS = [
     ("So \\boxed{840}., but\n**Final Answer**\n\\boxed{840}", "840"),
     ("$\\boxed{5}$. So our answer is correct.", "5"), ("\\fbox{7}", "7"), ("\\boxed 9", "9"),
     ("so $x=3$, $y = 4$", "y = 4"), ("The final answer is:\n\n$$x^2 + 1$$", "x^2 + 1"), ("#### 12", "12"),
-    ("\\boxed{}", None), ("I don't know.", None),
+    ("\\boxed{}", None), ("\\boxed{1", None), ("I don't know.", None),
 ]
 
 
 @pytest.mark.parametrize("text, expected", MATH_TEXTS)
 def test_math_answers(text, expected):
     assert E.extract_answer("math", text) == expected
+
+
+DATES = {"A": "03/12/1987", "B": "03/13/1987", "C": "04/13/1987"}
+STATED = [  # task, text, choices, what it states (None: nothing that is sure)
+    # several choices, a denied one, a letter with another one's text
+    ("arc", "Therefore, the answer is B, C, or D.", LETTERS, None), ("arc", "The answer is (A) sports or (B) fishing gear.", LETTERS, None),
+    ("arc", "The answer is A through C.", LETTERS, None), ("arc", "The answer is B/C", LETTERS, None), ("arc", "The answer is B. or C.", LETTERS, None),
+    ("arc", "The answer is both A and C.", LETTERS, None), ("arc", "The answer is library or bank.", LETTERS, None),
+    ("arc", "The answer is most likely (B) bank.", LETTERS, None), ("arc", "The answer is (D) department store.", LETTERS, None),
+    ("arc", "The answer is A. So the answer is B, C, or D.", LETTERS, None), ("arc", "A is wrong.", LETTERS, None),
+    ("arc", "The answer cannot be A, so it must be B.", LETTERS, "B"), ("arc", "The answer cannot be (A).", LETTERS, None),
+    ("arc", "The answer is B and not C.", LETTERS, "B"), ("arc", "The answer is B rather than C.", LETTERS, "B"),
+    ("arc", "The answer is not the bank but the library.", LETTERS, "B"), ("arc", "The answer is D--store.", LETTERS, "D"),
+    ("arc", "The answer is (C) department store.", LETTERS, "C"), ("arc", "The answer is B because C is wrong.", LETTERS, "B"),
+    # thoughts and channels: what follows them counts, and nothing if they are not closed
+    ("arc", "<think>The answer is (A)? No, it insulates.</think>\n(B)", LETTERS, "B"), ("arc", "<think>The answer is (A)?", LETTERS, None),
+    ("arc", "The answer is (A), I think.</think>The answer is (B).", LETTERS, "B"), ("arc", "The answer is (A).<think>No", LETTERS, None),
+    ("arc", "[THINK](A)?[/THINK]The answer is (B).", LETTERS, "B"), ("arc", "<|START_THINKING|>The answer is (A).", LETTERS, None),
+    ("gsm8k", "<|channel|>analysis<|message|>The answer is 4.<|end|><|start|>assistant<|channel|>final<|message|>The answer is 5.", None, "5"),
+    ("gsm8k", "<|channel|>analysis<|message|>The answer is 4.", None, None),
+    ("gsm8k", "analysisWe say the answer is 4.assistantfinalThe answer is 5.", None, "5"), ("gsm8k", "analysisWe say the answer is 4.", None, None),
+    # markdown and tags
+    ("arc", "***Answer***: ***B***", LETTERS, "B"), ("arc", "<answer>B</answer>", LETTERS, "B"), ("arc", "__Answer:__ *B*", LETTERS, "B"),
+    ("gsm8k", "<answer>18</answer>", None, "18"), ("gsm8k", '{"answer": 18}', None, "18"), ("gsm8k", "The answer is 2**3", None, None),
+    ("arc", "The answer is A.B", LETTERS, None), ("arc", "The answer is (a) or (b).", LETTERS, None), ("arc", "The answer is A-B.", LETTERS, None),
+    ("arc", "The answer is I don't know.", {**LETTERS, "I": "ice"}, None), ("arc", "The answer is not enough.", {"A": "not enough", "B": "air"}, None),
+    # dates in words
+    ("date", "So the answer is March 13, 1987.", DATES, "B"), ("date", "So the answer is 13th of March, 1987.", DATES, "B"),
+    ("date", "So the answer is 3/13/1987.", DATES, "B"), ("date", "So the answer is 1987-03-13.", DATES, "B"),
+    ("date", "So the answer is Mar. 14, 1987.", DATES, None), ("date", "So the answer is March 13, 1987 or April 13, 1987.", DATES, None),
+    # numbers in words, measures of two units, powers of ten, dashes, denials
+    ("gsm8k", "The answer (arabic numerals) is three hundred forty.", None, "340"), ("gsm8k", "The answer is forty-two eggs.", None, "42"),
+    ("gsm8k", "The answer is a hundred.", None, "100"), ("gsm8k", "The answer is one hundred and five thousand two hundred.", None, "105200"),
+    ("gsm8k", "The answer is five six.", None, None), ("gsm8k", "The answer is two thirds of 12.", None, None),
+    ("gsm8k", "The answer is one of the 12 eggs.", None, None), ("gsm8k", "The answer is two and a half.", None, None),
+    ("gsm8k", "The answer is forty dollars plus two dollars, which equals forty-two dollars.", None, "42"),
+    ("gsm8k", "The answer is 4 hours and 30 minutes.", None, None), ("gsm8k", "The answer is 7 feet, 4 inches.", None, None),
+    ("gsm8k", "The answer is 4:30.", None, None), ("gsm8k", "The answer is 24 and 12.", None, None), ("gsm8k", "The answer is 5 or 6.", None, None),
+    ("gsm8k", "The answer is 3 to 5.", None, None), ("gsm8k", "The answer is x = 3, y = 5.", None, None), ("gsm8k", "The answer is 5 more than 7.", None, None),
+    ("gsm8k", "The answer is 1 hour and a half.", None, None), ("gsm8k", "The answer is 4 hrs. 30 min.", None, None),
+    ("gsm8k", "The answer is 4 hours and thirty minutes.", None, None), ("gsm8k", "The answer is 10\u00b2.", None, None), ("gsm8k", "The answer is 2^{10}.", None, None),
+    ("gsm8k", "The answer is \u221a16.", None, None), ("gsm8k", "The answer is \\sqrt{16}.", None, None), ("gsm8k", "The answer is \\frac{10}{2+3}.", None, None),
+    ("gsm8k", "The answer is more than 5.", None, None), ("gsm8k", "The answer is -(5).", None, None), ("gsm8k", "The answer is 3 quarters.", None, None),
+    ("gsm8k", "The answer is 18 eggs. He sells 2.", None, "18"), ("gsm8k", "The answer is not 5.", None, None), ("gsm8k", "The answer is not 5 but 6.", None, "6"), ("gsm8k", "The answer is 5? No.", None, None),
+    ("gsm8k", "$3.2 \\times 10^{3}$", None, "3200"), ("gsm8k", "The answer is $3.2 \\times 10^{3}$.", None, "3200"),
+    ("gsm8k", "The answer is \u201312.", None, "-12"), ("gsm8k", "The answer is \u2014 12.", None, "12"),
+    ("gsm8k", "The answer is 5. Therefore, the answer is unclear.", None, None), ("gsm8k", "If the answer is 4, he has 2 left. He has 7.", None, "7"),
+    ("strategyqa", "The answer is yes and no.", None, None), ("strategyqa", "The answer is yes/no.", None, None),
+    # mathematics: sentences, several boxes, what comes after a box
+    ("math", "The answer is 36. This is the least such value.", None, "36"), ("math", "Hence \\(\\frac{11}{6}\\).", None, "\\frac{11}{6}"),
+    ("math", "So\n\\[\n 9\n\\]", None, "9"), ("math", "The roots are $\\boxed{-4}$ and $\\boxed{9}$.", None, "-4, 9"),
+    ("math", "$x = \\boxed{1}$ or $x = \\boxed{2}$", None, "1, 2"), ("math", "First $\\boxed{1}$. After the check it is $\\boxed{2}$.", None, "2"),
+    ("math", "$\\boxed{\\frac12}$, or $\\boxed{0.5}$", None, "0.5"), ("math", "One box: $\\boxed{12}$. The final answer is $24$.", None, "24"),
+    ("math", "$\\boxed{12}$. We check our answer: $12 = 3 \\cdot 4$.", None, "12"), ("math", "$\\boxed{12}$. The answer is positive.", None, "12")]
+
+
+@pytest.mark.parametrize("task, text, choices, expected", STATED)
+def test_what_is_stated_is_read_and_what_is_in_doubt_is_not(task, text, choices, expected):
+    assert E.extract_answer(task, text, choices) == expected
+
+
+@pytest.mark.parametrize("text, rest", [
+    ("no thought", "no thought"), ("<think>a</think>b", "b"), ("a</think>b</think>c", "c"), ("<think>a</think>b<think>c", ""),
+    ("<THINKING>a</THINKING> b", " b"), ("<seed:think>a</seed:think>b", "b"), ("<think>", ""), ("", ""), ("a</think>", ""),
+    ("I think < 5", "I think < 5"), ("Analysis shows 5", "Analysis shows 5")])
+def test_only_what_follows_the_thoughts_is_said(text, rest):
+    assert E.after_thought(text) == rest
 
 
 EQUAL = [  # prediction, answer
@@ -353,9 +438,14 @@ EQUAL = [  # prediction, answer
     ("\\mathbf{46}", "46"), ("\\sqrt{1/n}", "\\frac{1}{\\sqrt{n}}"), ("2\\sin x\\cos x", "\\sin 2x"),
     ("\\sin^2 x", "1-\\cos^2 x"), ("4210_7", "4210_{7}"), ("e^{i\\pi}", "-1"),
     ("\\frac{2003!}{2004!}", "\\frac{1}{2004}"), ("2^{10}", "1024"), ("3\\cdot10^{4}", "30000"),
-    ("x**2 + 1", "x^2+1"), ("6 \\div 4", "1.5"), ("\\text{Yes}", "yes"), ("\\overline{CD}", "\\overline{CD}"),
+    ("+7", "7"), ("(a,b)=(2,9)", "(2,9)"), ("\\frac{20}{7} \\approx 2.857", "\\frac{20}{7}"), ("x \\approx 11", "11"), ("AB=4, CD=5", "4, 5"),
+    ("4210_{\\text{7}}", "4210_7"), ("\\left[\\begin{array}{cc}1 & 2 \\\\ 3 & 4\\end{array}\\right]", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("3 < x \\le 5", "(3,5]"), ("x > 3", "(3,\\infty)"), ("5 \\ge x", "(-\\infty,5]"), ("x<1 \\text{ or } x>3", "(-\\infty,1)\\cup(3,\\infty)"),
+    ("5 \\geq x", "x \\le 5"), ("x**2 + 1", "x^2+1"), ("6 \\div 4", "1.5"), ("\\text{Yes}", "yes"), ("\\overline{CD}", "\\overline{CD}"),
 ]
 DIFFERENT = [
+    ("x>1 and x<3", "x>1 or x<3"), ("x>3", "x<3"), ("x>3", "y>3"), ("(3,5)", "3 < x \\le 5"), ("x=1, y=2", "2"), ("x \\approx 2.857", "\\frac{20}{7}"),
+    ("2x + z = 1", "1"), ("(x,y)=(1,2)", "(2,1)"), ("4210_{\\text{8}}", "4210_7"), ("\\frac{20}{7} \\approx 2.857", "2.857"),
     ("1/2", "1/3"), ("4\\sqrt(2)", "4"), ("\\frac{1}{2006!}", "\\frac{1}{2004!}"),
     ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"), ("1, 2, 3", "2, 3, 4"), ("n=1,2,3", "n=2,3,4"),
     ("(0, 1.5)", "(0, 1)"), ("[0,1]", "[0,1)"), ("1728", "1331, 1728"),
@@ -412,8 +502,30 @@ def test_hostile_formulas_neither_hang_nor_raise_in_any_thread():
 
 @pytest.mark.parametrize("task", ["gsm8k", "math", "strategyqa", "arc"])
 def test_endless_degenerate_responses_are_read_in_linear_time(task):
-    for piece in ("answer is ", "\\boxed{", "1,", "9", "(", "\n \n", "**", "answer is not ", "a ", "x^", "truly "):
-        E.extract_answer(task, piece * (200_000 // len(piece)), {"A": "x", "B": "y"})
+    for piece in ("answer is ", "\\boxed{", "1,", "9", "(", "\n \n", "**", "answer is not ", "a ", "x^", "truly ", "answer ", " ", "$", "\\(",
+                  "<think>", "one ", "hundred and ", "1 or ", "march 3 ", "answer (", "__a", "A or ", "answer to ", "if ", "1/", "\\frac"):
+        for n in (2000, 200_000):
+            text = piece * (n // len(piece))
+            E.extract_answer(task, text, {"A": "x", "B": "y"})
+            E.extract_answer(task, f"answer{text}x", {"A": "x", "B": "y"})
+            E.extract_answer(task, f"The answer is {text}x", {"A": "x", "B": "y"})
+
+
+PIECES = ["\\frac", "{", "}", "(", ")", "[", "]", "^", "_", "\\sqrt", "\\boxed{", "\\boxed{}", "the answer is ", "= ", "\\approx", "<", "\\le", "\\pm", "\\cup",
+          "\\infty", "x", "\\sin", "1", "3.5", "1/2", ",", " or ", " and ", "\\text{", "$", "\\(", "\\)", "\\[", "\\begin{pmatrix}", "&", "\\\\", "|", "!", "%",
+          "**", "\n", "\n\n", "(A)", "B", "yes", "no", "March 3, 1987", "<think>", "</think>", "seven ", "hundred ", "\u2013", "\u00b2", "\ud800", "####", "A:",
+          "```output\n", "<answer>", "?", ". ", "not "]
+
+
+def test_no_garble_raises_and_what_is_read_is_of_the_tasks_kind():
+    rng = random.Random(0)
+    for _ in range(1500):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
+        for task, valid in (("gsm8k", lambda x: E.number_in(x) == x), ("math", str.strip), ("strategyqa", {"yes", "no"}.__contains__),
+                            ("date", DATES.__contains__)):
+            prediction = E.extract_answer(task, text, DATES)
+            assert prediction is None or valid(prediction), (task, text, prediction)
+            assert E.grade(task, prediction, "x+1") in (True, False) and (task != "math" or E.grade("math", text, text) in (True, False))
 
 
 # -------------------------------------------------------------------------------------------------- real paths
@@ -451,18 +563,64 @@ def test_grader_agrees_with_the_papers_on_date_and_strategyqa(data_dir):
     assert strategyqa["human"] == 1
 
 
-def test_every_math_solution_is_right_and_no_other_answer_passes_for_it(data_dir):
+def test_every_math_solution_is_right(data_dir):
     rows = E.read_questions(data_dir / "original" / "math_test.jsonl")
     solutions = [r["solution"] for r in E.read_jsonl(data_dir / "original" / "math_test.jsonl")]
     assert len(rows) == len(solutions) == 5000
     assert all(E.grade("math", E.extract_answer("math", s), r["answer"]) for r, s in zip(rows, solutions))
-    rng = random.Random(0)
-    for row in rng.sample(rows, 400):  # change one digit outside of an index
-        digits = [m.start() for m in re.finditer(r"(?<![_\d{.])\d", row["answer"])]
-        if digits:
-            i = rng.choice(digits)
-            other = row["answer"][:i] + str((int(row["answer"][i]) + rng.randint(1, 8)) % 9 + 1) + row["answer"][i + 1:]
-            assert other == row["answer"] or not E.grade("math", other, row["answer"]), (other, row["answer"])
+
+
+def changed(answer, rng):
+    """A MATH answer with one small change that makes it another answer; None if none is at hand."""
+    ways = []
+    if digits := [m.start() for m in re.finditer(r"(?<![_\d{.])\d|(?<=\{)\d", answer)]:
+        i = rng.choice(digits)
+        ways.append(f"{answer[:i]}{(int(answer[i]) + rng.randint(1, 8)) % 9 + 1}{answer[i + 1:]}")
+    for old, new in (("+", "-"), ("-", "+"), ("\\sqrt", ""), ("<", ">"), ("\\cup", "\\cap"), ("\\pi", ""), ("[", "("), ("x", "y"),
+                     ("sin", "cos"), ("^2", "^3"), ("\\frac{1}", "\\frac{2}")):
+        ways.append(answer.replace(old, new, 1))
+    if re.fullmatch(r"[1-9]\d*", answer):
+        ways += ["-" + answer, answer + "0", answer + ".5", f"\\frac{{{answer}}}{{3}}", f"{answer}, {int(answer) + 1}"]
+    if (parts := re.fullmatch(r"(\D*?)(-?\d+),\s*(-?\d+)(\D*)", answer)) and parts[2] != parts[3]:
+        ways.append(f"{parts[1]}{parts[2]},{parts[2]}{parts[4]}")
+    ways = [way for way in ways if way != answer]
+    return rng.choice(ways) if ways else None
+
+
+def rewritten(answer, rng):
+    """The same MATH answer written otherwise, in up to three of the ways that fit."""
+    ways = [f" {answer}\\, ", f"${answer}$", answer + ".", answer.replace("\\frac", "\\dfrac")]
+    if m := re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", answer):
+        n, d, k = int(m[2]), int(m[3]), rng.randint(2, 9)
+        ways += [f"{m[1]}{n}/{d}", f"{m[1]}\\frac{{{k * n}}}{{{k * d}}}", f"x = {answer}", f"{answer} \\approx {n / d:.4f}"]
+    if re.fullmatch(r"\d+", answer):
+        n = int(answer)
+        ways += [f"{n + 3} - 3", f"\\frac{{{6 * n}}}{{6}}", f"n = {n}", f"{n}.0", f"{n} apples", f"{n}\\text{{ cm}}", f"+{n}", f"\\sqrt{{{n * n}}}",
+                 f"{n:,}", f"({n})"]
+    if m := re.fullmatch(r"\((-?[^,()]+),(-?[^,()]+)\)", answer):
+        ways += [f"\\left({m[1]}, {m[2]}\\right)", f"(a, b) = {answer}"]
+    if m := re.fullmatch(r"([(\[])(-?\d+),(-?\d+)([)\]])", answer.replace(" ", "")):
+        relation = {"(": "<", "[": "\\le", ")": "<", "]": "\\le"}
+        ways += [f"{m[2]} {relation[m[1]]} x {relation[m[4]]} {m[3]}"] if set(answer) & set("[]") else []
+    if re.fullmatch(r"-?\d\d?(?:,\s*-?\d\d?)+", answer):
+        parts = re.split(r",\s*", answer)
+        ways += [", ".join(reversed(parts)), f"\\{{{answer}\\}}", ", ".join(parts[:-1]) + " and " + parts[-1]]
+    if "pmatrix" in answer:
+        array = answer.replace("\\begin{pmatrix}", "\\left[\\begin{array}{cc}").replace("\\end{pmatrix}", "\\end{array}\\right]")
+        ways += [answer.replace("pmatrix", "bmatrix"), array]
+    if m := re.fullmatch(r"(\d+)_\{?(\d)\}?", answer):
+        ways += [f"{m[1]}_{{\\text{{{m[2]}}}}}"]
+    return rng.sample(ways, min(3, len(ways)))
+
+
+def test_of_the_changed_math_answers_one_in_a_thousand_is_accepted_and_nearly_all_rewritings_are_equal(data_dir):
+    rows, rng = E.read_questions(data_dir / "original" / "math_test.jsonl"), random.Random(0)
+    others = [(other, r["answer"]) for r in rows if (other := changed(r["answer"], rng)) is not None]
+    accepted = [pair for pair in others if E.grade("math", *pair)]
+    assert len(others) > 4442 and len(accepted) <= 4, accepted
+    equal = [(other, r["answer"]) for r in rng.sample(rows, 1000) for other in rewritten(r["answer"], rng)]
+    missed = [pair for pair in equal if not E.grade("math", *pair)]
+    assert len(equal) > 2900 and len(missed) < len(equal) / 100, missed[:9]
 
 
 # ----------------------------------------------------------------------------------------------------- readers
@@ -550,13 +708,14 @@ GOOD = {"id": "x", "task": "gsm8k", "question": "Q?", "answer": "5"}
 
 @pytest.mark.parametrize("line, words", [
     ("{not json", "not valid JSON"), ("[1]", "expected a JSON object"), ("{}", "not a question"),
-    (json.dumps({**GOOD, "task": "physics"}), "unknown task 'physics'; name one with --task: gsm8k, math, strategyqa"),
-    (json.dumps({**GOOD, "answer": "many"}), "'many' is no answer"),
+    (json.dumps({**GOOD, "task": "physics"}), "unknown task 'physics'; known are gsm8k, math, strategyqa"),
+    (json.dumps({**GOOD, "answer": "many"}), "field 'answer' is 'many', no answer of task gsm8k"),
     (json.dumps({**GOOD, "question": 5}), "field 'question'"),
     (json.dumps({**GOOD, "task": "arc"}), "task arc needs 'choices'"),
     (json.dumps({**GOOD, "question": "R?"}), "the id 'x'"), (json.dumps({**GOOD, "task": ["arc"]}), "unknown task"),
     (json.dumps({**GOOD, "answer": None}), "not a question"),
-    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "not a question")])
+    (json.dumps({"context": "P", "hypothesis": "H", "label": "z"}), "not a question"),
+    (json.dumps({"context": "P", "hypothesis": ["H"], "label": "e"}), "not a question")])
 def test_bad_rows_stop_with_file_and_line(tmp_path, capsys, line, words):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
@@ -672,7 +831,7 @@ def test_greedy_ensemble_takes_the_surest_parsed_answer(monkeypatch):
     r = E.evaluate(students, ROWS, 10, 2)
     assert r["accuracy"] == [0.5, 0] and r["ensemble"] == 0.5 and r["upper_bound"] == 0.5 and r["questions"] == 2
     assert r["unparsed"] == [0, 0.5] and r["stopped"] == [1, 0.5]
-    assert [p["ensemble"] for p in r["predictions"]] == ["18", "7"]
+    assert [p["ensemble"] for p in r["predictions"]] == ["18", "7"] and {p["question"] for p in r["predictions"]} == {"Q?"}
 
 
 def test_sampled_ensemble_takes_the_majority_of_equal_answers(monkeypatch):
@@ -728,6 +887,21 @@ def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsy
         run_main(monkeypatch, "--students", student, "--questions", questions, "--device", "cpu", *flags)
     message = capsys.readouterr().err
     assert e.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+
+
+def command(code, **more):
+    """Python code in a process of its own, with the project on its path."""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": os.path.dirname(E.__file__), **more})
+
+
+def test_a_command_survives_a_closed_pipe_and_a_terminal_that_knows_ascii_only():
+    plain = command("import eval; eval.run_command(lambda: print('gr\\u00fcn'))", PYTHONIOENCODING="ascii")
+    endless = command("import eval, itertools; eval.run_command(lambda: [print('x' * 99) for _ in itertools.count()])")
+    assert endless.stdout.readline() == b"x" * 99 + b"\n"
+    endless.stdout.close()
+    assert plain.communicate() == (rb"gr\xfcn" + b"\n", b"") and plain.returncode == 0
+    assert endless.stderr.read() == b"" and endless.wait() == 1
 
 
 # ------------------------------------------------------------------------------------------------- real models

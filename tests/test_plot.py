@@ -11,69 +11,71 @@ pytest.importorskip("matplotlib")
 NAN = float("nan")
 
 
-def step(number, rate, loss):
+def step(number, loss, rate, style, **more):
     """A line of log.jsonl with two students, as far as it is drawn."""
-    return {"step": number, "rate": [0.5, 0.5], "rate_style": rate, "loss_style": loss}
+    return {"step": number, "loss": loss, "rate": rate, "rate_style": style, **more}
 
 
-LOG = [step(1, {"program": [0.2, 0.8], "vanilla": [0.6, 0.4]}, {"program": [3.0, 2.0], "vanilla": [1.0, 4.0]}),
-       step(2, {"program": [0.4, 1.0], "vanilla": [0.0, 0.5]}, {"program": [2.5, 1.5], "vanilla": [0.0, 3.0]})]
+LOG = [step(1, [2.0, 3.0], [1.0, 1.0], {"program": [0.2, 0.8], "vanilla": [0.6, 0.4]}),
+       step(2, [1.5, 0.0], [0.5, 0.0], {"program": [0.4, 1.0]})]
 
 
 def write_run(folder, log=LOG, accuracy=(0.5, 0.25), ensemble=0.75, **args):
     folder.mkdir()
     folder.joinpath("args.json").write_text(json.dumps(
-        {"students": None, "route": "learned", "train_frac": 1.0, "seed": 0, "out_dir": str(folder), **args}))
+        {"students": None, "route": "learned", "explore": 0.5, "max_steps": None, "seed": 0, "out_dir": str(folder), **args}))
     folder.joinpath("log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     if accuracy:
-        folder.joinpath("results.json").write_text(
-            json.dumps({"after": {"accuracy": list(accuracy), "ensemble": ensemble}}))
+        folder.joinpath("results.json").write_text(json.dumps({
+            "before": {"accuracy": [0.1, 0.2], "ensemble": 0.2}, "after": {"accuracy": list(accuracy), "ensemble": ensemble},
+            "counts": {"steps": len(log)}}))
     return str(folder)
 
 
 def drawn(ax):
-    """{label: (x, y)} of the lines in a panel."""
-    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()
+    """{label: (x, y)} of the lines in a panel, its marks aside."""
+    return {line.get_label(): (list(line.get_xdata()), pytest.approx(list(line.get_ydata()), nan_ok=True)) for line in ax.get_lines()
             if line.get_label()[0] != "_"}
 
 
-def test_selection_rates_over_training_are_the_logs_per_style_and_student(tmp_path):
-    figure = E.draw_training(E.read_run(write_run(tmp_path / "mine", seed=7)), "rate_style")
-    first, second = figure.axes
-    assert drawn(first) == {"program": ([1, 2], [0.2, 0.4]), "vanilla": ([1, 2], [0.6, 0.0])}
-    assert drawn(second) == {"program": ([1, 2], [0.8, 1.0]), "vanilla": ([1, 2], [0.4, 0.5])}
-    assert [ax.get_title() for ax in figure.axes] == ["student 0 (demo)", "student 1 (demo)"]
-    assert "mine" in figure.get_suptitle() and "seed 7" in figure.get_suptitle()
+def panels(folder):
+    return {ax.get_title(): ax for ax in E.draw_run(E.read_run(folder)).axes}
 
 
-def test_panels_are_named_after_the_students(tmp_path):
-    run = E.read_run(write_run(tmp_path / "run", students=["org/small", "folders/large/"]))
-    assert [ax.get_title() for ax in E.draw_training(run, "loss_style").axes] == ["student 0 (small)", "student 1 (large)"]
+def test_losses_and_selection_rates_are_the_logs_per_style_and_student(tmp_path):
+    axes = panels(write_run(tmp_path / "run", students=["org/small", "folders/large/"]))
+    assert list(axes) == ["loss", "selection rates of student 0 (small)", "selection rates of student 1 (large)"]
+    loss, first, second = (drawn(ax) for ax in axes.values())
+    assert loss == {"student 0 (small)": ([1, 2], [2.0, 1.5]), "student 1 (large)": ([1, 2], [3.0, NAN])}  # no path: no loss
+    assert first == {"program": ([1, 2], [0.2, 0.4]), "vanilla": ([1, 2], [0.6, NAN])}
+    assert second == {"program": ([1, 2], [0.8, 1.0]), "vanilla": ([1, 2], [0.4, NAN])}
 
 
-def test_a_style_that_no_student_was_given_has_no_loss(tmp_path):
-    first, second = E.draw_training(E.read_run(write_run(tmp_path / "run")), "loss_style").axes
-    assert drawn(second) == {"program": ([1, 2], [2.0, 1.5]), "vanilla": ([1, 2], [4.0, 3.0])}
-    assert drawn(first)["program"] == ([1, 2], [3.0, 2.5])
-    assert drawn(first)["vanilla"][1] == pytest.approx([1.0, NAN], nan_ok=True)  # the log's 0, at rate 0, is no loss
+def test_the_end_of_the_first_phase_is_marked_where_a_router_learns(tmp_path):
+    def marks(folder):
+        return {title: [line.get_xdata()[0] for line in ax.get_lines() if line.get_label()[0] == "_"]
+                for title, ax in panels(folder).items()}
+
+    log = [step(i, [1, 1], [1, 1], {"program": [1, 1]}) for i in range(1, 41)]
+    learned = marks(write_run(tmp_path / "learned", log, explore=0.2))
+    assert set(map(tuple, learned.values())) == {(8.0,)}
+    assert marks(write_run(tmp_path / "running", log[:9], accuracy=None, explore=0.2, max_steps=100))["loss"] == [20.0]
+    assert set(map(tuple, marks(write_run(tmp_path / "all", log, route="all")).values())) == {()}
 
 
-def test_levels_are_drawn_where_the_log_has_them(tmp_path):
-    without, with_levels = tmp_path / "a", tmp_path / "b"
-    log = [{**row, "rate_level": {"3": [0.25, 0.5], "Level 5": [1.0, 0.0]}} for row in LOG]
-    E.plot([write_run(without), write_run(with_levels, log)])
-    assert not (without / "rate_level.png").exists() and (with_levels / "rate_level.png").exists()
-    first, second = E.draw_training(E.read_run(str(with_levels)), "rate_level").axes
-    assert drawn(first) == {"level 3": ([1, 2], [0.25, 0.25]), "Level 5": ([1, 2], [1.0, 1.0])}
-    assert drawn(second)["Level 5"] == ([1, 2], [0.0, 0.0])
+def test_accuracy_is_drawn_from_before_to_after_if_it_was_measured(tmp_path):
+    log = [step(i, [1, 1], [1, 1], {"program": [1, 1]}, **({"accuracy": [i / 10, 0.3]} if i % 2 == 0 else {})) for i in range(1, 5)]
+    axes = panels(write_run(tmp_path / "run", log))
+    assert drawn(axes["accuracy"]) == {"student 0 (demo)": ([0, 2, 4], [10, 20, 50]), "student 1 (demo)": ([0, 2, 4], [20, 30, 25])}
+    running = panels(write_run(tmp_path / "running", log, accuracy=None))
+    assert drawn(running["accuracy"])["student 0 (demo)"] == ([2, 4], [20, 40])
 
 
-def test_lines_are_a_centred_mean_that_skips_steps_without_the_style():
-    rates = [0.0, 0.3, None, 0.9, 0.6]  # the third step has no path of this style
-    log = [step(i, {} if rate is None else {"program": [rate, 1.0]}, {}) for i, rate in enumerate(rates)]
-    smooth = E.curves(log, "rate_style", 3)["program"]
-    assert smooth[:, 0] == pytest.approx([0.15, 0.15, 0.6, 0.75, 0.75])
-    assert smooth[:, 1] == pytest.approx([1.0] * 5)
+def test_lines_are_a_centred_mean_that_skips_what_is_unknown():
+    values = [0.0, 0.3, None, 0.9, 0.6] * 6  # 30 steps: a window of three
+    smooth = E.running_mean(values)
+    assert list(smooth[:5]) == pytest.approx([0.15, 0.15, 0.6, 0.75, 0.5]) and len(smooth) == 30
+    assert list(E.running_mean([0.5, None])) == pytest.approx([0.5, NAN], nan_ok=True)
 
 
 def test_every_line_looks_different_without_colour():
@@ -82,27 +84,26 @@ def test_every_line_looks_different_without_colour():
     assert len({tuple(look.values()) for look in E.LOOKS}) == 56
 
 
-def test_accuracy_against_data_is_mean_and_standard_deviation_over_seeds(tmp_path):
-    accuracy = {(0.25, 0): 0.10, (0.25, 1): 0.20, (0.25, 2): 0.24, (1.0, 0): 0.5}
-    runs = [E.read_run(write_run(tmp_path / f"{share}-{seed}", train_frac=share, seed=seed, accuracy=[x, 0.05],
-                                 ensemble=x + 0.1)) for (share, seed), x in accuracy.items()]
-    [ax] = E.draw_share(E.by_flags(runs, "train_frac")).axes
+def test_runs_are_compared_by_the_flags_that_differ_with_mean_and_deviation_over_seeds(tmp_path):
+    accuracy = {("all", 0): 0.10, ("all", 1): 0.20, ("all", 2): 0.24, ("learned", 0): 0.5}
+    runs = [E.read_run(write_run(tmp_path / f"{route}-{seed}", route=route, seed=seed, accuracy=[x, 0.05], ensemble=x + 0.1))
+            for (route, seed), x in accuracy.items()]
+    [ax] = E.draw_comparison(E.by_flags(runs)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["route all\n3 runs", "route learned\n1 run"]
     for name, shift in (("student 0", 0), ("ensemble", 10)):
         [(line, _, [bars])] = [c.lines for c in ax.containers if c.get_label() == name]
         mean, spread = statistics.mean([10, 20, 24]) + shift, statistics.stdev([10, 20, 24])
-        assert list(line.get_xdata()) == [25, 100] and list(line.get_ydata()) == pytest.approx([mean, 50 + shift])
-        assert [list(x[:, 1]) for x in bars.get_segments()] == [pytest.approx([mean - spread, mean + spread]),
+        assert list(line.get_xdata()) == pytest.approx([mean, 50 + shift])
+        assert [list(x[:, 0]) for x in bars.get_segments()] == [pytest.approx([mean - spread, mean + spread]),
                                                                 pytest.approx([50 + shift] * 2)]  # one run: no spread
 
 
 def test_pictures_go_into_each_run_and_the_comparison_into_the_first(tmp_path, capsys):
-    folders = [write_run(tmp_path / "a", train_frac=0.5), write_run(tmp_path / "b"),
-               write_run(tmp_path / "killed", accuracy=None)]
+    folders = [write_run(tmp_path / "a", tau=0.5), write_run(tmp_path / "b"), write_run(tmp_path / "killed", accuracy=None)]
     E.plot(folders)
     said = capsys.readouterr().out
     pictures = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
-    assert pictures == {*(f"{run}/{name}.png" for run in ("a", "b", "killed") for name in ("rate_style", "loss_style")),
-                        "a/train_frac.png"}
+    assert pictures == {"a/training.png", "b/training.png", "killed/training.png", "a/comparison.png"}
     assert all(str(tmp_path / name) in said for name in pictures)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert "killed has no results.json" in said
@@ -113,12 +114,14 @@ def test_pictures_go_into_each_run_and_the_comparison_into_the_first(tmp_path, c
     ("args.json", "[]", "args.json"),
     ("args.json", "{", "args.json"),
     ("results.json", '{"before": 1}', "results.json"),
+    ("results.json", '{"before": {}, "after": {"accuracy": ["much"], "ensemble": 1}}', "results.json"),
     ("log.jsonl", None, "log.jsonl"),
     ("log.jsonl", "", "log.jsonl"),
     ("log.jsonl", json.dumps(LOG[0]) + '\n{"step": 2, "ra', "log.jsonl:2"),
     ("log.jsonl", json.dumps(LOG[0]) + '\n{"step": 2}', "log.jsonl:2"),
-    ("log.jsonl", json.dumps(LOG[0]) + "\n\n" + json.dumps(step(2, {"vanilla": [0.5]}, {})), "log.jsonl:3"),
-    ("log.jsonl", json.dumps(step(1, {"vanilla": ["much", 0.5]}, {})), "log.jsonl:1"),
+    ("log.jsonl", json.dumps(LOG[0]) + "\n\n" + json.dumps(step(2, [1], [1], {})), "log.jsonl:3"),
+    ("log.jsonl", json.dumps(step(1, [1, 1], [1, 1], {"vanilla": ["much", 0.5]})), "log.jsonl:1"),
+    ("log.jsonl", json.dumps(step(1, [1, 1], [1, 1], {}, accuracy=[1])), "log.jsonl:1"),
 ])
 def test_what_is_no_run_ends_with_one_sentence(tmp_path, capsys, file, text, complaint):
     write_run(tmp_path / "run")
@@ -141,6 +144,14 @@ def test_a_folder_that_is_not_there_and_missing_flags_end_with_one_sentence(tmp_
     assert "nowhere" in complaint_of(["--plot", str(tmp_path / "nowhere")], capsys)
     for argv in ([], ["--students", "a"], ["--questions", "q"]):
         assert all(flag in complaint_of(argv, capsys) for flag in ("--students", "--questions", "--plot"))
+    for argv in (["--plot", ""], ["--questions", " ", "--students", "a"], ["--questions", "q", "--students", ""]):
+        assert "empty" in complaint_of(argv, capsys)
+
+
+def test_a_picture_that_cannot_be_written_ends_with_one_sentence(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "run" / "training.png").mkdir()
+    assert "cannot write" in complaint_of(["--plot", folder], capsys)
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install(tmp_path, capsys, monkeypatch):

@@ -258,7 +258,7 @@ def missing(rng, box, folder):
     """A pool's row lacks a field, or contradicts another row."""
     some = [dict(row) for row in box.graded]
     row = rng.choice(some)
-    how = rng.choice([*judge.FIELDS, "path", "question differs", "answer differs", "baseline"])
+    how = rng.choice(["id", "task", "question", "answer", "style", "teacher", "path", "question differs", "answer differs", "baseline"])
     if how == "question differs":
         row["question"] += " Really?"
     elif how == "answer differs":
