@@ -327,7 +327,7 @@ def fate(row, mode="full"):
     if mode != "none" and not row["correct"]:
         return "unparsed" if row["prediction"] is None else "wrong"
     if mode == "full" and row.get("valid") is False:
-        said = (row["verdict"] or {}).values()
+        said = (row.get("verdict") or {}).values()
         return "invalid" if any(verdict.startswith("invalid") for verdict in said) else "no verdict"
     return "kept"
 
@@ -419,7 +419,7 @@ def replies_in(path):
         return
     for where, row in tasks.numbered_rows(path):
         texts = [row.get(key) for key in ("style", "teacher", "path")]
-        if not row.get("id") or not all(isinstance(text, str) for text in texts):
+        if row.get("id") in (None, "") or not all(isinstance(text, str) for text in texts):
             tasks.stop(f"{where}: not a row of a pool: repair the line, or choose another --out")
         yield row
 
@@ -710,10 +710,11 @@ class Calls:
         """One row to the file of replies, or aside if the disk is full."""
         try:
             append(self.file, row)
-            self.bar.update()
         except OSError as error:
             self.unwritten.append(row)
             self.end(f"cannot write {self.file.name}: {error.strerror}")
+        else:
+            self.bar.update()
 
     def lose(self, job, error):
         """A call came to nothing in the end: refused, or failed in its last attempt."""
@@ -729,12 +730,6 @@ class Calls:
         # all paths of one question may be refused: that says nothing about the others
         if len(self.streak) >= max(10, self.args.concurrency) and len(set(self.streak)) > 2:
             self.end(f"{len(self.streak)} calls in a row failed, the last with {self.last}")
-
-    def abandon(self, error):
-        """No further attempt at a job may be made; if there was one, its call failed."""
-        if error:
-            self.lost += 1
-            self.last = error.words
 
     def finish(self, n):
         """Say how the n calls went; ends the program if a reply is missing."""
@@ -758,8 +753,9 @@ class Calls:
             tasks.stop(f"{why}; {self.bar.n} replies were saved to {out}, the same command goes on "
                        "from there")
         if self.problem:
-            print(f"stopped: {self.problem}; {n - self.bar.n} of {n} replies are missing, the same "
-                  "command with a larger budget goes on from here")
+            print(f"stopped: {self.problem} ({self.spent.calls} calls and {self.spent.tokens} tokens "
+                  f"in all runs, see {self.spent.file.name}); {n - self.bar.n} of {n} replies are "
+                  "missing, the same command with a larger budget goes on from here")
             raise SystemExit(0)
 
 
@@ -781,7 +777,8 @@ async def serve(client, url, job, prompt, calls, parameters, key):
         has_row = is_final and error.kind == "refused"
         calls.spent.end(most, most if error.billed else 0, failed=int(not has_row))
         if is_final:
-            return calls.lose(job, error)
+            calls.lose(job, error)
+            return
         calls.retried += 1
         if change:
             changes.append(change)
@@ -789,15 +786,18 @@ async def serve(client, url, job, prompt, calls, parameters, key):
         with contextlib.suppress(asyncio.TimeoutError):  # an end of the run ends the wait
             await asyncio.wait_for(calls.ending.wait(), max(error.wait, back_off(tries)))
         tries += 1
-    else:  # no further call may be made
-        return calls.abandon(error)
+    else:  # no further attempt may be made: if there was one, the job is lost
+        if error:
+            calls.lost += 1
+            calls.last = error.words
+        return
     for field in ("path", "finish_reason"):
         reply[field] = without_key(reply[field], key)
     if changes and mine != parameters:
         parameters.clear()
         parameters.update(mine)
         print(f"{calls.name} wants {', '.join(changes)}", file=sys.stderr)
-    return calls.save(job, reply, most)
+    calls.save(job, reply, most)
 
 
 async def ask_server(url, todo, calls, temperature):
@@ -836,6 +836,10 @@ def load_local(spec, device):
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        tasks.stop(f"--device {device} can't be used ({str(error).splitlines()[0]})")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     return tasks.load_student(spec, device, dtype)
 
@@ -855,26 +859,26 @@ def ask_local(spec, todo, calls, temperature):
         calls.save(job, reply, most)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    while not calls.ending.is_set():
-        asked = []
-        for job, text in itertools.islice(todo, max(256, 8 * args.batch_size)):
-            prompt = tasks.encode_prompt(tokenizer, text)
-            most = len(prompt) + args.max_new_tokens
-            if not calls.begin(most):
-                break
-            if len(prompt) < context:
-                asked.append((job, prompt, most))
-            else:
-                calls.spent.end(most, 0)
-                calls.lose(job, CallError("refused", f"the prompt has {len(prompt)} tokens"))
-        if not asked:
-            return
-        try:
+    try:
+        while not calls.ending.is_set():
+            asked = []
+            for job, text in itertools.islice(todo, max(256, 8 * args.batch_size)):
+                prompt = tasks.encode_prompt(tokenizer, text)
+                most = len(prompt) + args.max_new_tokens
+                if not calls.begin(most):
+                    break
+                if len(prompt) < context:
+                    asked.append((job, prompt, most))
+                else:
+                    calls.spent.end(most, 0)
+                    calls.lose(job, CallError("refused", f"the prompt has {len(prompt)} tokens"))
+            if not asked:
+                return
             tasks.generate(student, tokenizer, [prompt for _, prompt, _ in asked],
                            args.max_new_tokens, args.batch_size, temperature=temperature,
                            seed=secrets.randbits(32), done=save)
-        except KeyboardInterrupt:  # costs nothing: what is not finished is lost
-            calls.end("interrupted")
+    except KeyboardInterrupt:  # nothing is paid for: what is not finished is lost
+        calls.end("interrupted")
 
 
 def ask_all(spec, jobs, out, args, spent, temperature):

@@ -9,7 +9,7 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), os.path.join(HERE, "experiments")]
 import baselines
-from test_pool import pool, run, server, write  # noqa: F401 (server is a fixture)
+from test_pool import fault_server, pool, run  # noqa: F401 (the fixture `server`)
 
 import judge
 

@@ -84,8 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(200, good)
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(name="server")
+def fault_server():
     class Server(ThreadingHTTPServer):
         daemon_threads, request_queue_size = True, 256
 
