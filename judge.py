@@ -494,7 +494,7 @@ def split_spec(spec):
     model, url = found.groups()
     try:
         parts = urlsplit(url)
-        good = model and parts.hostname and parts.port != 0 and not re.search(r"\s", url)
+        good = model and parts.hostname and parts.port != 0 and not re.search(r"[\s\0-\x1f]", url)
     except ValueError:  # a bracket that is not closed, a port that is no number
         good = False
     if not good:
@@ -526,8 +526,9 @@ def any_spelling(key):
     def spellings(c):
         n = ord(c)
         forms = {c, html.escape(c), f"u{n:04x}", f"&#{n};", f"&#x{n:x};", "+" if c == " " else c}
-        return rf"\\*(?:{'|'.join(map(re.escape, forms))}|%(?:25)*{n:02x})"
-    return re.compile("".join(map(spellings, key)), re.IGNORECASE)
+        return rf"\\{{0,16}}(?:{'|'.join(map(re.escape, forms))}|%(?:25){{0,3}}{n:02x})"
+    once = re.sub(r"\\+", r"\\", key)  # a run of backslashes is matched as one: no pattern explodes
+    return re.compile("".join(map(spellings, once)), re.IGNORECASE)
 
 
 def without_key(text, key):
@@ -942,23 +943,25 @@ def judge_prompt(row):
     return fill(JUDGE_PROMPT, nonce=secrets.token_hex(8), data=data)
 
 
-# a line that begins like a verdict, whatever markdown surrounds it; group 1: it says one and
-# nothing else
-VERDICT = re.compile(r"[\s*_#`]*verdict[\s*_`]*[:：][\s*_`]*(?:(valid|invalid)[\s*_`.!]*$)?",
+# A line that begins like a verdict, whatever markdown surrounds it; group 1: it says one and nothing
+# else. The verdict may also stand alone below a heading.
+VERDICT = re.compile(r"[\s*_#`]*verdict[\s*_`]*(?:[:：]|$)[\s*_`]*(?:(valid|invalid)[\s*_`.!]*$)?",
                      re.IGNORECASE)
-# a heading "Verdict" above a line that says one
-HEADING = re.compile(r"^[\s*_#`]*verdict[\s*_`:：]*\n\s*(?=[*_`]*(?:valid|invalid)\b)",
-                     re.IGNORECASE | re.MULTILINE)
-END_TOKENS = re.compile(r"(?:\s*(?:</s>|<\|\w+\|>|<end_of_turn>|<eos>))+\s*$")
+HEADING = re.compile(r"[\s*_#`]*verdict[\s*_`:：]*", re.IGNORECASE)
+END_TOKEN = re.compile(r"(?:</s>|<\|\w+\|>|<end_of_turn>|<eos>)$")
 
 
 def parse_verdict(reply):
     """'valid', 'invalid' or 'unparsed' for a judge's reply {path, finish_reason}. Only one line may
     begin like a verdict; it must be the last one and say nothing else. Thinking in <think> tags is
     not part of the reply."""
-    text = END_TOKENS.sub("", reply["path"].split("</think>")[-1])
-    text = HEADING.sub("VERDICT: ", text)
+    text = reply["path"].split("</think>")[-1].rstrip()
+    for _ in range(3):  # tokens that a server left at the end
+        if token := END_TOKEN.search(text[-40:]):
+            text = text[:-len(token[0])].rstrip()
     lines = [line for line in text.split("\n") if re.search(r"\w", line)]
+    if len(lines) > 1 and HEADING.fullmatch(lines[-2]):
+        lines[-2:] = [f"VERDICT: {lines[-1]}"]
     found = [VERDICT.match(line) for line in lines]
     if ending(reply) != "whole" or "<think>" in text or sum(map(bool, found)) != 1 or not found[-1]:
         return "unparsed"
