@@ -127,11 +127,9 @@ def demo_questions(n, seed):
     """n arithmetic word problems of two or three steps (`level`) with small numbers, every answer
     in 1..199. The first questions do not depend on n; question sets of seeds that differ modulo
     SEEDS share no text."""
-    rng, seen, rows = random.Random(f"questions {seed}"), set(), []
+    rng, seen, rows, misses = random.Random(f"questions {seed}"), set(), [], 0
     k = rng.randrange(len(TEMPLATES))
-    for _ in range(2000 * n + 1):
-        if len(rows) == n:
-            return rows
+    while len(rows) < n:
         text, steps = TEMPLATES[k]
         numbers = {**{v: rng.randint(2, 5) for v in "abcd"}, "p": rng.randint(8, 24)}
         (name, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
@@ -139,13 +137,17 @@ def demo_questions(n, seed):
         solution = _solve(steps, numbers)
         mine = zlib.crc32(question.encode()) % SEEDS == seed % SEEDS
         if question in seen or not mine or not _sane(solution):
+            misses += 1
+            if misses == 50_000:
+                tasks.stop(f"the demo has no {n} questions for one seed: ask for fewer")
             continue
+        misses = 0
         seen.add(question)
         rows.append({"id": f"demo-{seed}-{len(rows):05d}", "task": "demo", "question": question,
                      "answer": str(solution[-1][3]), "level": len(solution), "template": k,
                      "numbers": numbers})
         k = rng.randrange(len(TEMPLATES))  # only now: those that are hard to fill are as frequent
-    tasks.stop(f"the demo has fewer than {n} questions for one seed: ask for fewer")
+    return rows
 
 
 def _write(style, question, solution):

@@ -541,6 +541,12 @@ def test_no_key_in_any_byte_of_any_run(tmp_path, server):
     assert not any(KEY.encode() in b or KEY[3:20].encode() in b for b in written)
 
 
+def test_a_hostile_reply_is_searched_for_a_key_in_linear_time():
+    for text in ("\\" * 300_000, "%25" * 100_000, KEY[:-1] * 10_000):  # quadratic time would be minutes
+        assert judge.without_key(text, KEY) == text
+    assert judge.without_key("none 1 + 1", "none") == "none 1 + 1"  # a placeholder is no secret
+
+
 def test_without_a_key_the_users_hub_token_is_not_sent(tmp_path, server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_private")
     run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--out", "p.jsonl", cwd=tmp_path, key="")
@@ -570,10 +576,11 @@ REPLIES = [
     ("## Verdict\n\nVALID\n\nWait, no.", U), ("## Verdict\n\nVALID or INVALID", U), ("## Verdict\n\nNot VALID", U),
     ("## Verdict\nVALID\n## Verdict\nINVALID", U), ("VERDICT: VALID!", V), ("VERDICT: VALID</s>", V), ("VERDICT: INVALID<|im_end|>\n", I),
     ("VERDICT: VALID <|eot_id|></s>", V), ("VERDICT: VALID<end_of_turn>", V), ("VERDICT: VALID<|im_end|>\nVERDICT: INVALID", U),
-    ("</s>", U), ("VERDICT: VALID\u2028VERDICT: INVALID", U), ("VERDICT: VALID \u2013 no bad step", U), ("VERDICT: \u202eDILAV", U)]
+    ("</s>", U), ("</s>" * 50_000 + "x", U), ("verdict" + " " * 200_000 + "x", U), ("\n" * 200_000 + "VERDICT: VALID", V),
+    ("VERDICT: VALID\u2028VERDICT: INVALID", U), ("VERDICT: VALID \u2013 no bad step", U), ("VERDICT: \u202eDILAV", U)]
 
 
-@pytest.mark.parametrize("text, verdict", REPLIES)
+@pytest.mark.parametrize("text, verdict", REPLIES, ids=range(len(REPLIES)))
 def test_no_reply_of_a_judge_is_misread(text, verdict):
     assert judge.parse_verdict({"path": text, "finish_reason": "stop"}) == verdict
     for reason in ("length", "MAX_TOKENS", "error"):
