@@ -756,8 +756,8 @@ class Calls:
             tasks.stop(f"{why}; {self.bar.n} replies were saved to {out}, the same command goes on "
                        "from there")
         if self.problem:
-            print(f"stopped: {self.problem} ({self.spent.calls} calls and {self.spent.tokens} tokens "
-                  f"in all runs, see {self.spent.file.name}); {n - self.bar.n} of {n} replies are "
+            print(f"stopped: {self.problem}, after {self.spent.calls} calls and {self.spent.tokens} "
+                  f"tokens in all runs ({self.spent.file.name}); {n - self.bar.n} of {n} replies are "
                   "missing, the same command with a larger budget goes on from here")
             raise SystemExit(0)
 
@@ -945,8 +945,8 @@ def judge_prompt(row):
     return fill(JUDGE_PROMPT, nonce=secrets.token_hex(8), data=data)
 
 
-# A line that begins like a verdict, whatever markdown surrounds it; group 1: it says one and nothing
-# else. The verdict may also stand alone below a heading.
+# A line that begins like a verdict, whatever markdown surrounds it; group 1: it says one and
+# nothing else. The verdict may also stand alone below a heading.
 VERDICT = re.compile(r"[\s*_#`]*verdict[\s*_`]*(?:[:：]|$)[\s*_`]*(?:(valid|invalid)[\s*_`.!]*$)?",
                      re.IGNORECASE)
 HEADING = re.compile(r"[\s*_#`]*verdict[\s*_`:：]*", re.IGNORECASE)
