@@ -822,7 +822,11 @@ async def ask_server(url, todo, calls, temperature):
 
     async def work():
         for job, prompt in todo:
-            await serve(client, url, job, prompt, calls, parameters, key)
+            try:
+                await serve(client, url, job, prompt, calls, parameters, key)
+            except Exception:  # such as a broken pipe: the others still save what they paid for
+                calls.ending.set()
+                raise
             if calls.ending.is_set():
                 return
 
@@ -830,7 +834,10 @@ async def ask_server(url, todo, calls, temperature):
         with contextlib.suppress(NotImplementedError):  # Windows
             asyncio.get_running_loop().add_signal_handler(number, interrupt)
     async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=None) as client:
-        await asyncio.gather(*(work() for _ in range(args.concurrency)))
+        ends = await asyncio.gather(*(work() for _ in range(args.concurrency)),
+                                    return_exceptions=True)
+    for raised in filter(None, ends):
+        raise raised
 
 
 @functools.lru_cache(maxsize=1)

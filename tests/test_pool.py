@@ -784,6 +784,18 @@ def test_ids_are_opaque(tmp_path, server):
     assert Counter(r["id"] for r in read(tmp_path / "o.jsonl") if r["valid"]) == {i: 1 for i in ids}
 
 
+def test_a_reader_of_the_progress_that_goes_away_loses_no_paid_reply(tmp_path, server):
+    server.fault = lambda server: time.sleep(0.05)
+    process = subprocess.Popen([sys.executable, JUDGE, "--questions", questions(tmp_path / "q.jsonl", 100), "--teacher", f"m@{server.url}",
+                                "--out", "p.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while server.successes < 20:
+        time.sleep(0.01)
+    process.stdout.close()
+    assert process.wait() in (0, 1)
+    rows = read(tmp_path / "p.jsonl")
+    assert len(rows) == server.successes and set(keys(rows).values()) == {1}
+
+
 @pytest.mark.parametrize("tail", ["> /dev/null", "| true"])
 def test_no_locale_and_no_broken_pipe_is_a_traceback(tmp_path, tail):
     row = {"id": "é", "task": "gsm8k", "question": "Was ist 1 + 1?", "answer": "2", "style": "größe", "teacher": "日本", "path": f"Größe: {TWO}"}
