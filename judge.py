@@ -756,9 +756,10 @@ class Calls:
             tasks.stop(f"{why}; {self.bar.n} replies were saved to {out}, the same command goes on "
                        "from there")
         if self.problem:
-            print(f"stopped: {self.problem}, after {self.spent.calls} calls and {self.spent.tokens} "
-                  f"tokens in all runs ({self.spent.file.name}); {n - self.bar.n} of {n} replies are "
-                  "missing, the same command with a larger budget goes on from here")
+            spent = f"{self.spent.calls} calls and {self.spent.tokens} tokens in all runs"
+            print(f"stopped: {self.problem}, after {spent} ({self.spent.file.name}); "
+                  f"{n - self.bar.n} of {n} replies are missing, the same command with a larger "
+                  "budget goes on from here")
             raise SystemExit(0)
 
 
