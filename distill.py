@@ -1076,7 +1076,7 @@ def load_data(args):
         test = tasks.read_questions(args.eval_questions)
     elif not args.paths:  # question sets of neighbouring seeds share no question
         test = judge.demo_questions(300, args.seed + 1)
-    ids = sorted({row["id"] for row in rows})
+    ids = sorted({source_of(row) for row in rows})
     # Before --styles, so that ablations share their test questions.
     random.Random(args.seed).shuffle(ids)
     if test is None:
@@ -1089,10 +1089,10 @@ def load_data(args):
         rows = [row for row in rows if row["style"] in args.styles]
 
     rows = without_test_questions(rows, test, args)
-    left = {row["id"] for row in rows}
+    left = {source_of(row) for row in rows}
     ids = [i for i in ids if i in left]
     used = set(ids[:math.ceil(args.train_frac * len(ids))])
-    rows = [row for row in rows if row["id"] in used]
+    rows = [row for row in rows if source_of(row) in used]
     if not rows:
         stop(f"{args.paths or 'the demo'}: no question is left to train on beside the {len(test)} "
              "test questions")
@@ -1104,6 +1104,12 @@ def load_data(args):
         stop("the demo's tiny students know no other task: pass --students with Hugging Face "
              "models for this pool")
     return kept, test, rows
+
+
+def source_of(row):
+    """The id of the question that a row goes with in the split: rows that a baseline made of another
+    question carry that one's id."""
+    return row.get("made_from", row["id"])
 
 
 def graded_pool(args):
@@ -1144,11 +1150,11 @@ def without_test_questions(rows, test, args):
 
     ids = {row["id"] for row in test}
     texts = {text(row) for row in test}
-    tested = {row["id"] for row in rows if row["id"] in ids or text(row) in texts}
+    tested = {source_of(row) for row in rows if source_of(row) in ids or text(row) in texts}
     if tested and args.eval_questions:
         print(f"left out {len(tested)} questions of the pool whose id or text stands in "
               f"{args.eval_questions}")
-    return [row for row in rows if row["id"] not in tested]
+    return [row for row in rows if source_of(row) not in tested]
 
 
 def encode(rows, students):
@@ -1542,8 +1548,7 @@ def answer(students, test, args):
     pairs = [(student.model, student.tokenizer) for student in students]
     with autocast(students[0]):
         summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens, EVAL_BATCH, seed=args.seed)
-    lines = summary.pop("predictions")
-    predictions = [{"question": row["question"], **line} for row, line in zip(test, lines)]
+    predictions = summary.pop("predictions")
     return {"summary": summary, "predictions": predictions}
 
 
@@ -1707,9 +1712,14 @@ def warm_start(model, tokenizer, sentences, label):
         optimizer.zero_grad()
 
 
-if __name__ == "__main__":
+def run():
+    """main() as a command."""
     try:
         main(FLAGS)
     except KeyboardInterrupt:  # a run that has a checkpoint ends with one more, see Interrupt
         print("\nstopped before the first step: start it again", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    tasks.run_command(run)

@@ -192,6 +192,5 @@ def test_an_unrelated_file_is_never_written_to(tmp_path):
                     "no newline at its end"):
         (tmp_path / "o.jsonl").write_text(content)
         run("--paths", pool, "--out", "o.jsonl", cwd=tmp_path, code=2)
-        run("--paths", pool, "--baseline", "step_by_step", "--out", "o.jsonl", cwd=tmp_path, code=2)
         assert (tmp_path / "o.jsonl").read_text() == content
     run("--paths", pool, "--out", pool, cwd=tmp_path, code=2)

@@ -1,22 +1,24 @@
 """Claims about sampling and judging with real models behind an endpoint, against a hostile server on the loopback."""
 import contextlib
 import email.utils
+import gzip
+import html
 import io
 import itertools
 import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
-import huggingface_hub
 import numpy
 import pytest
 
@@ -25,8 +27,15 @@ import judge
 
 JUDGE = os.path.abspath(judge.__file__)
 KEY = "sk-loopback-0123456789-secret"
-NO_KEY = SimpleNamespace(api_key_env="NO_SUCH_VARIABLE")
-KINDS = ("429", "429 after", "500", "cut", "not json", "wrong shape", "list", "no choices", "empty body")
+KINDS = ("429", "429 after", "500", "cut", "not json", "wrong shape", "list", "no choices", "empty body", "error in 200", "deep",
+         "digits")
+
+
+def message(content, reason="stop", usage=(7, 5), **more):
+    """The body of a good answer."""
+    prompt, completion = usage
+    return {"choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content, **more}}],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,9 +65,9 @@ class Handler(BaseHTTPRequestHandler):
         reply = server.reply(request["model"], prompt)
         if isinstance(reply, tuple):
             return self.send(*reply)
-        message = {"role": "assistant", "content": reply} if isinstance(reply, str) or reply is None else reply
-        good = {"choices": [{"index": 0, "finish_reason": message.pop("finish_reason", "stop"), "message": message}],
-                "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}}
+        if callable(reply):
+            return reply(self)
+        good = message(reply) if isinstance(reply, str) or reply is None else reply
         if fault == "hang":
             server.ended.wait(30)
             self.close_connection = True
@@ -66,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         bad = {"429": (429, {"error": {"message": "slow down"}}), "429 after": (429, b"later", [("Retry-After", "0.1")]),
                "500": (500, b"<html>oops"), "cut": (200, good, (), True), "not json": (200, b"{'choices': "),
                "wrong shape": (200, {"choices": "many"}), "list": (200, [1, 2]), "no choices": (200, {"choices": []}),
-               "empty body": (200, b"")}
+               "empty body": (200, b""), "error in 200": (200, {"error": {"message": "overloaded", "code": 503}}),
+               "deep": (200, b"[" * 100_000), "digits": (200, b'{"choices": ' + b"9" * 5000 + b"}")}
         if fault:
             return self.send(*bad[fault])
         with server.mutex:
@@ -74,8 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(200, good)
 
 
-@pytest.fixture
-def server():
+@pytest.fixture(name="server")
+def fault_server():
     class Server(ThreadingHTTPServer):
         daemon_threads, request_queue_size = True, 256
 
@@ -85,7 +95,7 @@ def server():
     server.mutex, server.ended, server.requests, server.successes = threading.Lock(), threading.Event(), [], 0
     server.fault, server.reply = lambda server: None, lambda model, prompt: f"{prompt.split(chr(10))[0]} The answer is 2"
     server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.ended.set()
     server.shutdown()
@@ -97,20 +107,19 @@ def start(*args, cwd):
     code = "import judge; judge.back_off = lambda tries: 0.05 * (tries + 1); judge.main()"
     with open(cwd / "stderr.txt", "w") as stderr:  # not a pipe: nobody empties it
         return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=stderr,
-                                env={**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.path.dirname(JUDGE)})
+                                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.path.dirname(JUDGE)})
 
 
-def run(*args, cwd, key=KEY, code=0):
+def run(*args, cwd, key=KEY, code=0, main=judge.main):
     """The command in this process -> what it printed (stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["judge.py", *map(str, args)])
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         patch.setattr(judge, "back_off", lambda tries: 0.05 * (tries + 1))
         patch.setenv("OPENAI_API_KEY", key)
+        patch.setenv("HF_HUB_OFFLINE", "1")  # a server is not the hub
         patch.chdir(cwd)
         try:
-            judge.main()
+            main(list(map(str, args)))
             done = 0
         except SystemExit as end:
             done = end.code
@@ -132,34 +141,43 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def booked(folder, out="p.jsonl"):
+    """What the book of calls says: (calls, tokens, calls that failed)."""
+    lines = read(folder / f"{out}.calls.jsonl")
+    return tuple(sum(line[key] for line in lines) for key in ("calls", "tokens", "failed"))
+
+
 def keys(rows):
     return Counter((r["id"], r["style"], r["teacher"], r["sample"]) for r in rows)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-def test_2000_calls_under_30_percent_faults_and_three_kills_lose_and_repeat_nothing(tmp_path, server):
+def test_1200_calls_under_30_percent_faults_and_three_kills_lose_and_repeat_nothing(tmp_path, server):
     rng = random.Random(5)
 
     def fault(server):
         u = rng.random()
         return "hang" if u < 0.005 else rng.choice(KINDS) if u < 0.30 else None
     server.fault = fault
-    out, args = tmp_path / "pool.jsonl", ("--questions", questions(tmp_path / "q.jsonl", 100), "--teacher", f"a@{server.url}",
+    out, args = tmp_path / "pool.jsonl", ("--questions", questions(tmp_path / "q.jsonl", 60), "--teacher", f"a@{server.url}",
                                          "--teacher", f"b@{server.url}/v1", "--samples", 5, "--styles", "vanilla", "program",
                                          "--concurrency", 24, "--timeout", 6, "--retries", 20, "--out", "pool.jsonl")
-    for aim in (300, 900, 1500):
+    for aim in (200, 500, 900):
         process = start(*args, cwd=tmp_path)
         while server.successes < aim + rng.randrange(100):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        server.requests.clear()
     run(*args, cwd=tmp_path)
-    rows = read(out)
-    assert keys(rows) == {(f"q{i}", s, t, k): 1 for i in range(100) for s in ("vanilla", "program") for t in "ab"
+    asked, rows = len(server.requests), read(out)
+    assert keys(rows) == {(f"q{i}", s, t, k): 1 for i in range(60) for s in ("vanilla", "program") for t in "ab"
                           for k in range(5)}
     assert server.successes <= len(rows) + 3 * 24
+    calls, tokens, failed = booked(tmp_path, "pool.jsonl")
+    in_flight = calls - len(rows) - failed  # at the three kills
+    assert asked <= calls <= asked + 3 * 24 and 0 <= in_flight <= 3 * 24
+    assert 12 * len(rows) <= tokens  # and what may have been paid counts
     for row in rows:  # each reply stands beside the question that it answers
         assert row["path"].startswith(row["question"]) and row["finish_reason"] == "stop"
         assert row["usage"] == {"prompt_tokens": 7, "completion_tokens": 5}
@@ -224,19 +242,171 @@ def test_a_dead_server_ends_the_run_soon(tmp_path):
     assert "in a row failed" in done[1]
 
 
-def test_cut_empty_and_refused_replies_are_recorded_and_never_train(tmp_path, server):
-    replies = {"time 0?": {"content": "The answer is 2", "finish_reason": "length"}, "time 1?": None, "time 2?": "",
-               "time 3?": {"content": None, "refusal": "No. The answer is 2"}, "time 4?": "I'm sorry, I can't do that.",
-               "time 5?": {"content": "The answer is 2", "finish_reason": "content_filter"}, "time 6?": "The answer is 2"}
-    server.reply = lambda model, prompt: next(dict(v) if isinstance(v, dict) else v for k, v in replies.items() if k in prompt)
-    done = run("--questions", questions(tmp_path / "q.jsonl", 7), "--teacher", f"m@{server.url}", "--styles", "vanilla",
+def test_every_call_is_a_reply_on_disk_or_a_failed_call_whatever_the_server_does(tmp_path, server):
+    rng = random.Random(1)
+    server.fault = lambda server: rng.choice(KINDS) if rng.random() < 0.5 else None
+    server.reply = lambda model, prompt: (400, {"error": "too long"}) if "time 7?" in prompt else "The answer is 2"
+    args = ("--questions", questions(tmp_path / "q.jsonl", 10), "--teacher", f"m@{server.url}", "--out", "p.jsonl", "--retries", 2)
+    run(*args, cwd=tmp_path, code=2)
+    for _ in range(2):  # and over restarts
+        calls, _, failed = booked(tmp_path)
+        assert calls == len(server.requests) == len(read(tmp_path / "p.jsonl")) + failed
+        server.fault = lambda server: None
+        run(*args, cwd=tmp_path)
+    rows = read(tmp_path / "p.jsonl")
+    assert set(keys(rows).values()) == {1} and len(rows) == 60
+
+
+# finish reasons and contents of real servers: (content, finish_reason, more of the message) -> path, fate
+TWO = "The answer is 2"
+CONTENTS = [
+    (TWO, "stop", {}, TWO, "kept"), (TWO, "STOP", {}, TWO, "kept"), (TWO, "end_turn", {}, TWO, "kept"),
+    (TWO, "eos_token", {}, TWO, "kept"), (TWO, ["stop"], {}, TWO, "kept"), (None, "stop", {}, "", "empty"),
+    ("", "stop", {}, "", "empty"), ("I'm sorry, I can't do that.", "stop", {}, None, "refused"),
+    (None, "stop", {"refusal": f"No. {TWO}"}, f"No. {TWO}", "refused"), (TWO, "content_filter", {}, TWO, "refused"),
+    *((TWO, reason, {}, TWO, "refused") for reason in ("SAFETY", "RECITATION", "PROHIBITED_CONTENT", "refusal")),
+    *((TWO, reason, {}, TWO, "cut") for reason in ("length", "max_tokens", "MAX_TOKENS", "model_length", "error", "abort", "incomplete",
+                                                   "tool_calls", "model_context_window_exceeded", None, "", "new one", ["length"])),
+    ("", "length", {"reasoning_content": "We add"}, "", "cut"), (None, "MAX_TOKENS", {}, "", "cut"),
+    ([{"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 9"}]}, {"type": "text", "text": "The answer "},
+      {"type": "text", "text": "is 2"}], "stop", {}, TWO, "kept"),
+    ([{"type": "reasoning", "text": "Hm"}, TWO], "stop", {}, TWO, "kept"), ([], "stop", {}, "", "empty"),
+    ({"type": "text", "text": TWO}, "stop", {}, TWO, "kept"), (f"{TWO}\ud800", "stop", {}, f"{TWO}?", "kept")]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_a_paid_reply_of_any_shape_is_read_once_and_only_whole_ones_train(tmp_path, server, bom):
+    def reply(model, prompt):
+        content, reason, more, _, _ = CONTENTS[int(re.search(r"time (\d+)\?", prompt)[1])]
+        return 200, bom + json.dumps(message(content, reason, **more)).encode()
+    server.reply = reply
+    done = run("--questions", questions(tmp_path / "q.jsonl", len(CONTENTS)), "--teacher", f"m@{server.url}", "--styles", "vanilla",
                "--out", "p.jsonl", cwd=tmp_path)
+    assert len(server.requests) == len(CONTENTS)
+    for row in judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl")):
+        *case, path, fate = CONTENTS[int(row["id"][1:])]
+        assert path in (None, row["path"]) and row["usage"] == {"prompt_tokens": 7, "completion_tokens": 5}, case
+        for mode in ("full", "answer", "none"):
+            assert judge.fate(row, mode) == fate, case
+    assert "--max_new_tokens 1000" in done[0]  # the hint where replies were cut
+
+
+@pytest.mark.parametrize("usage, counted", [
+    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ([{"prompt_tokens": 7, "completion_tokens": 5}], 12),
+    ({"input_tokens": 7, "output_tokens": 5}, 12), ({"prompt_tokens": 7.0, "completion_tokens": 5, "details": {"x": 1}}, 12),
+    ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 90}, 90), ({"prompt_tokens": 7, "completion_tokens": 0}, 7),
+    *((usage, None) for usage in (None, {}, [], {"prompt_tokens": -100, "completion_tokens": 5}, {"prompt_tokens": 0}, "12",
+                                  {"prompt_tokens": 7, "completion_tokens": -1e300}, {"total_tokens": 1e308}, {"prompt_tokens": "7"}))])
+def test_tokens_are_counted_as_sent_or_at_their_most(tmp_path, server, usage, counted):
+    server.reply = lambda model, prompt: {**message(TWO), "usage": usage}
+    args = ("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--styles", "vanilla", "--out", "p.jsonl",
+            "--max_new_tokens", 100)
+    run(*args, cwd=tmp_path)
+    most = judge.tokens_of(server.requests[0]["prompt"]) + 100
+    [row], expected = read(tmp_path / "p.jsonl"), counted or most
+    assert booked(tmp_path) == (1, expected, 0) and sum(row["usage"].values()) == expected
+    assert len(server.requests) == 1 and row["path"] == TWO
+
+
+def test_one_refused_question_is_recorded_and_the_run_goes_on(tmp_path, server):
+    server.reply = lambda model, prompt: (400, {"error": {"message": "content filter"}}) if "time 3?" in prompt else TWO
+    args = ("--questions", questions(tmp_path / "q.jsonl", 5), "--teacher", f"m@{server.url}", "--samples", 3, "--out", "p.jsonl")
+    for _ in range(2):
+        run(*args, cwd=tmp_path)
+        assert len(server.requests) == 90  # nothing is asked twice
     rows = judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl"))
-    assert len(rows) == 7
-    for mode in ("full", "answer", "none"):
-        assert [r["id"] for r in judge.filter_pool(rows, mode)] == ["q6"]
-    assert Counter(judge.fate(r) for r in rows) == {"cut": 1, "empty": 2, "refused": 3, "kept": 1}
-    assert re.search(r"^all +7 +1 +- +- +- +- +2 +1 +3$", done[0], re.MULTILINE), done[0]
+    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 3 else "kept"): 18 for i in range(5)}
+    assert {r["refusal"] for r in rows if r["id"] == "q3"} == {'HTTP 400 {"error": {"message": "content filter"}}'}
+
+
+def test_a_server_that_refuses_everything_ends_the_run_and_poisons_nothing(tmp_path, server):
+    server.reply = lambda model, prompt: (400, {"error": "no such parameter: x"})
+    args = ("--questions", questions(tmp_path / "q.jsonl", 20), "--teacher", f"m@{server.url}", "--out", "p.jsonl")
+    assert "no such parameter: x" in run(*args, cwd=tmp_path, code=2)[1] and len(server.requests) < 30
+    calls, tokens, failed = booked(tmp_path)
+    assert calls == failed == len(server.requests) and tokens == 0
+    server.reply = lambda model, prompt: TWO
+    run(*args, cwd=tmp_path)
+    assert len(read(tmp_path / "p.jsonl")) == 120 == sum(r["path"] == TWO for r in read(tmp_path / "p.jsonl"))
+
+
+def test_a_server_of_other_parameters_is_adapted_to_once(tmp_path, server):
+    def reply(model, prompt):
+        sent = server.requests[-1]
+        if "max_tokens" in sent:
+            return 400, {"error": {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."}}
+        if "temperature" in sent:
+            return 400, {"error": {"message": "'temperature' does not support 0.8 with this model. Only 1 is supported."}}
+        return TWO
+    server.reply = reply
+    done = run("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", f"m@{server.url}", "--concurrency", 1, "--out", "p.jsonl",
+               cwd=tmp_path)
+    assert len(server.requests) == 18 + 2 and len(read(tmp_path / "p.jsonl")) == 18 and booked(tmp_path)[::2] == (20, 2)
+    assert all(r["max_completion_tokens"] == 1000 and "temperature" not in r for r in server.requests[2:])
+    assert "max_completion_tokens" in done[1] and "temperature" in done[1]  # it is said
+
+
+def test_a_200_with_an_error_says_the_servers_words(tmp_path, server):
+    for code, calls in (("rate", 3), (503, 3), (401, 1), (None, 3)):
+        server.requests.clear()
+        server.reply = lambda model, prompt, code=code: (200, {"error": {"message": "no credits left", "code": code}})
+        done = run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--styles", "vanilla",
+                   "--retries", 2, "--out", f"{code}.jsonl", cwd=tmp_path, code=2)
+        assert "no credits left" in done[1] and len(server.requests) == calls
+
+
+def drip(handler):  # a byte now and then, for longer than anybody waits
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+    while not handler.server.ended.wait(0.05):
+        handler.wfile.write(b" ")
+
+
+def drip_headers(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    while not handler.server.ended.wait(0.05):
+        handler.wfile.write(b"x")
+
+
+def endless(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    while not handler.server.ended.is_set():
+        handler.wfile.write(b"x" * 2**16)
+
+
+def bomb(handler):
+    body = gzip.compress(gzip.compress(bytes(2**28)))
+    handler.send(200, body, [("Content-Encoding", "gzip, gzip")])
+
+
+def redirect(handler):
+    handler.send(307, b"", [("Location", f"http://localhost:{handler.server.server_port}/stolen")])
+
+
+@pytest.mark.parametrize("answer", [drip, drip_headers, endless, bomb, redirect])
+def test_time_memory_and_the_key_are_bounded(tmp_path, server, answer):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    server.reply = lambda model, prompt: answer
+    run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--styles", "vanilla", "--timeout", 2,
+        "--retries", 0, "--out", "p.jsonl", cwd=tmp_path, code=2)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # 128 MB
+    assert len(server.requests) == 1 and booked(tmp_path)[2] == 1
+    assert {r["path"] for r in server.requests} == {"/v1/chat/completions"}
+
+
+def test_a_full_disk_loses_no_paid_reply(tmp_path, server):
+    args = ("--questions", questions(tmp_path / "q.jsonl", 30), "--teacher", f"m@{server.url}", "--out", "p.jsonl")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # no file may grow beyond this
+        done = run(*args, cwd=tmp_path, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in done[1] and "Traceback" not in done[1]
+    printed = [json.loads(line) for line in done[0].splitlines() if line.startswith("{")]
+    rows = read(tmp_path / "p.jsonl")
+    assert len(rows) + len(printed) == server.successes and set(keys(rows + printed).values()) == {1}
+    run(*args, cwd=tmp_path)
+    assert len(read(tmp_path / "p.jsonl")) == 180
 
 
 def test_two_writers_on_one_file_are_refused(tmp_path, server):
@@ -277,43 +447,85 @@ def test_budgets_stop_before_they_are_passed_and_a_dry_run_asks_nothing(tmp_path
     assert len(server.requests) == 25 == len(read(tmp_path / "p.jsonl"))
     assert re.search(r"\b35 calls", run(*args, "--dry_run", cwd=tmp_path)[0])
     server.requests.clear()
+    run(*args, "--max_calls", 25, cwd=tmp_path)  # the same budget: it holds over restarts
+    assert not server.requests
     run(*args, "--max_tokens_total", 25 * 12 + 500, cwd=tmp_path)
-    assert 0 < len(server.requests) < 35 and len(read(tmp_path / "p.jsonl")) * 12 <= 25 * 12 + 500
+    assert 0 < len(server.requests) < 35 and booked(tmp_path)[1] <= 25 * 12 + 500
+    rows, made = len(read(tmp_path / "p.jsonl")), booked(tmp_path)[0]
+    assert made == 25 + len(server.requests) == rows
     server.requests.clear()
     server.fault = lambda server: "500"
-    run(*args, "--max_calls", 9, cwd=tmp_path)  # failed calls count
-    assert len(server.requests) == 9
+    assert "500" in run(*args, "--max_calls", made + 9, cwd=tmp_path, code=2)[1]  # failed calls count, and are an error
+    assert len(server.requests) == 9 and booked(tmp_path) == (made + 9, rows * 12, 9)
+    server.requests.clear()
+    (tmp_path / "p.jsonl.calls.jsonl").unlink()  # a pool without its book: the replies count
+    run(*args, "--max_calls", rows, cwd=tmp_path)
+    assert not server.requests
 
 
-class ServerError(Exception):
-    def __init__(self, status, header):
-        self.response = SimpleNamespace(status_code=status, headers={"retry-after": header}, text="no")
-
-
-@pytest.mark.parametrize("header, seconds", [("7", 7), ("0.5", 0.5), ("0", 0), ("1e9", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0),
-                                             ("99999", 600), ("9" * 400, 600)])
+@pytest.mark.parametrize("header, seconds", [
+    ("7", 7), ("0.5", 0.5), ("0", 0), ("1e9", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), ("9" * 400, 600),
+    ("Sat, 01 Jan 99999 00:00:00 GMT", 0), ("Fri, 01 Jan 9999 00:00:00 GMT", 600), ("Fri, 01 Jan 1900 00:00:00 GMT", 0),
+    ("Mon, 99 Foo 2030 99:99:99 GMT", 0)])
 def test_retry_after_is_honoured_within_reason(header, seconds):
-    assert judge.explain(ServerError(429, header), NO_KEY) == ("HTTP 429 no", seconds, False)
+    assert judge.retry_after(header) == seconds
 
 
 def test_retry_after_may_be_a_date_and_back_off_grows_with_jitter():
-    for offset, low, high in ((100, 90, 100), (-100, -101, 0)):
-        date = email.utils.formatdate(time.time() + offset, usegmt=True)
-        assert low < judge.explain(ServerError(503, date), NO_KEY)[1] <= high
+    for offset, low, high in ((100, 90, 100), (-100, -1, 0)):
+        assert low < judge.retry_after(email.utils.formatdate(time.time() + offset, usegmt=True)) <= high
     waits = [[judge.back_off(k) for _ in range(50)] for k in range(12)]
     assert all(len(set(w)) == 50 for w in waits) and max(waits[0]) < min(waits[3]) and max(waits[11]) <= 60
 
 
-@pytest.mark.parametrize("status, again", [(400, False), (401, False), (404, False), (422, False), (408, True), (409, True), (429, True),
-                                           (500, True), (502, True), (503, True), (529, True)])
-def test_which_answers_are_worth_another_attempt(status, again):
-    assert judge.explain(ServerError(status, ""), NO_KEY)[2] is not again
-    assert not judge.explain(TimeoutError(), NO_KEY)[2] and not judge.explain(ConnectionResetError(), NO_KEY)[2]
+def test_which_statuses_are_worth_another_attempt_refuse_one_prompt_or_end_the_run():
+    kinds = {"again": (408, 409, 425, 429, 500, 502, 503, 529, 599), "refused": (400, 403, 413, 422, 451),
+             "fatal": (301, 307, 308, 401, 402, 404, 405)}
+    for kind, statuses in kinds.items():
+        assert {judge.kind_of(status) for status in statuses} == {kind}
+
+
+HOSTILE_KEYS = [f' "{KEY}"\n', f"\t'{KEY}' \r\n", f'{KEY}"quoted"/+&<\\x', f"{KEY} a b"]
+
+
+@pytest.mark.parametrize("key", HOSTILE_KEYS)
+def test_a_key_is_stripped_and_masked_in_every_spelling(tmp_path, server, key):
+    sent = key.strip(" \t\r\n\"'")
+    spellings = [sent, json.dumps(sent), urllib.parse.quote(sent, safe=""), urllib.parse.quote_plus(sent), html.escape(sent), repr(sent),
+                 json.dumps(json.dumps(sent)), sent.upper()]
+    echo = " | ".join(spellings)
+    server.reply = lambda model, prompt: (200, {"error": echo}) if model == "bad" else (401, {"error": {"message": echo}}) \
+        if model == "worse" else (400, echo.encode()) if "time 1?" in prompt else message(f"{echo} {TWO}", f"stop {echo}")
+    q, outs = questions(tmp_path / "q.jsonl", 2), []
+    for model, code in (("m", 0), ("bad", 2), ("worse", 2)):
+        outs += run("--questions", q, "--teacher", f"{model}@{server.url}", "--retries", 0, "--out", f"{model}.jsonl", cwd=tmp_path,
+                    key=key, code=code)
+    assert {r["key"] for r in server.requests} == {f"Bearer {sent}"} and len(read(tmp_path / "m.jsonl")) == 12
+    written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()] + [text.encode() for text in outs]
+    assert any(b"***" in b for b in written)
+    assert not any(secret.encode().lower() in b.lower() for b in written for secret in (*spellings, KEY))
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}\tx", f"{KEY}é"])
+def test_a_key_that_no_request_can_carry_is_one_sentence(tmp_path, server, key):
+    done = run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--out", "p.jsonl", cwd=tmp_path,
+               key=key, code=2)
+    assert done[1].count("\n") <= 2 and "OPENAI_API_KEY" in done[1] and KEY not in done[1] and not server.requests
+
+
+@pytest.mark.parametrize("url", [
+    f"http://me:{KEY}@h/v1", f"http://{KEY}@h/v1", f"http://h/v1#key={KEY}", *(f"http://h/v1?{name}={KEY}" for name in (
+        "key", "api_key", "apikey", "subscription-key", "access_token", "sig", "code")), f"http://h/v1?{KEY}", f"http://h/v1?api-version=1&x={KEY}",
+    f"http://[::1/{KEY}", f"http://h:port/{KEY}", f"http://h:99999/{KEY}", f"http:///{KEY}", f"http://me:{KEY}@[::1", f"http://h/ {KEY}"])
+def test_no_credential_in_a_url_and_no_bad_url_is_repeated(tmp_path, url):
+    for flag, file in (("--teacher", "--questions"), ("--judge", "--paths")):
+        done = run(file, questions(tmp_path / "q.jsonl", 1), flag, f"m@{url}", "--out", "p.jsonl", cwd=tmp_path, code=2)
+        assert done[1].startswith("error: ") and done[1].count("\n") == 1 and KEY not in done[1]
 
 
 def test_no_key_in_any_byte_of_any_run(tmp_path, server):
     server.reply = lambda model, prompt: (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}) if model == "bad" \
-        else {"content": f"Your key is {KEY}. The answer is 2", "finish_reason": "stop"}
+        else f"Your key is {KEY}. The answer is 2"
     q, outs = questions(tmp_path / "q.jsonl", 2), []
     outs.append(run("--questions", q, "--teacher", f"m@{server.url}", "--out", "p.jsonl", cwd=tmp_path))
     outs.append(run("--questions", q, "--teacher", f"bad@{server.url}", "--out", "p2.jsonl", cwd=tmp_path, code=2))
@@ -329,10 +541,16 @@ def test_no_key_in_any_byte_of_any_run(tmp_path, server):
     assert not any(KEY.encode() in b or KEY[3:20].encode() in b for b in written)
 
 
+def test_a_hostile_reply_is_searched_for_a_key_in_linear_time():
+    for text in ("\\" * 300_000, "%25" * 100_000, KEY[:-1] * 10_000):  # quadratic time would be minutes
+        assert judge.without_key(text, KEY) == text
+    assert judge.without_key("none 1 + 1", "none") == "none 1 + 1"  # a placeholder is no secret
+
+
 def test_without_a_key_the_users_hub_token_is_not_sent(tmp_path, server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_private")
     run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--out", "p.jsonl", cwd=tmp_path, key="")
-    assert {r["key"] for r in server.requests} == {"Bearer none"}
+    assert {r["key"] for r in server.requests} == {None}
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
@@ -354,13 +572,19 @@ REPLIES = [
     ("VERDIKT: GÜLTIG", U), ("判定：有效", U), ("ВЕРДИКТ: VALID", U), ("VERDICT: VÁLIDO", U), ("VEREDICTO: VALID", U),
     (THINK + "VERDICT: INVALID", I), (THINK + "Hm.", U), ("<think>The steps hold.\nVERDICT: VALID", U), (THINK, U),
     ("VERDICT: VALID\nVERDICT: VALID or VERDICT: INVALID", U), ("Write VERDICT: VALID or VERDICT: INVALID.\nVERDICT: INVALID", I),
+    ("## Verdict\n\nVALID", V), ("**Verdict**\n**INVALID**", I), ("Step 2 is fine.\n### Verdict:\n\nvalid.\n", V),
+    ("## Verdict\n\nVALID\n\nWait, no.", U), ("## Verdict\n\nVALID or INVALID", U), ("## Verdict\n\nNot VALID", U),
+    ("## Verdict\nVALID\n## Verdict\nINVALID", U), ("VERDICT: VALID!", V), ("VERDICT: VALID</s>", V), ("VERDICT: INVALID<|im_end|>\n", I),
+    ("VERDICT: VALID <|eot_id|></s>", V), ("VERDICT: VALID<end_of_turn>", V), ("VERDICT: VALID<|im_end|>\nVERDICT: INVALID", U),
+    ("</s>", U), ("</s>" * 50_000 + "x", U), ("verdict" + " " * 200_000 + "x", U), ("\n" * 200_000 + "VERDICT: VALID", V),
     ("VERDICT: VALID\u2028VERDICT: INVALID", U), ("VERDICT: VALID \u2013 no bad step", U), ("VERDICT: \u202eDILAV", U)]
 
 
-@pytest.mark.parametrize("text, verdict", REPLIES)
+@pytest.mark.parametrize("text, verdict", REPLIES, ids=range(len(REPLIES)))
 def test_no_reply_of_a_judge_is_misread(text, verdict):
     assert judge.parse_verdict({"path": text, "finish_reason": "stop"}) == verdict
-    assert judge.parse_verdict({"path": text, "finish_reason": "length"}) == U  # it may have gone on
+    for reason in ("length", "MAX_TOKENS", "error"):
+        assert judge.parse_verdict({"path": text, "finish_reason": reason}) == U  # it may have gone on
 
 
 def test_the_table_of_verdicts_is_long_enough():
@@ -422,6 +646,9 @@ def test_an_unparsed_verdict_is_asked_for_once_more_then_rejected_and_counted_ap
     assert asked == {"0": 1, "1": 2, "2": 2}
     assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["kept", "kept", "no verdict"]
     assert re.search(r"^all +3 +2 +- +- +- +1 +- +- +-$", done[0], re.MULTILINE)
+    assert len(read(tmp_path / "o.jsonl.replies.jsonl")) == 5 == booked(tmp_path, "o.jsonl")[0]  # every paid reply is there
+    run("--paths", tmp_path / "p.jsonl", "--judge", f"j@{server.url}", "--out", "o.jsonl", cwd=tmp_path)
+    assert asked == {"0": 1, "1": 2, "2": 2}  # and none is paid for again
 
 
 def test_accept_says_how_many_judges_must_agree(tmp_path, server):
@@ -479,51 +706,6 @@ def test_kappas_follow_their_definitions():
         assert abs(judge.agreement(votes) - (pairs - chance) / (1 - chance)) < 1e-12
 
 
-# ------------------------------------------------------------------------------------------------ baselines as data
-def test_step_by_step_rows_have_the_label_under_the_students_own_prompt(tmp_path):
-    run("--paths", pool(tmp_path / "p.jsonl", 3), "--baseline", "step_by_step", "--out", "b.jsonl", cwd=tmp_path)
-    rows = judge.read_pool(tmp_path / "b.jsonl")
-    labels, rationales = [[r for r in rows if r["style"] == s] for s in ("label", "rationale")]
-    assert len(labels) == len(rationales) == 3
-    assert all("prompt" not in r and r["path"] == "The answer is 2" for r in labels)
-    assert all(r["question"] in r["prompt"] and "1 + 1 = 2" in r["path"] for r in rationales)
-    assert len(judge.filter_pool(judge.grade_paths(rows), "full")) == 6
-
-
-def test_revthink_rows_need_a_consistent_backward_question(tmp_path, server):
-    def reply(model, prompt):
-        if "Reverse question:" in prompt:
-            return "VERDICT: INVALID" if "time 0" in prompt else "VERDICT: VALID"
-        return f"Backward of {re.search('time ([0-9])', prompt)[0]}?" if "Write the reverse" in prompt else "2 - 1 = 1. The answer is 1"
-    server.reply = reply
-    run("--paths", pool(tmp_path / "p.jsonl", 3), "--baseline", "revthink", "--teacher", f"m@{server.url}", "--out", "b.jsonl", cwd=tmp_path)
-    rows = judge.read_pool(tmp_path / "b.jsonl")
-    assert Counter(r["style"] for r in rows) == {"vanilla": 3, "backward_question": 2, "backward_reasoning": 2}
-    assert all(r["prompt"] and r["path"].startswith("Backward of") for r in rows if r["style"] == "backward_question")
-    back = [r for r in rows if r["style"] == "backward_reasoning"]
-    assert all(r["question"].startswith("Backward") and r["train_only"] and r["answer"] == "1" for r in back)
-    assert len(judge.filter_pool(judge.grade_paths(rows), "full")) == 7
-
-
-@pytest.mark.parametrize("name", ["rephrased", "generated"])
-def test_new_questions_need_an_answer_that_samples_agree_on_and_never_test(tmp_path, server, name):
-    sampled = Counter()
-
-    def reply(model, prompt):
-        k = re.search("time ([0-9])", prompt)[1]
-        if "new question" in prompt:
-            return f"New, time {k}?"
-        sampled[k] += 1
-        return f"We add the two. The answer is {2 if k == '0' else 5 if k == '1' else sampled[k]}"
-    server.reply = reply
-    run("--paths", pool(tmp_path / "p.jsonl", 3), "--baseline", name, "--teacher", f"m@{server.url}", "--samples", 3, "--styles",
-        "chain_of_thought", "--out", "b.jsonl", cwd=tmp_path)
-    rows = judge.read_pool(tmp_path / "b.jsonl")
-    kept = {"q0": "2"} if name == "rephrased" else {"q0": "2", "q1": "5"}  # q1 agrees on a wrong answer, q2 on none
-    assert {r["id"].split("~")[0]: r["answer"] for r in rows} == kept and len(rows) == 3 * len(kept)
-    assert all(r["train_only"] and r["question"].startswith("New") and "~" in r["id"] for r in rows)
-
-
 # ------------------------------------------------------------------------------------------------ a local model
 def test_a_local_model_samples_and_judges_in_batches(tmp_path, models_dir):
     local = ("--max_new_tokens", 6, "--device", "cpu", "--batch_size", 3)
@@ -536,10 +718,100 @@ def test_a_local_model_samples_and_judges_in_batches(tmp_path, models_dir):
     assert all(r["verdict"]["smollm2"].split(":")[0] in (V, I, U) for r in read(tmp_path / "o.jsonl"))
 
 
+def tiny_model(folder):
+    """A random model of two thousand parameters that hardly ever ends by itself."""
+    import tokenizers
+    import transformers
+
+    words = {word: i for i, word in enumerate(["<unk>", "<eos>", *"abcdefgh"])}
+    coder = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    coder.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=coder, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                      num_key_value_heads=1, max_position_embeddings=1000, eos_token_id=1, bos_token_id=1)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_local_teachers_reply_is_on_disk_when_it_is_finished_and_an_interrupt_keeps_them(tmp_path):
+    model = tiny_model(tmp_path / "tiny")
+    rows = [{"id": f"q{i}", "task": "gsm8k", "question": "word " * (2000 if i == 3 else 5), "answer": "2"} for i in range(6)]
+    args = ("--questions", write(tmp_path / "q.jsonl", rows), "--teacher", model, "--styles", "vanilla", "--samples", 8,
+            "--max_new_tokens", 60, "--batch_size", 4, "--device", "cpu", "--out", "p.jsonl")
+    out = tmp_path / "p.jsonl"
+    process = start(*args, cwd=tmp_path)
+    while not out.exists() or out.read_bytes().count(b"\n") < 8:  # all 48 are one call of generate()
+        assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 2 and "interrupted" in (tmp_path / "stderr.txt").read_text()
+    assert 8 <= len(read(out)) < 48
+    run(*args, cwd=tmp_path)
+    rows = read(out)
+    assert keys(rows) == {(f"q{i}", "vanilla", "tiny", k): 1 for i in range(6) for k in range(8)}
+    assert {r["id"] for r in rows if r["finish_reason"] == "refused"} == {"q3"}  # longer than the model's context
+
+
+# ------------------------------------------------------------------------------------------------ the command
+def test_no_judge_is_no_judge(tmp_path, server):
+    run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--judge", "none", "--out", "p.jsonl", cwd=tmp_path)
+    assert len(read(tmp_path / "p.jsonl")) == 6
+
+
+@pytest.mark.parametrize("out, make", [
+    ("folder", lambda path: path.mkdir()), ("x" * 250, None), ("x" * 300, None), ("p.jsonl", lambda path: (path.parent / "p.jsonl.replies.jsonl").mkdir()),
+    ("p.jsonl", lambda path: (path.parent / "p.jsonl.calls.jsonl").mkdir()), ("p.jsonl", lambda path: (path.parent / "p.jsonl.part").mkdir()),
+    ("p.jsonl", lambda path: (path.parent / "p.jsonl.lock").mkdir()), ("no/folder", None), ("q.jsonl/x", None), ("/dev/full", None), ("", None)])
+def test_what_cannot_be_written_is_found_before_anything_is_paid_for(tmp_path, server, out, make):
+    q, p = questions(tmp_path / "q.jsonl", 1), pool(tmp_path / "in.jsonl")
+    if make:
+        make(tmp_path / out)
+    for args in (("--questions", q, "--teacher", f"m@{server.url}"), ("--paths", p, "--judge", f"m@{server.url}")):
+        err = run(*args, "--out", out, cwd=tmp_path, code=2)[1]
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert not server.requests
+
+
+def test_ids_are_opaque(tmp_path, server):
+    ids = ["q~1", "q", "../x", "0", " a b ", "q~rephrased", "canary-0-q", "{question}", "é\n"]
+    rows = [{"id": i, "task": "gsm8k", "question": f"What is 1 + 1, time {k}?", "answer": "2"} for k, i in enumerate(ids)]
+    server.reply = lambda model, prompt: "VERDICT: VALID" if model == "j" else f"We add 1 and 1. {TWO}"
+    for _ in range(2):
+        run("--questions", write(tmp_path / "q.jsonl", rows), "--teacher", f"m@{server.url}", "--styles", "vanilla", "--out", "p.jsonl",
+            cwd=tmp_path)
+        run("--paths", "p.jsonl", "--judge", f"j@{server.url}", "--out", "o.jsonl", cwd=tmp_path)
+    assert len(server.requests) == 2 * len(ids)
+    assert Counter(r["id"] for r in read(tmp_path / "o.jsonl") if r["valid"]) == {i: 1 for i in ids}
+
+
+def test_a_reader_of_the_progress_that_goes_away_loses_no_paid_reply(tmp_path, server):
+    server.fault = lambda server: time.sleep(0.05)
+    process = subprocess.Popen([sys.executable, JUDGE, "--questions", questions(tmp_path / "q.jsonl", 100), "--teacher", f"m@{server.url}",
+                                "--out", "p.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while server.successes < 20:
+        time.sleep(0.01)
+    process.stdout.close()
+    assert process.wait() in (0, 1)
+    rows = read(tmp_path / "p.jsonl")
+    assert len(rows) == server.successes and set(keys(rows).values()) == {1}
+
+
+@pytest.mark.parametrize("tail", ["> /dev/null", "| true"])
+def test_no_locale_and_no_broken_pipe_is_a_traceback(tmp_path, tail):
+    row = {"id": "é", "task": "gsm8k", "question": "Was ist 1 + 1?", "answer": "2", "style": "größe", "teacher": "日本", "path": f"Größe: {TWO}"}
+    write(tmp_path / "p.jsonl", [json.dumps(row, ensure_ascii=False)])
+    command = f"set -o pipefail; {sys.executable} {JUDGE} --paths p.jsonl --out ö.jsonl {tail}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert b"Traceback" not in done.stderr and b"Error" not in done.stderr, done.stderr
+    assert read(tmp_path / "ö.jsonl")[0]["correct"]
+
+
 def test_bad_flags_are_one_sentence(tmp_path):
     q = questions(tmp_path / "q.jsonl", 1)
     for args in (("--questions", q), ("--questions", q, "--teacher", "m@http://"), ("--paths", q, "--accept", 2),
                  ("--questions", q, "--teacher", "m@http://h", "--samples", 0), ("--demo", 3, "--judge", "rule", "--judge", "rule"),
-                 ("--paths", q, "--baseline", "revthink"), ("--questions", q, "--teacher", "m@http://h?key=abc")):
+                 ("--questions", q, "--teacher", "m@http://h?key=abc"), ("--questions", ""), ("--paths", ""), ("--questions", q, "--teacher", ""),
+                 ("--questions", q, "--teacher", "@http://h"), ("--questions", q, "--paths", q), ()):
         err = run(*args, "--out", "o.jsonl", cwd=tmp_path, code=2)[1]
         assert err.startswith("error: ") and err.count("\n") == 1, err

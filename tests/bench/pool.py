@@ -80,10 +80,11 @@ def write_pool(file, questions, rows):
 def measure(server, questions, rows, fresh):
     """Sample the last `fresh` of `rows` paths, then grade them all; print both."""
     write_pool("p.jsonl", questions, rows - fresh)
+    Path("p.jsonl.calls.jsonl").unlink(missing_ok=True)  # the book of the calls of another pool
     server.first_call = None
     start, seconds, memory = watch(
         "--questions", "q.jsonl", "--teacher", f"m@http://127.0.0.1:{server.server_port}", "--styles", "vanilla",
-        "--samples", str(SAMPLES), "--concurrency", "16", "--max_calls", str(fresh), "--out", "p.jsonl")
+        "--samples", str(SAMPLES), "--concurrency", "16", "--max_calls", str(rows), "--out", "p.jsonl")
     waited = server.first_call - start
     late = [size for when, size in memory if when > server.first_call]
     quarters = [late[min(len(late) - 1, len(late) * k // 4)] for k in range(5)]
