@@ -617,7 +617,7 @@ def load_student(name, device="cpu", dtype=None, **more):
                                                   trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, **more)
+            output_loading_info=True, ignore_mismatched_sizes=True, **more)  # reported, not ignored
         check_weights(model, report)
         if adapter:
             merge_adapter(model, *adapter)
@@ -953,7 +953,7 @@ def join(cache, reader, capacity):
     import torch
 
     if not can_join(cache):
-        cache, reader.cache, reader.prompt = reader.cache, None, []
+        cache, reader.cache, reader.prompt = reader.cache, cache, []
         return cache
     for j, (layer, new) in enumerate(zip(cache.layers, reader.cache.layers)):
         if isinstance(layer, Roomy):
@@ -975,7 +975,7 @@ def leave(cache, place):
         if isinstance(layer, Roomy):
             layer.leave(place)
         elif hasattr(layer, "conv_states"):
-            states = {**layer.conv_states, **layer.recurrent_states}.values()
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
             order = list(range(len(next(x for x in states if x is not None))))
             order[place] = order[-1]
             layer.reorder_cache(torch.tensor(order[:-1], dtype=torch.long))
