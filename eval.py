@@ -7,6 +7,8 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 {"A": text, ...}, "level" and "prompt" (which overrides the student prompt).
 """
 import argparse
+import contextlib
+import copy
 import importlib.util
 import inspect
 import itertools
@@ -18,13 +20,8 @@ import sys
 import zlib
 from collections import defaultdict
 from fractions import Fraction
-from functools import lru_cache
-
-import torch
-from safetensors.torch import load_file
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from functools import lru_cache, partial
+from types import SimpleNamespace
 
 # One line per task, and no more is needed for a new one: which kind of answer it has.
 TASKS = {
@@ -351,27 +348,49 @@ def student_prompt(row):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: one user turn and the generation prompt if the tokenizer has a chat template, else the
-    plain text with the tokenizer's own BOS. Never a trailing EOS."""
+    """Token ids of a prompt. With a chat template: one user turn and the answer's beginning as far as
+    the template writes it, whatever the answer is (an empty thought, a channel's header). Without:
+    the plain text with the tokenizer's own BOS, never a trailing EOS. Names of control tokens in the
+    prompt are read as text."""
     if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt.strip()}]
-        return list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    ids = list(tokenizer(prompt)["input_ids"])
+        return common_beginning(*two_chats(tokenizer, prompt.strip()))
+    ids = list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a response: the first special token after the assistant's text in the rendered chat
-    template, else eos_token_id. Stops if there is none."""
+    """Id of the token that ends a response: the first special token that the chat template writes
+    after any answer, else eos_token_id. Stops if there is none."""
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "MARK"}]
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("MARK", 1)[1]
-        for token in tokenizer(tail, add_special_tokens=False)["input_ids"]:
-            if token in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[token].special:
+        a, b = two_chats(tokenizer, "Q")
+        for token in reversed(common_beginning(a[::-1], b[::-1])):
+            added = tokenizer.added_tokens_decoder.get(token)
+            if added and added.special:
                 return token
     if tokenizer.eos_token_id is None:
         stop(f"{tokenizer.name_or_path}: the tokenizer has no token that ends a response; give it an eos_token")
     return tokenizer.eos_token_id
+
+
+def two_chats(tokenizer, prompt):
+    """Token ids of a user's turn and an answer's, for two answers that have no token in common."""
+    answers = ["The", "9"]
+    if tokenizer(answers[0])["input_ids"] == tokenizer(answers[1])["input_ids"]:  # both unknown
+        answers = sorted(filter(str.isalnum, tokenizer.get_vocab()))[:2]
+    try:
+        chats = [list(tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            sanitize_control_tokens=True, return_dict=False)) for answer in answers]
+    except Exception as e:  # noqa: BLE001 (a template is a program and may raise what it likes)
+        stop(f"{tokenizer.name_or_path}: its chat template can't write a question and an answer "
+             f"({' '.join(f'{type(e).__name__}: {e}'.split())[:200]})")
+    if chats[0] == chats[1]:
+        stop(f"{tokenizer.name_or_path}: its chat template does not write what the assistant says")
+    return chats
+
+
+def common_beginning(a, b):
+    return a[:len(os.path.commonprefix([a, b]))]
 
 
 # ---------------------------------------------------------------- answers
@@ -981,160 +1000,524 @@ def evaluate_formula(mp, formula, point):
 
 
 # ---------------------------------------------------------------- students
-def load_student(name, device="cpu", dtype=torch.float32, **more):
-    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's format (merged).
-    `more` goes to from_pretrained. Stops if there is no such model or if its tokenizer isn't a fast one."""
+def load_student(name, device="cpu", dtype=None, **more):
+    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's
+    format (merged). dtype: of the weights (None: float32); `more` goes to from_pretrained. Code
+    that comes with a model is never run. Stops with one sentence at what is no such model, at
+    weights that are missing, left over or not finite, and at what check_model finds."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of missing weights: the sentence names one of them
     try:
-        config_file = os.path.join(name, "adapter_config.json")
-        adapter = None
-        if os.path.isfile(config_file):
-            with open(config_file, encoding="utf-8") as f:
-                adapter = json.load(f)
-        base = adapter["base_model_name_or_path"] if adapter else name
+        adapter = read_adapter(name)
+        base = adapter[0]["base_model_name_or_path"] if adapter else name
         own_tokenizer = os.path.isfile(os.path.join(name, "tokenizer_config.json"))
-        tokenizer = AutoTokenizer.from_pretrained(name if own_tokenizer else base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, **more)
+        tokenizer = AutoTokenizer.from_pretrained(name if own_tokenizer else base,
+                                                  trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **more)  # reported, not ignored
+        check_weights(model, report)
         if adapter:
-            merge_adapter(model, adapter, load_file(os.path.join(name, "adapter_model.safetensors")))
-    except Exception as e:  # noqa: BLE001 (whatever a folder that is not a model makes the libraries raise)
+            merge_adapter(model, *adapter)
+    except Exception as e:  # noqa: BLE001 (whatever a folder that is no model makes libraries raise)
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        stop(f"{name}: not a causal language model that transformers can load from safetensors ({reason})")
+        stop(f"{name}: not a causal language model that can be loaded from safetensors ({reason})")
+    finally:
+        logging.set_verbosity(loud)
     if not tokenizer.is_fast:
-        stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give character offsets")
-    return model.to(device).eval(), tokenizer
+        stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give "
+             "character offsets")
+    model = model.to(device).eval()
+    check_model(model, name)
+    return model, tokenizer
 
 
-@torch.no_grad()
-def merge_adapter(model, config, weights):
-    """W += scale B A for every module with a LoRA pair; raises ValueError at what is more than plain LoRA."""
-    extra = [k for k in ("use_dora", "alpha_pattern", "modules_to_save") if config.get(k)]
-    if extra or any(".lora_A.weight" not in k and ".lora_B.weight" not in k for k in weights) or not weights:
-        raise ValueError(f"only plain LoRA adapters can be merged {extra or ''}")
-    for key in (k for k in weights if ".lora_A." in k):
-        module = model.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-        A, B = weights[key].float(), weights[key.replace(".lora_A.", ".lora_B.")].float()  # (r, in), (out, r)
+def check_weights(model, report):
+    """Raise ValueError where from_pretrained's report or a weight that isn't finite shows that the
+    checkpoint is not whole or not this model's. (A renamed weight is missing and left over.)"""
+    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of"),
+                       ("unexpected_keys", "has what the model of its config.json has not,")):
+        names = sorted(map(str, report[kind]))
+        if names:
+            raise ValueError(f"the checkpoint {what} {names[0]}, {len(names)} such weights in all")
+    for name, weight in model.named_parameters():
+        check_finite(name, weight)
+
+
+def check_finite(name, weight):
+    if weight.is_floating_point() and weight.numel():
+        if not all(math.isfinite(end) for end in weight.detach().aminmax()):
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def read_adapter(folder):
+    """(config, weights, its base's fingerprint or None) of a PEFT adapter; None if it is none."""
+    from safetensors import safe_open
+
+    file = os.path.join(folder, "adapter_config.json")
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as f:
+        config = json.load(f)
+    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
+        weights = {key: f.get_tensor(key) for key in f.keys()}
+        return config, weights, (f.metadata() or {}).get("base")
+
+
+def fingerprint(model):
+    """Eight hex digits that tell a model's weights from others, the same in float32 and bfloat16,
+    from 64 values of each; None for a quantised model. To be called before LoRA is added."""
+    import torch
+
+    digest = 0
+    for weight in model.parameters():
+        if not weight.is_floating_point():
+            return None
+        values = weight.detach().flatten()
+        values = values[::max(1, len(values) // 64)].to("cpu", torch.bfloat16)
+        digest = zlib.crc32(values.view(torch.int16).numpy().tobytes(), digest)
+    return f"{digest:08x}"
+
+
+def merge_adapter(model, config, weights, base=None):
+    """W += scale B A for every module with a LoRA pair. Raises ValueError at what is more than plain
+    LoRA, lacks a part or is not finite, and where the model hasn't the fingerprint `base`."""
+
+    more = [key for key in ("use_dora", "alpha_pattern", "modules_to_save", "layers_to_transform",
+                            "exclude_modules", "target_parameters") if config.get(key)]
+    keys = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+    if more or not weights or not all(map(keys.fullmatch, weights)):
+        raise ValueError(f"only plain LoRA adapters can be merged {more or ''}")
+    if base and base != fingerprint(model):
+        raise ValueError(f"its base {config['base_model_name_or_path']} has changed since")
+    names = {keys.fullmatch(key)[1] for key in weights}
+    lacking = sorted(targets(model, config["target_modules"]) - names)
+    if lacking:
+        raise ValueError(f"the adapter lacks {lacking[0]}, {len(lacking)} of its target_modules")
+    for key, weight in weights.items():
+        check_finite(key, weight)
+    for name in names:
+        A, B = (weights.get(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
+        if A is None or B is None:
+            raise ValueError(f"the adapter has only one of the two matrices of {name}")
+        A, B, weight = A.float(), B.float(), model.get_submodule(name).weight  # (r, in), (out, r)
         scale = config["lora_alpha"] / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
-        delta = scale * (B @ A)
+        delta = scale * (B @ A).to(weight.device)
         delta = delta.T if config.get("fan_in_fan_out") else delta  # GPT-2's Conv1D keeps (in, out)
-        module.weight = torch.nn.Parameter((module.weight.float() + delta).to(module.weight.dtype))
+        if delta.shape != weight.shape:
+            raise ValueError(f"{name} of the base has the shape {tuple(weight.shape)}, that of the "
+                             f"adapter {tuple(delta.shape)}")
+        weight.data = (weight.float() + delta).to(weight.dtype).detach()
+
+
+def targets(model, modules):
+    """The linear layers that an adapter's target_modules name, as PEFT reads it: endings of their
+    names, a pattern for the whole name, or "all-linear"."""
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name for name, module in model.named_modules() if type(module) in (Linear, Conv1D)
+              and module is not model.get_output_embeddings()}
+    if modules == "all-linear":
+        return linear
+    if isinstance(modules, str):
+        return {name for name in linear if re.fullmatch(modules, name)}
+    return {name for name in linear if any(f".{name}".endswith(f".{end}") for end in modules)}
+
+
+def check_model(model, name="the model"):
+    """Stop unless the model is causal (a changed last token moves no earlier logits) and gives the
+    same logits from the cache that generate uses as without (those of models that keep their state
+    elsewhere would ignore the context)."""
+    import torch
+
+    size = model.config.get_text_config().vocab_size
+    tokens = [(size // 2 + 11 * j) % size for j in range(9)]
+    limit = 1e-3 if model.dtype == torch.float32 else 0.1
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([tokens[:8], tokens[:7] + tokens[8:]], device=model.device)
+            whole, changed = (model(input_ids=row[None]).logits[0].float() for row in ids)  # (8, V)
+            cache, reader = empty_cache(model), empty_reader(model)
+            read_prompt(model, reader, tokens[:3])
+            steps = [read_prompt(model, reader, tokens[:5])]
+            cache = join(cache, reader, 2)
+            steps += [next_logits(model, cache, [[tokens[n - 1]]], [n]) for n in (6, 7, 8)]
+    except Exception as e:  # noqa: BLE001 (whatever a model that is none raises)
+        stop(f"{name}: does not run as a causal language model with a cache "
+             f"({' '.join(f'{type(e).__name__}: {e}'.split())[:300]})")
+
+    def differ(a, b):
+        return not (a - b).norm() <= limit * (b - b.mean()).norm()  # also where one is NaN
+
+    if differ(changed[:7], whole[:7]):
+        stop(f"{name}: not a causal model: a token changes what is predicted before it")
+    if differ(torch.cat(steps), whole[4:]):
+        stop(f"{name}: its answers from a cache are not those without; its kind of model is not "
+             "supported")
+
+
+def logit_factor(config):
+    """What a family multiplies its logits with (Cohere, Falcon-H1; Granite and MiniCPM3 divide)."""
+    config = config.get_text_config()
+    factor = 1.0
+    for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor *= getattr(config, key, None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return factor * scaling if config.model_type.startswith("hyperclovax") else factor / scaling
 
 
 # ---------------------------------------------------------------- generation
-class Roomy(DynamicLayer):
-    """A cache layer whose states (rows, heads, length, d) lie in buffers with room for 64 more tokens: the library's
-    own concatenates, which copies the whole cache for every token."""
+def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None,
+             seed=0, desc=None, until=None, done=None, dtype=None):
+    """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text":
+    without special tokens, "logprob": mean log-probability of its tokens and the one that ended it,
+    "tokens": their number, "stopped": it ended by itself}. Greedy for one sample or at temperature
+    0; several samples have temperature 0.8 by default. A sample hangs on seed, prompt number and
+    sample number, not on the batch around it. Responses end where the model's context ends, or with
+    the first match of `until`, a pattern for each prompt, which is looked for every 16 tokens.
 
-    room = None
+    batch_size responses are written at a time. As soon as sample k of prompt i ends,
+    done(i, k, response) is called and another prompt takes its row. The model multiplies as fast as
+    it can meanwhile, with weights of type `dtype` (see laid_out), and is then as it was."""
+    import torch
+    from tqdm import tqdm
 
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        old = self.get_seq_length()
-        end = old + keys.shape[2]
-        if self.room is None or self.room[0].shape[2] < end:
-            self.room = [new.new_empty(*new.shape[:2], end + 64, new.shape[3]) for new in (keys, values)]
-            for room, states in zip(self.room, (self.keys, self.values) if old else ()):
-                room[:, :, :old] = states
-        for room, new in zip(self.room, (keys, values)):
-            room[:, :, old:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
-
-    def reorder_cache(self, rows):
-        super().reorder_cache(rows)
-        self.room = None
-
-
-@torch.no_grad()
-def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None, seed=0, desc=None,
-             until=None, done=None):
-    """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text": without special tokens,
-    "logprob": mean log-probability of its tokens and the one that ended it, "tokens": their number, "stopped": it
-    ended by itself}. Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
-    sample hangs on seed and prompt number, not on the batch around it. Responses end where the model's context ends, or
-    with the first match of `until`, a pattern for each prompt, which is looked for every 16 tokens. done(i, k, response) is
-    called as soon as sample k of prompt i is finished."""
-    temperature = temperature if temperature is not None else 0.8 if samples > 1 else 0
-    device = model.device
-    eos = model.generation_config.eos_token_id
-    ends = {end_token(tokenizer), tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    ends = torch.tensor(sorted(ends), device=device)
+    if temperature is None:
+        temperature = 0.8 if samples > 1 else 0
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if prompts and max(map(len, prompts)) >= context:
-        stop(f"a prompt of {max(map(len, prompts))} tokens leaves no room in the model's context of {context}")
-    accepted = inspect.signature(model.forward).parameters
+    longest = max(map(len, prompts), default=0)
+    if longest >= context:
+        stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
+    ends = end_tokens(model, tokenizer)
 
-    def read(i, response):
-        text = tokenizer.decode(response, skip_special_tokens=True)
+    def read(row, n):
+        text = tokenizer.decode(row.tokens[:n], skip_special_tokens=True)
         thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
-        return text, until and until[i].search(text, thought)
+        return text, until and until[row.i].search(text, thought)
 
-    jobs = [(i, k) for i in range(len(prompts)) for k in range(samples)]
-    jobs.sort(key=lambda job: -len(prompts[job[0]]))  # longest first: what doesn't fit into memory shows at once
+    def ended(row):
+        n = len(row.tokens)
+        return (row.tokens[-1] in ends or n == max_new_tokens or row.length > context
+                or bool(until) and n % 16 == 0 and bool(read(row, n)[1]))
+
+    def response(row):
+        n, stopped = len(row.tokens), row.tokens[-1] in ends
+        text, said = read(row, n - stopped)
+        if said and said.end() < len(text):  # what follows the answer does not count
+            text = text[:said.end()]
+            n = next(n for n in range(1, n + 1) if read(row, n)[1])
+        return {"text": text, "tokens": n, "logprob": sum(row.logprobs[:n]) / n, "stopped": stopped}
+
+    rows = [new_row(prompts[i], i, k, max_new_tokens, temperature, seed)
+            for i in range(len(prompts)) for k in range(samples)]
     results = [[None] * samples for _ in prompts]
     was_training = model.training
-    model.eval()
-    bar = tqdm(total=len(jobs), desc=desc, disable=desc is None, leave=False)
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start:start + batch_size]
-        n, width = len(batch), max(len(prompts[i]) for i, _ in batch)
-        ids = torch.zeros(n, width, dtype=torch.long)
-        mask = torch.ones(n, width + max_new_tokens, dtype=torch.long)
-        noise = torch.zeros(n, max_new_tokens)
-        for b, (i, k) in enumerate(batch):  # left-padded, so that all continue at the right edge
-            ids[b, width - len(prompts[i]):] = torch.tensor(prompts[i])
-            mask[b, :width - len(prompts[i])] = 0
-            if temperature:
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
-                noise[b] = torch.rand(max_new_tokens, generator=generator)
-        mask, noise, inputs = mask.to(device), noise.to(device), ids.to(device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        tokens = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
-        logprob = torch.zeros(n, max_new_tokens, device=device)
-        length = torch.zeros(n, dtype=torch.long, device=device)
-        stopped = torch.zeros(n, dtype=torch.bool, device=device)
-        rows, cache = torch.arange(n, device=device), DynamicCache(config=model.config)  # rows: those still running
-        cache.layers = [Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        for t in range(max_new_tokens):
-            extra = {"position_ids": position[rows, width + t - inputs.shape[1]:width + t], "logits_to_keep": 1}
-            out = model(input_ids=inputs, attention_mask=mask[rows, :width + t], past_key_values=cache, use_cache=True,
-                        **{k: v for k, v in extra.items() if k in accepted})
-            logp = out.logits[:, -1].float().log_softmax(-1)  # (rows, V)
-            token = logp.argmax(-1)
-            if temperature:  # the token whose stretch of the cumulated probabilities holds the row's random number
-                cumulated = (logp / temperature).softmax(-1).cumsum(-1)
-                token = torch.searchsorted(cumulated, noise[rows, t, None] * cumulated[:, -1:], right=True).squeeze(1)
-                token = token.clamp(max=logp.shape[1] - 1)
-            tokens[rows, t] = token
-            logprob[rows, t] = logp.gather(1, token[:, None]).squeeze(1)
-            length[rows] += 1
-            stopped[rows] = torch.isin(token, ends)
-            going = ~stopped[rows] & (position[rows, width + t] < context)
-            if until and t % 16 == 15:
-                said = zip(rows.tolist(), tokens[rows, :t + 1].tolist())
-                going &= torch.tensor([not read(batch[b][0], response)[1] for b, response in said], device=device)
-            if not going.all():  # finished rows leave the batch
-                going = going.nonzero().squeeze(1)
-                bar.update(len(rows) - len(going))
-                rows, token = rows[going], token[going]
-                if not len(rows):
-                    break
-                cache.reorder_cache(going)  # batch_select_indices would forget the states of linear attention
-            inputs = token[:, None]
-        bar.update(len(rows))
-        for b, (i, k) in enumerate(batch):
-            m, response = int(length[b]), tokens[b, :length[b] - stopped[b].long()].tolist()
-            text, end = read(i, response)
-            if end and end.end() < len(text):  # what follows the answer does not count
-                text = text[:end.end()]
-                m = next(m for m in range(1, m + 1) if read(i, response[:m])[1])
-            results[i][k] = {"text": text, "tokens": m, "logprob": float(logprob[b, :m].mean()),
-                             "stopped": bool(stopped[b])}
+    with torch.no_grad(), laid_out(model.eval(), dtype), \
+            tqdm(total=len(rows), desc=desc, disable=desc is None, leave=False) as bar:
+        for row in write(model, rows, batch_size, temperature, ended):
+            results[row.i][row.k] = response(row)
+            bar.update()
             if done:
-                done(i, k, results[i][k])
-    bar.close()
+                done(row.i, row.k, results[row.i][row.k])
     model.train(was_training)
     return results
+
+
+def end_tokens(model, tokenizer):
+    """The ids that end a response: the chat template's, the tokenizer's, the model's."""
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    return {end_token(tokenizer), tokenizer.eos_token_id, *eos} - {None}
+
+
+def new_row(prompt, i, k, max_new_tokens, temperature, seed):
+    """Sample k of prompt i before its first token: `length` is that of prompt and response, `noise`
+    are the random numbers from which its tokens are drawn."""
+    import torch
+
+    noise = None
+    if temperature:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
+        noise = torch.rand(max_new_tokens, generator=generator)
+    return SimpleNamespace(prompt=prompt, i=i, k=k, noise=noise, length=len(prompt), tokens=[],
+                           logprobs=[])
+
+
+def write(model, waiting, batch_size, temperature, ended):
+    """Write responses, batch_size at a time; yield each row when it has ended."""
+    # Prompts with a common beginning shall follow each other; the next one is the list's last.
+    waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
+    cache, reader = empty_cache(model), empty_reader(model)
+    batch_size = batch_size if can_join(cache) else 1
+    rows = []  # as they lie in the cache
+    while waiting or rows:
+        while waiting and len(rows) < batch_size:
+            row = waiting.pop()
+            add_tokens([row], read_prompt(model, reader, row.prompt), temperature)
+            if ended(row):
+                yield row
+            else:
+                cache = join(cache, reader, batch_size)
+                rows.append(row)
+        if rows:
+            last = [[row.tokens[-1]] for row in rows]
+            logits = next_logits(model, cache, last, [row.length for row in rows])
+            add_tokens(rows, logits, temperature)
+        for place in reversed(range(len(rows))):
+            if ended(rows[place]):
+                yield rows[place]
+                rows[place] = rows[-1]
+                rows.pop()
+                leave(cache, place)
+        narrow(cache, max((row.length - 1 for row in rows), default=0))
+
+
+def add_tokens(rows, logits, temperature):
+    """Give each row its next token, and the token's log-probability, from logits (rows, V)."""
+    import torch
+
+    if temperature:  # the token whose stretch of the cumulated probabilities holds the row's number
+        noise = torch.stack([row.noise[len(row.tokens)] for row in rows]).to(logits.device)
+        cumulated = (logits / temperature).softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cumulated, noise[:, None] * cumulated[:, -1:], right=True)
+        token = token.clamp(max=logits.shape[1] - 1)  # (rows, 1)
+    else:
+        token = logits.argmax(-1, keepdim=True)
+    logprob = logits.gather(1, token).squeeze(1) - logits.logsumexp(-1)
+    for row, t, p in zip(rows, token.squeeze(1).tolist(), logprob.tolist()):
+        row.tokens.append(t)
+        row.logprobs.append(p)
+        row.length += 1
+
+
+def next_logits(model, cache, ids, lengths):
+    """Logits (rows, V) in float32 after ids, lists of the same length, which the cache takes in:
+    with them the rows have `lengths` tokens, the last of which stand in the last column."""
+    import torch
+
+    lengths = torch.tensor(lengths, device=model.device)[:, None]
+    width = int(lengths.max())
+    position = torch.arange(width, device=model.device) - (width - lengths)  # < 0: no token
+    extra = {"position_ids": position[:, -len(ids[0]):], "logits_to_keep": 1}
+    accepted = inspect.signature(model.forward).parameters
+    out = model(input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=(position >= 0).long(), past_key_values=cache, use_cache=True,
+                **{key: value for key, value in extra.items() if key in accepted})
+    return out.logits[:, -1].float()
+
+
+def empty_reader(model):
+    """What was read last: a prompt, the logits (1, V) after it and the cache of its one row."""
+    return SimpleNamespace(prompt=[], logits=None, cache=empty_cache(model))
+
+
+def read_prompt(model, reader, prompt):
+    """Logits (1, V) after a prompt. Where it begins as the one before, that is not read again."""
+    if prompt != reader.prompt:
+        known = len(os.path.commonprefix([prompt[:-1], reader.prompt]))
+        if all(isinstance(layer, Roomy) for layer in reader.cache.layers):
+            for layer in reader.cache.layers:
+                layer.show(1, layer.first, layer.first + known)
+        else:  # states of other kinds can't be cut
+            known, reader.cache = 0, empty_cache(model)
+        reader.logits = next_logits(model, reader.cache, [prompt[known:]], [len(prompt)])
+        reader.prompt = prompt
+    return reader.logits
+
+
+# ---------------------------------------------------------------- the cache of a batch
+def empty_cache(model):
+    """A cache of the library's whose layers of attention, also of a window, are Roomy."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+    CacheLayerMixin.register(Roomy)  # and no subclass: importing this file imports no torch
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Roomy() if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+                    for layer in cache.layers]
+    return cache
+
+
+def can_join(cache):
+    """Whether rows can come and go; layers of other kinds keep the one row that they have read."""
+    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+
+    return all(type(layer) in (Roomy, LinearAttentionLayer, DummyLayer) for layer in cache.layers)
+
+
+def join(cache, reader, capacity):
+    """-> a cache, of at most `capacity` rows, whose last row is the prompt that was read last."""
+    import torch
+
+    if not can_join(cache):
+        cache, reader.cache, reader.prompt = reader.cache, cache, []
+        return cache
+    for j, (layer, new) in enumerate(zip(cache.layers, reader.cache.layers)):
+        if isinstance(layer, Roomy):
+            layer.join(new, capacity)
+        elif hasattr(new, "conv_states") and not any(layer.has_previous_state.values()):
+            cache.layers[j] = copy.deepcopy(new)
+        elif hasattr(new, "conv_states"):
+            for mine, its in ((layer.conv_states, new.conv_states),
+                              (layer.recurrent_states, new.recurrent_states)):
+                mine.update({s: torch.cat([mine[s], its[s]]) for s in its if its[s] is not None})
+    return cache
+
+
+def leave(cache, place):
+    """The last row takes the place of one that has ended."""
+    import torch
+
+    for layer in cache.layers:
+        if isinstance(layer, Roomy):
+            layer.leave(place)
+        elif hasattr(layer, "conv_states"):
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            order = list(range(len(next(x for x in states if x is not None))))
+            order[place] = order[-1]
+            layer.reorder_cache(torch.tensor(order[:-1], dtype=torch.long))
+
+
+def narrow(cache, width):
+    """Forget the columns to the left of the last `width`."""
+    for layer in cache.layers:
+        if isinstance(layer, Roomy):
+            layer.show(layer.rows, layer.end - width, layer.end)
+
+
+class Roomy:
+    """A cache layer from which rows come and go, all of which end in the same column. Its states
+    (rows, heads, columns, d) lie in buffers with room for more rows and columns: the library's own
+    layers concatenate them, which copies the whole cache for every token."""
+
+    is_sliding = is_compileable = False  # the mask sees to a window
+    keys = values = None
+    room = ()  # the buffers of keys and of values; used are the first rows, columns first to end
+    rows = first = end = 0
+
+    def show(self, rows, first, end):
+        """Use these rows and columns of the buffers."""
+        self.rows, self.first, self.end = rows, first, end
+        if self.room:
+            self.keys, self.values = (room[:rows, :, first:end] for room in self.room)
+
+    def get_seq_length(self):
+        return self.end - self.first
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def make_room(self, like, rows, left, right):
+        """Move to new buffers of so many rows, with `left` columns before those in use and right +
+        64 behind; `like` are other keys and values. Zeros, since no mask hides a NaN."""
+        end = left + self.get_seq_length()
+        old, self.room = (self.keys, self.values), [
+            states.new_zeros(rows, states.shape[1], end + right + 64, states.shape[3])
+            for states in like]
+        for room, states in zip(self.room, old):
+            if states is not None:
+                room[:self.rows, :, left:end] = states
+        self.show(self.rows, left, end)
+
+    def update(self, keys, values, *args, **kwargs):
+        """Take in new columns (rows, heads, columns, d) -> all. What the model calls."""
+        rows, new = len(keys), keys.shape[2]
+        if not self.room or self.room[0].shape[2] < self.end + new:
+            self.make_room((keys, values), len(self.room[0]) if self.room else rows, 0, new)
+        self.show(rows, self.first, self.end + new)
+        self.keys[:, :, -new:], self.values[:, :, -new:] = keys, values
+        return self.keys, self.values
+
+    def join(self, other, capacity):
+        """Another layer's one row becomes the last one."""
+        width = other.get_seq_length()
+        if not other.room:  # the model shares another layer's states
+            return
+        if not self.room or self.end < width:
+            left = max(0, width - self.get_seq_length())
+            self.make_room((other.keys, other.values), capacity, left, 0)
+        self.show(self.rows + 1, min(self.first, self.end - width), self.end)
+        self.keys[-1, :, -width:], self.values[-1, :, -width:] = other.keys[0], other.values[0]
+
+    def leave(self, place):
+        """The last row takes this place."""
+        if self.room:
+            for states in (self.keys, self.values):
+                states[place] = states[-1]
+        self.show(self.rows - 1, self.first, self.end)
+
+
+# ---------------------------------------------------------------- weights while answers are written
+def has_bfloat16(device="cpu"):
+    """Whether the device multiplies bfloat16 itself; emulated it is a hundred times slower."""
+    import torch
+
+    if torch.device(device).type == "cpu":
+        known = torch.cpu.get_capabilities()
+        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(False)
+
+
+@contextlib.contextmanager
+def laid_out(model, dtype=None):
+    """Inside, LoRA is merged and the weights are of type `dtype` (None: bfloat16 where has_bfloat16
+    and the model is no toy); afterwards the model is what it was, bit for bit. For models in
+    floating point on the CPU; others stay as they are."""
+    import torch
+
+    weights = [(weight, weight.data) for weight in model.parameters()]
+    if model.device.type != "cpu" or not all(weight.is_floating_point() for weight, _ in weights):
+        yield
+        return
+    if dtype is None:
+        large = sum(weight.numel() for weight, _ in weights) > 10**7
+        dtype = torch.bfloat16 if large and has_bfloat16() else model.dtype
+    replaced = []  # modules whose forward is another one inside
+    try:
+        for module in model.modules():
+            if hasattr(module, "base") and hasattr(module, "A"):  # distill.LoRA
+                merge_lora(module)
+                module.forward = module.base.__call__
+                replaced.append(module)
+            elif type(module) is torch.nn.Linear and dtype == torch.bfloat16:
+                module.forward = partial(weight_first, module)
+                replaced.append(module)
+        for weight, _ in weights:
+            weight.data = weight.data.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for weight, data in weights:
+            weight.data = data
+        for module in replaced:
+            del module.forward
+
+
+def merge_lora(module):
+    """W += alpha / rank * B A in a LoRA of distill.py, W in float32 in place of its own tensor."""
+    from torch.nn import Linear
+
+    delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
+    weight = module.base.weight
+    weight.data = weight.data.float() + (delta if isinstance(module.base, Linear) else delta.T)
+
+
+def weight_first(module, x):
+    """A linear layer as (W x^T)^T. The processor's bfloat16 product lays its second matrix out anew
+    in each call: with few rows that costs as much as the product if it is the weight."""
+    from torch.nn.functional import linear
+
+    rows = x.flatten(0, -2)
+    if len(rows) > 128:
+        return linear(x, module.weight, module.bias)
+    y = linear(module.weight, rows).T
+    y = y.contiguous() if module.bias is None else y + module.bias
+    return y.view(*x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------- evaluation

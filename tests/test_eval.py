@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -42,7 +43,8 @@ def word_tokenizer(size=64, chat=False, bos=False, names=None):
     if chat:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>"]})
         tokenizer.chat_template = (
-            "{{ bos_token }}{% for m in messages %}<turn> {{ m.role }} {{ m.content }} <end> {% endfor %}"
+            "{{ bos_token }}{% for m in messages %}<turn> {{ 'w9' if m.role == 'assistant' else m.role }} "
+            "{{ m.content }} <end> {% endfor %}"
             "{% if add_generation_prompt %}<turn> w9 {% endif %}")
     return tokenizer
 
@@ -800,7 +802,7 @@ def test_slow_tokenizers_stop(tmp_path, capsys, monkeypatch):
     class Slow:
         is_fast = False
     tiny_llama().save_pretrained(tmp_path)
-    monkeypatch.setattr(E.AutoTokenizer, "from_pretrained", lambda *a, **k: Slow())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: Slow())
     with pytest.raises(SystemExit):
         E.load_student(str(tmp_path), "cpu", torch.float32)
     assert "not a fast one" in capsys.readouterr().err
@@ -917,7 +919,8 @@ def test_real_students_continue_the_prompt_as_hf_generate_does(models_dir, name,
     text = tokenizer.decode(prompts[0])
     assert text.endswith("<|im_start|>assistant\n" if name == "smollm2" else ".\n") and text.count("2 + 3?") == 1
     assert name != "gemma3" or prompts[0][0] == tokenizer.bos_token_id != prompts[0][1]
-    for prompt, [r] in zip(prompts, E.generate(model, tokenizer, prompts, 12, batch_size=2)):
+    for prompt, [r] in zip(prompts, E.generate(model, tokenizer, prompts, 12, batch_size=2,
+                                                dtype=torch.float32)):
         ends = [E.end_token(tokenizer), tokenizer.eos_token_id]
         expected = hf_greedy(model, prompt, 12, ends)
         assert r["text"] == tokenizer.decode(expected, skip_special_tokens=True) and r["tokens"] == len(expected)
