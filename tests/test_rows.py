@@ -180,7 +180,7 @@ def test_a_new_task_is_one_line_of_one_table(tmp_path, monkeypatch):
     path = written(tmp_path, {**PATH, "task": "trivia"})
     [question], [row] = E.read_questions(path), judge.grade_paths(judge.read_pool(path))
     [(_, prompt)] = judge.style_jobs([question], "t", ["vanilla"], 1)
-    assert "(X)" in prompt() and "(A) ice" in E.student_prompt(question) and row["correct"]
+    assert "(X)" in prompt and "(A) ice" in E.student_prompt(question) and row["correct"]
 
 
 def test_real_pools_pass_the_door_unchanged(data_dir):
