@@ -440,8 +440,8 @@ def set_up(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
     if args.dtype == "auto":  # a small student that trains in full is faster in float32
-        bf16 = device.type == "cuda" or (args.lora_rank and device.type == "cpu" and cpu_has_bf16())
-        args.dtype = "bf16" if bf16 else "float32"
+        frozen = device.type == "cuda" or args.lora_rank
+        args.dtype = "bf16" if frozen and tasks.has_bfloat16(device) else "float32"
     torch.manual_seed(args.seed)
     if world > 1:
         # All processes route alike, each runs its share of the questions, rank 0 speaks and saves.
@@ -452,12 +452,6 @@ def set_up(args):
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     return device, amp_dtype, rank
-
-
-def cpu_has_bf16():
-    """Whether the CPU multiplies bfloat16 by itself; emulated it is a hundred times slower."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 # ---------------------------------------- the method's steps
@@ -851,19 +845,17 @@ class ChunkedNLL(torch.autograd.Function):
         return dh, dweight, dbias, None, None
 
 
-def output_head(student):
-    """-> weight (V, D), bias (V) or None, and the softcap of the logits, Gemma 2's, or None."""
-    head = student.model.get_output_embeddings()
-    softcap = getattr(student.model.config.get_text_config(), "final_logit_softcapping", None)
-    return head.weight, head.bias, softcap
-
-
 def response_nll(student, h, target):
     """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens
     target (N,)."""
-    weight, bias, softcap = output_head(student)
+    head, config = student.model.get_output_embeddings(), student.model.config.get_text_config()
+    factor = tasks.logit_factor(config)  # Cohere's, Granite's: 1 in most families
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2's
+    if factor != 1:
+        h = h * factor
+    bias = head.bias if head.bias is None or factor == 1 else head.bias * factor
     with autocast(student):
-        return ChunkedNLL.apply(h, weight, bias, target, softcap)
+        return ChunkedNLL.apply(h, head.weight, bias, target, softcap)
 
 
 def autocast(student):
@@ -880,6 +872,7 @@ class Student:
     blocks: nn.Module  # the model without its output head, compiled with --compile
     tokenizer: object
     source: str  # name or folder
+    fingerprint: str | None  # of its weights before LoRA
     end: int  # the token that ends a response
     lr: float
     frozen: bool
@@ -905,15 +898,20 @@ def load_students(args, device, amp_dtype):
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo]
     students = []
     for i, (model, tokenizer, source) in enumerate(loaded):
+        if max(tokenizer.get_vocab().values()) >= model.get_input_embeddings().weight.shape[0]:
+            stop(f"student {source}: its tokenizer has more tokens than the model has embeddings")
+        fingerprint = tasks.fingerprint(model)
         if args.lora_rank:
             add_lora(model, args.lora_rank, 2 * args.lora_rank)
+            say_reach_of_lora(model, source)
         if i in args.freeze:
             model.requires_grad_(False)
         config = model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or args.max_len
-        student = Student(model, model.base_model, tokenizer, source, tasks.end_token(tokenizer),
-                          lr=args.lr[i % len(args.lr)], frozen=i in args.freeze,
-                          max_len=min(args.max_len, context), amp_dtype=amp_dtype)
+        student = Student(model, model.base_model, tokenizer, source, fingerprint,
+                          end=tasks.end_token(tokenizer), lr=args.lr[i % len(args.lr)],
+                          frozen=i in args.freeze, max_len=min(args.max_len, context),
+                          amp_dtype=amp_dtype)
         check_student(student)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1015,6 +1013,17 @@ def add_lora(model, rank, alpha):
             setattr(model.get_submodule(parent), leaf, LoRA(module, rank, alpha))
 
 
+def say_reach_of_lora(model, source):
+    """Print the share of the blocks' weights that LoRA reaches where it is not nearly all: experts
+    that are no linear layers of their own are left as they are."""
+    outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    weights = {id(p): p.numel() for p in model.parameters() if p.dim() > 1 and not p.requires_grad}
+    reached = sum(m.base.weight.numel() for m in model.modules() if isinstance(m, LoRA))
+    share = reached / max(1, sum(n for key, n in weights.items() if key not in outside))
+    if share < 0.9:
+        print(f"student {source}: LoRA reaches {share:.0%} of its blocks' weights")
+
+
 def is_linear(module):
     """A plain linear layer: subclasses, such as some routers of experts, compute something else."""
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "Linear4bit"
@@ -1029,20 +1038,22 @@ def save_student(student, folder):
     modules = student.model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, LoRA)}
     if layers:
-        save_adapter(layers, student.source, folder)
+        save_adapter(layers, student, folder)
     else:
         student.model.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(student, bool(layers)), encoding="utf-8")
 
 
-def save_adapter(layers, base, folder):
-    """adapter_config.json and adapter_model.safetensors, as PEFT writes them."""
+def save_adapter(layers, student, folder):
+    """adapter_config.json and adapter_model.safetensors, as PEFT writes them, with the fingerprint
+    of the base, so that eval.py notices another one."""
     some = next(iter(layers.values()))
     # Of a 4-bit layer: what it is in the full base.
     kind = getattr(some.base, "source_cls", type(some.base))
     targets = sorted({name.rpartition(".")[2] for name in layers})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-              "r": some.rank, "lora_alpha": some.alpha, "target_modules": targets,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+              "base_model_name_or_path": student.source, "r": some.rank,
+              "lora_alpha": some.alpha, "target_modules": targets,
               "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": issubclass(kind, Conv1D),
               "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
@@ -1050,7 +1061,8 @@ def save_adapter(layers, base, folder):
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B
-    save_atomic(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    metadata = {"format": "pt"} | ({"base": student.fingerprint} if student.fingerprint else {})
+    save_atomic(tensors, folder / "adapter_model.safetensors", metadata)
 
 
 def model_card(student, adapter):
@@ -1107,8 +1119,8 @@ def load_data(args):
 
 
 def source_of(row):
-    """The id of the question that a row goes with in the split: rows that a baseline made of another
-    question carry that one's id."""
+    """The id of the question that a row goes with in the split: rows that a baseline made of
+    another question carry that one's id."""
     return row.get("made_from", row["id"])
 
 

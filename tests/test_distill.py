@@ -322,18 +322,33 @@ def test_collaboration_gets_the_states_on_the_text_tokens_of_co_routed_paths_onl
             assert torch.allclose(z[where], states[len(prompt):-1], atol=1e-4)
 
 
-def test_softcapped_student_is_accepted_and_one_with_scaled_logits_is_refused(capsys):
-    for kind in ARCHITECTURES:
-        distill.check_student(as_student(tiny_model(kind)))
-    scaled = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            "cohere", vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-            logit_scale=0.0625, initializer_range=1.0, pad_token_id=2, bos_token_id=None, eos_token_id=1,
-        )
-    ).eval()
+def tiny(kind, **more):
+    """A tiny random model of any family."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=24, initializer_range=1.0, pad_token_id=2, bos_token_id=None, eos_token_id=1, **more)).eval()
+
+
+def test_students_with_capped_or_scaled_logits_are_accepted():
+    for model in (*map(tiny_model, ARCHITECTURES), tiny("cohere", logit_scale=0.0625), tiny("granite", logits_scaling=8.0)):
+        distill.check_student(as_student(model))
+
+
+def test_student_whose_head_does_something_else_is_refused(capsys):
+    model = tiny("cohere", logit_scale=0.0625)
+    model.config.logit_scale = 1.0  # the module keeps its own
     with pytest.raises(SystemExit) as e:
-        distill.check_student(as_student(scaled))
+        distill.check_student(as_student(model))
     assert e.value.code == 2 and "head" in capsys.readouterr().err
+
+
+def test_lora_says_where_it_does_not_reach(capsys):
+    for kind, reached in (("llama", True), ("mixtral", False)):
+        model = tiny(kind, **({} if reached else {"num_local_experts": 4}))
+        distill.add_lora(model, 2, 4)
+        distill.say_reach_of_lora(model, "X")
+        assert ("LoRA reaches" in capsys.readouterr().out) != reached
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 64, 10_000])

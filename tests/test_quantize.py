@@ -141,7 +141,7 @@ def test_linear_weights_take_a_quarter_of_their_bf16_memory(bnb, tmp_path):
 
 # ---------------------------------------------------------------- whole runs
 FLAGS = ("--quantize", "nf4", "--lora_rank", 2, "--lr", 0.05, "--save_every", 2, "--max_steps", 4,
-         "--checkpointing", "--gate", "binary")
+         "--checkpointing", "--gate", "binary", "--reward", "sum")
 STUDENTS = ("words", "dropout")
 
 

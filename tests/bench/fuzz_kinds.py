@@ -705,7 +705,7 @@ BAD = {
 FLAGS = {
     "distill": {"count": ["--batch_size", "--max_steps", "--epochs", "--save_every", "--max_len", "--eval_max_new_tokens",
                           "--micro_batch_size"],
-                "natural": ["--seed", "--lora_rank", "--eval_limit", "--router_hidden"], "share": ["--explore", "--train_frac"],
+                "natural": ["--seed", "--lora_rank", "--eval_limit", "--router_hidden"], "share": ["--probe", "--train_frac"],
                 "positive": ["--lr"], "weight": ["--mutual_weight", "--entropy_weight", "--router_lr"],
                 "choice": ["--route", "--gate", "--reward", "--filter", "--normalize", "--competence", "--projection", "--entropy",
                            "--dtype", "--styles", "--device"],
@@ -745,7 +745,7 @@ def combinations(rng, box, folder):
     train, student = box.training(folder / "run"), box.students[0]
     command, argv, env = rng.choice([
         ("distill", [*train, "--nosuch"], {}), ("distill", [*train, "--seed"], {}), ("distill", [*train, "--freeze", "2"], {}),
-        ("distill", [*train, "--lr", "1e-3", "1e-3", "1e-3"], {}), ("distill", [*train, "--explore", "0"], {}),
+        ("distill", [*train, "--lr", "1e-3", "1e-3", "1e-3"], {}), ("distill", [*train, "--probe", "0"], {}),
         ("distill", [*train, "--normalize", "batch"], {}), ("distill", [*train, "stray"], {}),
         ("distill", [*train, "--quantize", "nf4", "--lora_rank", "0"], {}), ("distill", [*train, "--styles"], {}),
         ("distill", ["--paths", box.arc_test, "--out_dir", str(folder / "run")], {}),

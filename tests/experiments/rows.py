@@ -47,12 +47,13 @@ TABLES = {
     "ablation": [
         Row(FULL),
         Row("all as printed", "--as_printed"),
-        Row("gates as printed", "--gate binary --reward loss --no-style_input --explore 0"),
-        Row("binary gates", "--gate binary --explore 0"),
-        Row("reward: mean loss", "--reward loss"),
+        Row("gates as printed", "--gate binary --reward loss --no-style_input --probe 0 --router_lr 0.1"),
+        Row("binary gates", "--gate binary --reward sum --router_lr 0.1"),
+        Row("reward: total loss through the gates (Eq 9)", "--reward sum --router_lr 0.1"),
+        Row("reward: mean loss through the gates (Eq 9)", "--reward loss --router_lr 0.1"),
         Row("no style input", "--no-style_input"),
         Row("MLP router", "--router_hidden 256 --router_lr 0.01"),
-        *(Row(f"first phase {share}", f"--explore {share}") for share in (0.05, 0.1, 0.5)),
+        Row("probe half of the questions", "--probe 0.5"),
     ],
     "competence": [
         Row(FULL),
