@@ -1006,9 +1006,6 @@ def add_lora(model, rank, alpha):
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if is_linear(module) and module is not model.get_output_embeddings():
-            # bitsandbytes on some CPUs: the first answer repacks the weights for good, and they
-            # give no gradient then
-            module.support_avx512bf16_for_cpu = False
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRA(module, rank, alpha))
 

@@ -1032,6 +1032,10 @@ def load_student(name, device="cpu", dtype=None, **more):
         stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give "
              "character offsets")
     model = model.to(device).eval()
+    for module in model.modules():
+        # bitsandbytes on some CPUs: the first answer would repack 4-bit weights for good, and they
+        # give no gradient then.
+        module.support_avx512bf16_for_cpu = False
     check_model(model, name)
     return model, tokenizer
 

@@ -38,7 +38,10 @@ def bnb():
 
 
 def four_bit(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **distill.nf4(CPU, torch.float32))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **distill.nf4(CPU, torch.float32))
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # as eval.load_student
+    return model
 
 
 def linears(model):
