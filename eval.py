@@ -1517,7 +1517,7 @@ def weight_first(module, x):
     from torch.nn.functional import linear
 
     rows = x.flatten(0, -2)
-    if len(rows) > 128:
+    if len(rows) > 64:
         return linear(x, module.weight, module.bias)
     y = linear(module.weight, rows).T
     y = y.contiguous() if module.bias is None else y + module.bias
