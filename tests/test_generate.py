@@ -1,12 +1,19 @@
 """Generation, the door for models and the prompt's place in a chat template."""
 import json
-import shutil
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from test_eval import SHAPE, hf_greedy, peft_model, tiny_gemma3, tiny_gpt2, tiny_llama, tiny_qwen35, word_tokenizer
+from test_eval import (
+    hf_greedy,
+    peft_model,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_qwen35,
+    word_tokenizer,
+)
 
 import eval as E
 

@@ -14,9 +14,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-import eval as tasks  # noqa: E402
+import eval as tasks
 
 
 def ours(model, tokenizer, prompts, rows, new):
