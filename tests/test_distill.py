@@ -1011,7 +1011,7 @@ def test_shortest_route_trains_the_path_with_the_fewest_tokens_of_each_student(m
 
 
 def test_likeliest_route_trains_the_path_with_the_lowest_loss_per_token_before_training(monkeypatch, world, train):
-    run, ran = watch_forwards(monkeypatch, world, ("--route", "nll", "--filter", "none", "--max_steps", 2), train)
+    _, ran = watch_forwards(monkeypatch, world, ("--route", "nll", "--filter", "none", "--max_steps", 2), train)
     for name, mine in zip(("words", "pieces"), ran):
         model, tokenizer = tasks.load_student(world.students[name])
         loss = {}

@@ -177,9 +177,9 @@ def test_run_that_stops_being_finite_stops_and_keeps_its_last_good_checkpoint(wo
 
 def test_second_run_in_the_same_folder_is_refused(world, tmp_path, capsys):  # noqa: F811
     (tmp_path / "run").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import time; from filelock import FileLock\n"
-                               f"lock = FileLock({str(tmp_path / 'run' / '.lock')!r}); lock.acquire(); print('held', flush=True); "
-                               "time.sleep(60)"], stdout=subprocess.PIPE)
+    hold = (f"import time; from filelock import FileLock\nlock = FileLock({str(tmp_path / 'run' / '.lock')!r}); "
+            "lock.acquire(); print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"held\n"
         assert "another run" in refused(capsys, flags_of(world, tmp_path / "run", *SHORT))
