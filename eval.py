@@ -8,7 +8,6 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 """
 import argparse
 import contextlib
-import copy
 import importlib.util
 import inspect
 import itertools
@@ -58,11 +57,13 @@ def stop(message):
 
 
 def within(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` (int or float) from low to high."""
+    """An argparse type: a finite number of `kind` (int or float) from low to high."""
     def parse(text):
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return kind(text)
+        return value
+
     # argparse says "invalid whole number value: 'x'"
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
@@ -1178,16 +1179,16 @@ def logit_factor(config):
 # ---------------------------------------------------------------- generation
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None,
              seed=0, desc=None, until=None, done=None, dtype=None):
-    """Responses to prompts (lists of token ids): per prompt a list of `samples` dicts {"text":
-    without special tokens, "logprob": mean log-probability of its tokens and the one that ended it,
-    "tokens": their number, "stopped": it ended by itself}. Greedy for one sample or at temperature
-    0; several samples have temperature 0.8 by default. A sample hangs on seed, prompt number and
-    sample number, not on the batch around it. Responses end where the model's context ends, or with
-    the first match of `until`, a pattern for each prompt, which is looked for every 16 tokens.
+    """Responses to prompts (lists of token ids): [prompt][sample] of {"text", "tokens": their
+    number, "logprob": their mean log-probability, "stopped": it ended by itself}.
 
-    batch_size responses are written at a time. As soon as sample k of prompt i ends,
-    done(i, k, response) is called and another prompt takes its row. The model multiplies as fast as
-    it can meanwhile, with weights of type `dtype` (see laid_out), and is then as it was."""
+    Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
+    sample hangs on seed, prompt and sample number, not on the batch around it. It ends with an end
+    token (which counts, but is not in the text), after max_new_tokens, where the model's context
+    ends, or with the first match of `until`, a pattern for each prompt, which is looked for every
+    16 tokens. batch_size responses are written at a time; as soon as sample k of prompt i ends,
+    done(i, k, response) is called and another one takes its row. For `dtype` see laid_out.
+    """
     import torch
     from tqdm import tqdm
 
@@ -1221,8 +1222,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
             for i in range(len(prompts)) for k in range(samples)]
     results = [[None] * samples for _ in prompts]
     was_training = model.training
-    with torch.no_grad(), laid_out(model.eval(), dtype), \
-            tqdm(total=len(rows), desc=desc, disable=desc is None, leave=False) as bar:
+    bar = tqdm(total=len(rows), desc=desc, disable=desc is None, leave=False)
+    with torch.no_grad(), laid_out(model.eval(), dtype), bar:
         for row in write(model, rows, batch_size, temperature, ended):
             results[row.i][row.k] = response(row)
             bar.update()
@@ -1257,7 +1258,8 @@ def write(model, waiting, batch_size, temperature, ended):
     # Prompts with a common beginning shall follow each other; the next one is the list's last.
     waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
     cache, reader = empty_cache(model), empty_reader(model)
-    batch_size = batch_size if can_join(cache) else 1
+    if not roomy(cache):
+        batch_size = 1
     rows = []  # as they lie in the cache
     while waiting or rows:
         while waiting and len(rows) < batch_size:
@@ -1268,17 +1270,21 @@ def write(model, waiting, batch_size, temperature, ended):
             else:
                 cache = join(cache, reader, batch_size)
                 rows.append(row)
-        if rows:
-            last = [[row.tokens[-1]] for row in rows]
-            logits = next_logits(model, cache, last, [row.length for row in rows])
-            add_tokens(rows, logits, temperature)
+        if not rows:
+            continue
+        last = [[row.tokens[-1]] for row in rows]
+        logits = next_logits(model, cache, last, [row.length for row in rows])
+        add_tokens(rows, logits, temperature)
         for place in reversed(range(len(rows))):
             if ended(rows[place]):
                 yield rows[place]
                 rows[place] = rows[-1]
                 rows.pop()
-                leave(cache, place)
-        narrow(cache, max((row.length - 1 for row in rows), default=0))
+                for layer in roomy(cache):
+                    layer.leave(place)
+        width = max((row.length - 1 for row in rows), default=0)
+        for layer in roomy(cache):  # what lies to the left belonged to longer rows
+            layer.show(len(rows), layer.end - width, layer.end)
 
 
 def add_tokens(rows, logits, temperature):
@@ -1322,15 +1328,15 @@ def empty_reader(model):
 
 def read_prompt(model, reader, prompt):
     """Logits (1, V) after a prompt. Where it begins as the one before, that is not read again."""
-    if prompt != reader.prompt:
-        known = len(os.path.commonprefix([prompt[:-1], reader.prompt]))
-        if all(isinstance(layer, Roomy) for layer in reader.cache.layers):
-            for layer in reader.cache.layers:
-                layer.show(1, layer.first, layer.first + known)
-        else:  # states of other kinds can't be cut
-            known, reader.cache = 0, empty_cache(model)
-        reader.logits = next_logits(model, reader.cache, [prompt[known:]], [len(prompt)])
-        reader.prompt = prompt
+    if prompt == reader.prompt:
+        return reader.logits
+    known = len(os.path.commonprefix([prompt[:-1], reader.prompt]))
+    if not roomy(reader.cache):  # states of other kinds can't be cut
+        known, reader.cache = 0, empty_cache(model)
+    for layer in roomy(reader.cache):
+        layer.show(1, layer.first, layer.first + known)
+    reader.logits = next_logits(model, reader.cache, [prompt[known:]], [len(prompt)])
+    reader.prompt = prompt
     return reader.logits
 
 
@@ -1347,51 +1353,23 @@ def empty_cache(model):
     return cache
 
 
-def can_join(cache):
-    """Whether rows can come and go; layers of other kinds keep the one row that they have read."""
-    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
+def roomy(cache):
+    """The layers of a cache that hold something, if they are all Roomy; else none. Rows of other
+    kinds of layers (linear attention, convolutions) can't come and go: they are written alone."""
+    from transformers.cache_utils import DummyLayer
 
-    return all(type(layer) in (Roomy, LinearAttentionLayer, DummyLayer) for layer in cache.layers)
+    layers = [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
+    return layers if all(isinstance(layer, Roomy) for layer in layers) else []
 
 
 def join(cache, reader, capacity):
     """-> a cache, of at most `capacity` rows, whose last row is the prompt that was read last."""
-    import torch
-
-    if not can_join(cache):
-        cache, reader.cache, reader.prompt = reader.cache, cache, []
-        return cache
-    for j, (layer, new) in enumerate(zip(cache.layers, reader.cache.layers)):
-        if isinstance(layer, Roomy):
-            layer.join(new, capacity)
-        elif hasattr(new, "conv_states") and not any(layer.has_previous_state.values()):
-            cache.layers[j] = copy.deepcopy(new)
-        elif hasattr(new, "conv_states"):
-            for mine, its in ((layer.conv_states, new.conv_states),
-                              (layer.recurrent_states, new.recurrent_states)):
-                mine.update({s: torch.cat([mine[s], its[s]]) for s in its if its[s] is not None})
+    if not roomy(cache):
+        reader.prompt = []  # its cache is no longer the reader's
+        return reader.cache
+    for layer, new in zip(roomy(cache), roomy(reader.cache)):
+        layer.join(new, capacity)
     return cache
-
-
-def leave(cache, place):
-    """The last row takes the place of one that has ended."""
-    import torch
-
-    for layer in cache.layers:
-        if isinstance(layer, Roomy):
-            layer.leave(place)
-        elif hasattr(layer, "conv_states"):
-            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-            order = list(range(len(next(x for x in states if x is not None))))
-            order[place] = order[-1]
-            layer.reorder_cache(torch.tensor(order[:-1], dtype=torch.long))
-
-
-def narrow(cache, width):
-    """Forget the columns to the left of the last `width`."""
-    for layer in cache.layers:
-        if isinstance(layer, Roomy):
-            layer.show(layer.rows, layer.end - width, layer.end)
 
 
 class Roomy:
@@ -1440,8 +1418,6 @@ class Roomy:
     def join(self, other, capacity):
         """Another layer's one row becomes the last one."""
         width = other.get_seq_length()
-        if not other.room:  # the model shares another layer's states
-            return
         if not self.room or self.end < width:
             left = max(0, width - self.get_seq_length())
             self.make_room((other.keys, other.values), capacity, left, 0)
@@ -1450,9 +1426,8 @@ class Roomy:
 
     def leave(self, place):
         """The last row takes this place."""
-        if self.room:
-            for states in (self.keys, self.values):
-                states[place] = states[-1]
+        for states in (self.keys, self.values):
+            states[place] = states[-1]
         self.show(self.rows - 1, self.first, self.end)
 
 
@@ -1592,7 +1567,7 @@ LOOKS = [{"color": COLOURS[i % 7], "linestyle": ("-", "--", ":", "-.")[i % 4],
 def read_run(folder):
     """A run folder of distill.py: {"name", "args", "log": rows, "results": None before the end}.
 
-    Stops where it is no run, and with FILE:LINE where the log is damaged.
+    Stops where a file lacks something that is drawn.
     """
     run = {"name": os.path.basename(os.path.abspath(folder)), "log": [], "results": None}
     try:
@@ -1622,45 +1597,34 @@ def read_run(folder):
     return run if run["log"] else stop(f"{folder}/log.jsonl: no step in it yet")
 
 
-def first_phase(run):
-    """The step at which a learned router stops training all students on all paths, 0 without one
-    or where the number of steps is not known yet."""
-    args = run["args"]
-    steps = run["results"]["counts"]["steps"] if run["results"] else args.get("max_steps")
-    return (args.get("explore") or 0) * (steps or 0) if args.get("route") == "learned" else 0
-
-
 def panels_of(run):
     """What a run's figure shows: [(title, y label, {line: (steps, values)})]. The accuracy is
     there if it was measured during the run."""
     log, results = run["log"], run["results"]
     steps = [row["step"] for row in log]
-    phase = sum(step <= first_phase(run) for step in steps)
-
-    def smooth(values):  # each phase by itself
-        return (steps, [*running_mean(values[:phase]), *running_mean(values[phase:])])
-
     sources = run["args"].get("students") or ["demo"] * len(log[0]["loss"])
     names = [f"student {s} ({os.path.basename(os.path.normpath(source))})"
              for s, source in enumerate(sources)]
     # in a step in which a student got no path, the log's 0 is no loss
-    losses = {name: smooth([row["loss"][s] if row["rate"][s] else None for row in log])
+    losses = {name: running_mean([row["loss"][s] if row["rate"][s] else None for row in log])
               for s, name in enumerate(names)}
-    panels = [("loss", "nats per response token", losses)]
+    panels = [("loss", "nats per response token",
+               {name: (steps, values) for name, values in losses.items()})]
     points = [(row["step"], row["accuracy"]) for row in log if "accuracy" in row]
     if points and results:
         last = results["counts"]["steps"]
         points = [(0, results["before"]["accuracy"]), *(p for p in points if p[0] < last),
                   (last, results["after"]["accuracy"])]
     if points:
-        lines = {name: ([step for step, _ in points], [100 * shares[s] for _, shares in points])
+        measured = [step for step, _ in points]
+        lines = {name: (measured, [100 * shares[s] for _, shares in points])
                  for s, name in enumerate(names)}
         panels.append(("accuracy", "right answers (%)", lines))
-    styles = sorted({style for row in log for style in row.get("rate_style", {})})
+    by_style = [row.get("rate_style", {}) for row in log]
+    styles = sorted({style for rates in by_style for style in rates})
     for s, name in enumerate(names):
-        of_style = [row.get("rate_style", {}) for row in log]
-        lines = {style: smooth([rates[style][s] if style in rates else None for rates in of_style])
-                 for style in styles}
+        lines = {style: (steps, running_mean([rates[style][s] if style in rates else None
+                                              for rates in by_style])) for style in styles}
         panels.append((f"selection rates of {name}", "share of paths selected", lines))
     return panels
 
@@ -1668,15 +1632,15 @@ def panels_of(run):
 def running_mean(values):
     """The centred mean over a tenth of the values, without those that are None; nan where none is
     left."""
-    import numpy as np
-
-    if not values:
-        return []
-    known = np.array([value is not None for value in values])
-    window = np.ones(len(values) // 20 * 2 + 1)
-    total, count = (np.convolve(x, window)[len(window) // 2:][:len(values)]
-                    for x in (np.where(known, np.array(values, float), 0), known))
-    return np.where(count > 0.5, total / np.maximum(count, 1), math.nan)
+    half = len(values) // 20
+    total = [0, *itertools.accumulate(value or 0 for value in values)]  # before each value
+    count = [0, *itertools.accumulate(value is not None for value in values)]
+    means = []
+    for i in range(len(values)):
+        low, high = max(0, i - half), min(i + half + 1, len(values))
+        known = count[high] - count[low]
+        means.append((total[high] - total[low]) / known if known else math.nan)
+    return means
 
 
 def new_figure(heading, panels):
@@ -1695,7 +1659,7 @@ def new_figure(heading, panels):
 
 def draw_run(run):
     """Figure of a run: losses, accuracy if it was measured, and what the router selected."""
-    panels, explored = panels_of(run), first_phase(run)
+    panels = panels_of(run)
     figure, axes = new_figure(f"{run['name']} (route {run['args'].get('route')})", len(panels))
     for ax, (title, unit, lines) in zip(axes, panels):
         for k, (look, (label, (x, y))) in enumerate(zip(LOOKS, lines.items())):
@@ -1703,10 +1667,6 @@ def draw_run(run):
             ax.plot(x, y, **look, markevery=(k * every // len(lines), every), label=label)
         ax.set(title=title, xlabel="optimiser step", ylabel=unit)
         ax.set_ylim(0, 1.02 if "rates" in title else None)
-        if explored and title != "accuracy":
-            ax.axvline(explored, color="0.5", linewidth=1)
-            ax.text(explored, 1, "  routed from here", color="0.4", fontsize="small", va="top",
-                    transform=ax.get_xaxis_transform())
         ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False,
                   handlelength=3)  # beside the lines, covers none
     return figure

@@ -1,3 +1,4 @@
+import argparse
 import copy
 import json
 import math
@@ -859,6 +860,13 @@ def test_command_line_prints_a_table_and_writes_the_responses(tmp_path, monkeypa
     assert "3 questions" in table and table.count(str(student)) == 4 and "ensemble" in table and "upper bound" in table
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["questions"] == 3 and [len(s) for s in results["predictions"][0]["responses"]] == [2, 2]
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e999", "-1", "x", ""])
+def test_a_number_from_0_is_finite(text):
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        E.within(float, 0)(text)
+    assert E.within(float, 0)("1e3") == 1000
 
 
 @pytest.mark.parametrize("flags", [

@@ -23,7 +23,7 @@ LOG = [step(1, [2.0, 3.0], [1.0, 1.0], {"program": [0.2, 0.8], "vanilla": [0.6, 
 def write_run(folder, log=LOG, accuracy=(0.5, 0.25), ensemble=0.75, **args):
     folder.mkdir()
     folder.joinpath("args.json").write_text(json.dumps(
-        {"students": None, "route": "learned", "explore": 0.5, "max_steps": None, "seed": 0, "out_dir": str(folder), **args}))
+        {"students": None, "route": "learned", "max_steps": None, "seed": 0, "out_dir": str(folder), **args}))
     folder.joinpath("log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     if accuracy:
         folder.joinpath("results.json").write_text(json.dumps({
@@ -49,18 +49,6 @@ def test_losses_and_selection_rates_are_the_logs_per_style_and_student(tmp_path)
     assert loss == {"student 0 (small)": ([1, 2], [2.0, 1.5]), "student 1 (large)": ([1, 2], [3.0, NAN])}  # no path: no loss
     assert first == {"program": ([1, 2], [0.2, 0.4]), "vanilla": ([1, 2], [0.6, NAN])}
     assert second == {"program": ([1, 2], [0.8, 1.0]), "vanilla": ([1, 2], [0.4, NAN])}
-
-
-def test_the_end_of_the_first_phase_is_marked_where_a_router_learns(tmp_path):
-    def marks(folder):
-        return {title: [line.get_xdata()[0] for line in ax.get_lines() if line.get_label()[0] == "_"]
-                for title, ax in panels(folder).items()}
-
-    log = [step(i, [1, 1], [1, 1], {"program": [1, 1]}) for i in range(1, 41)]
-    learned = marks(write_run(tmp_path / "learned", log, explore=0.2))
-    assert set(map(tuple, learned.values())) == {(8.0,)}
-    assert marks(write_run(tmp_path / "running", log[:9], accuracy=None, explore=0.2, max_steps=100))["loss"] == [20.0]
-    assert set(map(tuple, marks(write_run(tmp_path / "all", log, route="all")).values())) == {()}
 
 
 def test_accuracy_is_drawn_from_before_to_after_if_it_was_measured(tmp_path):
