@@ -56,11 +56,16 @@ def stop(message):
     raise SystemExit(2)
 
 
+def in_a_line(error):
+    """An exception as a part of such a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def within(kind, low, high=math.inf):
     """An argparse type: a finite number of `kind` (int or float) from low to high."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
@@ -150,7 +155,16 @@ def parse_json(data, where):
     try:  # Infinity becomes null, too
         return clean(json.loads(data.decode("utf-8-sig"), parse_constant=lambda name: None))
     except (ValueError, RecursionError) as e:  # ValueError: no JSON, no UTF-8, or 5,000 digits
-        stop(f"{where}: not valid JSON ({str(e)[:200]}); expected one JSON object a line")
+        stop(f"{where}: not valid JSON ({str(e)[:200]}); a .jsonl file has one object a line")
+
+
+def read_json(path):
+    """The value of a JSON file, cleaned as numbered_rows says."""
+    try:
+        with open(path, "rb") as file:
+            return parse_json(file.read(), path)
+    except OSError as e:
+        stop(f"cannot read {path}: {e.strerror}")
 
 
 def require_text(row, keys, where):
@@ -282,11 +296,7 @@ def records(path):
     if not path.endswith(".json"):
         yield from numbered_rows(path)
         return
-    try:
-        with open(path, "rb") as f:
-            data = parse_json(f.read(), path)
-    except OSError as e:
-        stop(f"cannot read {path}: {e.strerror}")
+    data = read_json(path)
     data = data.get("examples") if isinstance(data, dict) else data
     if not isinstance(data, list):
         stop(f"{path}: expected a list of questions or an object with 'examples'")
@@ -349,12 +359,13 @@ def student_prompt(row):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt. With a chat template: one user turn and the answer's beginning as far as
-    the template writes it, whatever the answer is (an empty thought, a channel's header). Without:
-    the plain text with the tokenizer's own BOS, never a trailing EOS. Names of control tokens in the
-    prompt are read as text."""
+    """Token ids of a prompt, in which the names of control tokens are text.
+
+    With a chat template: one user turn, then what the template writes before any answer (a header,
+    an empty thought). Without: the text with the tokenizer's own BOS, never a trailing EOS.
+    """
     if tokenizer.chat_template:
-        return common_beginning(*two_chats(tokenizer, prompt.strip()))
+        return os.path.commonprefix(two_chats(tokenizer, prompt.strip()))
     ids = list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -363,13 +374,14 @@ def end_token(tokenizer):
     """Id of the token that ends a response: the first special token that the chat template writes
     after any answer, else eos_token_id. Stops if there is none."""
     if tokenizer.chat_template:
-        a, b = two_chats(tokenizer, "Q")
-        for token in reversed(common_beginning(a[::-1], b[::-1])):
+        backwards = [ids[::-1] for ids in two_chats(tokenizer, "Q")]
+        for token in reversed(os.path.commonprefix(backwards)):
             added = tokenizer.added_tokens_decoder.get(token)
             if added and added.special:
                 return token
     if tokenizer.eos_token_id is None:
-        stop(f"{tokenizer.name_or_path}: the tokenizer has no token that ends a response; give it an eos_token")
+        stop(f"{tokenizer.name_or_path}: the tokenizer has no token that ends a response; give it "
+             "an eos_token")
     return tokenizer.eos_token_id
 
 
@@ -384,14 +396,10 @@ def two_chats(tokenizer, prompt):
             sanitize_control_tokens=True, return_dict=False)) for answer in answers]
     except Exception as e:  # noqa: BLE001 (a template is a program and may raise what it likes)
         stop(f"{tokenizer.name_or_path}: its chat template can't write a question and an answer "
-             f"({' '.join(f'{type(e).__name__}: {e}'.split())[:200]})")
+             f"({in_a_line(e)})")
     if chats[0] == chats[1]:
         stop(f"{tokenizer.name_or_path}: its chat template does not write what the assistant says")
     return chats
-
-
-def common_beginning(a, b):
-    return a[:len(os.path.commonprefix([a, b]))]
 
 
 # ---------------------------------------------------------------- answers
@@ -1024,9 +1032,9 @@ def load_student(name, device="cpu", dtype=None, **more):
         check_weights(model, report)
         if adapter:
             merge_adapter(model, *adapter)
-    except Exception as e:  # noqa: BLE001 (whatever a folder that is no model makes libraries raise)
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
-        stop(f"{name}: not a causal language model that can be loaded from safetensors ({reason})")
+    except Exception as e:  # noqa: BLE001 (whatever libraries raise at a folder that is no model)
+        stop(f"{name}: not a causal language model that can be loaded from safetensors "
+             f"({in_a_line(e)})")
     finally:
         logging.set_verbosity(loud)
     if not tokenizer.is_fast:
@@ -1054,9 +1062,9 @@ def check_weights(model, report):
 
 
 def check_finite(name, weight):
-    if weight.is_floating_point() and weight.numel():
-        if not all(math.isfinite(end) for end in weight.detach().aminmax()):
-            raise ValueError(f"{name} holds NaN or infinity")
+    some = weight.is_floating_point() and weight.numel()
+    if some and not all(math.isfinite(end) for end in weight.detach().aminmax()):
+        raise ValueError(f"{name} holds NaN or infinity")
 
 
 def read_adapter(folder):
@@ -1069,7 +1077,8 @@ def read_adapter(folder):
     with open(file, encoding="utf-8") as f:
         config = json.load(f)
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
-        weights = {key: f.get_tensor(key) for key in f.keys()}
+        keys = f.keys()
+        weights = {key: f.get_tensor(key) for key in keys}
         return config, weights, (f.metadata() or {}).get("base")
 
 
@@ -1089,34 +1098,40 @@ def fingerprint(model):
 
 
 def merge_adapter(model, config, weights, base=None):
-    """W += scale B A for every module with a LoRA pair. Raises ValueError at what is more than plain
-    LoRA, lacks a part or is not finite, and where the model hasn't the fingerprint `base`."""
+    """W += scale B A for every module with a LoRA pair.
 
+    Raises ValueError at what is more than plain LoRA, lacks a part or is not finite, and where the
+    model hasn't the fingerprint `base`.
+    """
     more = [key for key in ("use_dora", "alpha_pattern", "modules_to_save", "layers_to_transform",
                             "exclude_modules", "target_parameters") if config.get(key)]
-    keys = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-    if more or not weights or not all(map(keys.fullmatch, weights)):
-        raise ValueError(f"only plain LoRA adapters can be merged {more or ''}")
+    pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
+    for key, weight in weights.items():
+        m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if more or not m:
+            raise ValueError(f"only plain LoRA adapters can be merged {more or key}")
+        check_finite(key, weight)
+        pairs[m[1]][m[2]] = weight.float()
+    if not pairs:
+        raise ValueError("the adapter is empty")
     if base and base != fingerprint(model):
         raise ValueError(f"its base {config['base_model_name_or_path']} has changed since")
-    names = {keys.fullmatch(key)[1] for key in weights}
-    lacking = sorted(targets(model, config["target_modules"]) - names)
+    lacking = sorted(targets(model, config["target_modules"]) - pairs.keys())
     if lacking:
         raise ValueError(f"the adapter lacks {lacking[0]}, {len(lacking)} of its target_modules")
-    for key, weight in weights.items():
-        check_finite(key, weight)
-    for name in names:
-        A, B = (weights.get(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
-        if A is None or B is None:
+    for name, pair in pairs.items():
+        if len(pair) < 2:
             raise ValueError(f"the adapter has only one of the two matrices of {name}")
-        A, B, weight = A.float(), B.float(), model.get_submodule(name).weight  # (r, in), (out, r)
-        scale = config["lora_alpha"] / (len(A) ** 0.5 if config.get("use_rslora") else len(A))
-        delta = scale * (B @ A).to(weight.device)
-        delta = delta.T if config.get("fan_in_fan_out") else delta  # GPT-2's Conv1D keeps (in, out)
+        rank = len(pair["A"])
+        scale = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
+        delta = scale * (pair["B"] @ pair["A"])
+        if config.get("fan_in_fan_out"):  # GPT-2's Conv1D keeps (in, out)
+            delta = delta.T
+        weight = model.get_submodule(name).weight
         if delta.shape != weight.shape:
             raise ValueError(f"{name} of the base has the shape {tuple(weight.shape)}, that of the "
                              f"adapter {tuple(delta.shape)}")
-        weight.data = (weight.float() + delta).to(weight.dtype).detach()
+        weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype).detach()
 
 
 def targets(model, modules):
@@ -1154,7 +1169,7 @@ def check_model(model, name="the model"):
             steps += [next_logits(model, cache, [[tokens[n - 1]]], [n]) for n in (6, 7, 8)]
     except Exception as e:  # noqa: BLE001 (whatever a model that is none raises)
         stop(f"{name}: does not run as a causal language model with a cache "
-             f"({' '.join(f'{type(e).__name__}: {e}'.split())[:300]})")
+             f"({in_a_line(e)})")
 
     def differ(a, b):
         return not (a - b).norm() <= limit * (b - b.mean()).norm()  # also where one is NaN
@@ -1570,19 +1585,17 @@ def read_run(folder):
     Stops where a file lacks something that is drawn.
     """
     run = {"name": os.path.basename(os.path.abspath(folder)), "log": [], "results": None}
+    file = os.path.join(folder, "args.json")
     try:
-        with open(file := os.path.join(folder, "args.json"), encoding="utf-8") as f:
-            run["args"] = {**json.load(f)}
+        run["args"] = {**read_json(file)}
         if os.path.exists(file := os.path.join(folder, "results.json")):
-            with open(file, encoding="utf-8") as f:
-                run["results"] = json.load(f)
+            run["results"] = read_json(file)
             for when in ("before", "after"):
                 result = run["results"][when]
                 math.fsum([*result["accuracy"], result["ensemble"]])  # raises if one is no number
             run["results"]["counts"]["steps"] += 0
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        stop(f"--plot {folder}: no run folder of distill.py, or {file} is damaged "
-             f"({type(e).__name__}: {e})")
+    except (KeyError, TypeError) as e:
+        stop(f"--plot {folder}: {file} is not as distill.py writes it ({type(e).__name__}: {e})")
     for where, row in numbered_rows(os.path.join(folder, "log.jsonl")):
         try:
             per_student = [row["loss"], row["rate"], *row.get("rate_style", {}).values()]
