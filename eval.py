@@ -770,20 +770,20 @@ FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho",
          "sigma", "tau", "phi", "varphi", "psi", "omega", "infty")
 UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "≤": "<=",
-                         "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ", "∞": r"\infty ",
-                         "∪": r"\cup ", "≈": r"\approx "})
+                         "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ", "∞": r"\infty "})
+COMMANDS = {"cdot": "*", "times": "*", "div": "/", "cup": "∪", "approx": "≈", "lt": "<", "gt": ">",
+            "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
+            "ne": "!=", "neq": "!=", "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac"}
+COMMAND = re.compile(rf"\\({'|'.join(COMMANDS)})(?![a-z])")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    # layout, currency and degrees; \\ ends the row of a matrix
-    (r"\\\\", "\n"), (r",\s*\\!\s*|\{,\}", ""),  # 11,\!111 and 11{,}111
+    # layout, currency and degrees
+    (r",\s*\\!\s*|\{,\}", ""),  # 11,\!111 and 11{,}111
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|allowbreak)(?![A-Za-z])|\\[!,;: ]|~", " "),
     (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\^?\\degree|\\[()\[\]]", ""),
     (r"[(\[]?\s*\\begin\{array\}\s*(?:\{[^{}]*\})?", r"\\begin{matrix}"),
     (r"\\end\{array\}\s*[)\]]?", r"\\end{matrix}"),
-    # one spelling of operators, relations, commands, names and lists: \mathrm{e}, x_{1}, sqrt(2)
-    (r"\\(?:cdot|times)(?![a-z])", "*"), (r"\*\s*\*", "^"), (r"\\div(?![a-z])", "/"),
-    (r"\\cup(?![a-z])", "∪"), (r"\\leq?(?:slant)?(?![a-z])", "<="), (r"\\lt(?![a-z])", "<"),
-    (r"\\geq?(?:slant)?(?![a-z])", ">="), (r"\\gt(?![a-z])", ">"), (r"\\neq?(?![a-z])", "!="),
-    (r"\\[dtc]frac", r"\\frac"), (r"_\{\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\w+))\s*\}", r"_\1\2"),
+    # one spelling of powers, commands, names and lists: \mathrm{e}, x_{1}, sqrt(2)
+    (r"\*\s*\*", "^"), (r"_\{\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\w+))\s*\}", r"_\1\2"),
     (r"\\(?:math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{(\w)\}", r"\1"),
     (r"\\operatorname\s*\{(\w+)\}", r"\\\1"),
     (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),
@@ -810,10 +810,11 @@ NAME = re.compile(rf"(?:{_SYMBOL}(?:\^\{{?-1\}}?)?(?:\([^()=]{{1,20}}\))?"
 def clean_latex(s):
     """LaTeX or plain mathematics without layout, currency, units, thousands separators and an
     approximation after the exact value."""
-    s = s.translate(UNICODE)
+    s = s.translate(UNICODE).replace(r"\\", "\n")  # which ends the row of a matrix
+    s = COMMAND.sub(lambda m: COMMANDS[m[1]], s)
     for pattern, new in REWRITES:
         s = pattern.sub(new, s)
-    exact, approximately, rest = re.sub(r"\\approx(?![a-z])", "≈", s).partition("≈")
+    exact, approximately, rest = s.partition("≈")
     if approximately:
         s = exact if re.search(r"\d|\\pi", exact) else f"{exact}={rest}".strip(" =")
     bare = TEXT.sub(" ", s)
