@@ -427,54 +427,6 @@ SUPPOSED = re.compile(r"(?i)\b(?:if|suppose|whether|assum\w+|unless|check)\b[^.,
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
                     r"|except|rule[sd]? out|unlikely)\b|n['’]t\b")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
-# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4,
-# 2 million, but not 2nd.
-NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
-    (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
-    (?:(?P<whole>\d+)\ (?=\d+/\d))?
-    (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
-    (?: [eE](?P<e>[-+]?\d{1,2})\b
-      | \ ?(?:[x×*·]|\\times|\\cdot)\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})(?!\d)\}? )?
-    (?:\ ?/\ ?(?P<under>\d+))? (?!\d|st\b|nd\b|rd\b|th\b)
-    (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
-# After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
-# ("5 of 7").
-OPERATOR = re.compile(
-    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])|\\(?:times|cdot|div)"
-    r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
-# Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
-INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
-SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-         "trillion": 10**12}
-ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
-        "nineteen"]
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-SPELLED = {word: number for number, word in enumerate(ONES)}  # up to "nine hundred ninety nine"
-SPELLED |= {f"{ten} {one}".strip(): 20 + 10 * t + o for t, ten in enumerate(TENS)
-            for o, one in enumerate(["", *ONES[1:10]])}
-SPELLED |= {f"{ONES[h]} hundred {rest}".strip(): 100 * h + n for h in range(1, 10)
-            for rest, n in [("", 0), *SPELLED.items()] if rest != "zero"}
-_WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
-SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
-                            rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
-# After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
-# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5.
-_PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
-ONE_OF_SEVERAL = re.compile(
-    rf"(?i):\d|h\d|[\s-]{_PART}"
-    r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
-    rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
-    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
-DASHES = str.maketrans("−–‒﹣－‐‑", "-------")
-MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
-# March 3, 1987 and 3rd of March 1987, 3/3/1987, 1987-03-03
-_MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
-DATE = re.compile(rf"""(?ix)\b(?: (?P<month>{_MONTH})\ (?P<day>\d\d?)(?:st|nd|rd|th)?,?\s
-      | (?P<day2>\d\d?)(?:st|nd|rd|th)?\ (?:of\ )?(?P<month2>{_MONTH}),?\s
-      | (?P<month3>\d\d?)/(?P<day3>\d\d?)/ ) (?P<year>\d{{4}})\b
-    | \b(?P<year4>\d{{4}})-(?P<month4>\d\d)-(?P<day4>\d\d)\b""")
-FORMULA = re.compile(r"(?s)\$\$?([^$]{1,500})\$|\\[(\[](.{1,500}?)\\[)\]]")
 
 
 def after_thought(text):
@@ -576,6 +528,48 @@ def read_end(kind, text, choices):
 
 
 # ---- numbers
+# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4,
+# 2 million, but not 2nd.
+NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
+    (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
+    (?:(?P<whole>\d+)\ (?=\d+/\d))?
+    (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
+    (?: [eE](?P<e>[-+]?\d{1,2})\b
+      | \ ?(?:[x×*·]|\\times|\\cdot)\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})(?!\d)\}? )?
+    (?:\ ?/\ ?(?P<under>\d+))? (?!\d|st\b|nd\b|rd\b|th\b)
+    (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
+# After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
+# ("5 of 7").
+OPERATOR = re.compile(
+    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])|\\(?:times|cdot|div)"
+    r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
+# Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
+INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
+SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+         "trillion": 10**12}
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+        "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+SPELLED = {word: number for number, word in enumerate(ONES)}  # up to "nine hundred ninety nine"
+SPELLED |= {f"{ten} {one}".strip(): 20 + 10 * t + o for t, ten in enumerate(TENS)
+            for o, one in enumerate(["", *ONES[1:10]])}
+SPELLED |= {f"{ONES[h]} hundred {rest}".strip(): 100 * h + n for h in range(1, 10)
+            for rest, n in [("", 0), *SPELLED.items()] if rest != "zero"}
+_WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
+SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
+                            rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
+# After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
+# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5.
+_PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
+ONE_OF_SEVERAL = re.compile(
+    rf"(?i):\d|h\d|[\s-]{_PART}"
+    r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
+    rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
+    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
+DASHES = str.maketrans("−–‒﹣－‐‑", "-------")
+
+
 def read_number(statement, choices=None):
     """The number that the first sentence of a statement gives, or None."""
     text = statement.replace("{,}", ",").replace("\\!", "")
@@ -699,6 +693,15 @@ def choice_by_text(statement, choices):
     return hits[0]
 
 
+MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
+# March 3, 1987 and 3rd of March 1987, 3/3/1987, 1987-03-03
+_MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
+DATE = re.compile(rf"""(?ix)\b(?: (?P<month>{_MONTH})\ (?P<day>\d\d?)(?:st|nd|rd|th)?,?\s
+      | (?P<day2>\d\d?)(?:st|nd|rd|th)?\ (?:of\ )?(?P<month2>{_MONTH}),?\s
+      | (?P<month3>\d\d?)/(?P<day3>\d\d?)/ ) (?P<year>\d{{4}})\b
+    | \b(?P<year4>\d{{4}})-(?P<month4>\d\d)-(?P<day4>\d\d)\b""")
+
+
 def normal(text):
     """A text in lower case, without articles and punctuation, dates as MM/DD/YYYY."""
     text = numeric_dates(text).lower()
@@ -716,6 +719,12 @@ def numeric_dates(text):
 
 
 # ---- mathematics
+FORMULA = re.compile(r"(?s)\$\$?([^$]{1,500})\$|\\[(\[](.{1,500}?)\\[)\]]")
+# Between boxes that make one answer: "}$ and $y = ".
+JOINT = re.compile(r"(?:[\s$,;{}&]|\\[()\[\],;]|\\q?quad|\\text|\b(?:and|or)\b"
+                   r"|[A-Za-z](?:_\w)?\s?=)*")
+
+
 def read_math(text, announced):
     """The LaTeX that a text announces last: a box (with those beside it: "\\boxed{1} and
     \\boxed{2}"), or the formulas of a sentence, or the sentence; None if it is empty."""
@@ -737,9 +746,6 @@ def read_math(text, announced):
     return ", ".join(found) or None
 
 
-# Between boxes that make one answer: "}$ and $y = ".
-JOINT = re.compile(r"(?:[\s$,;{}&]|\\[()\[\],;]|\\q?quad|\\text|\b(?:and|or)\b"
-                   r"|[A-Za-z](?:_\w)?\s?=)*")
 READERS = {"number": read_number, "yesno": read_yesno, "choice": read_choice}
 
 
