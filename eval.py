@@ -547,10 +547,9 @@ OPERATOR = re.compile(
 INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
 SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
          "trillion": 10**12}
-ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
-        "nineteen"]
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen").split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 SPELLED = {word: number for number, word in enumerate(ONES)}  # up to "nine hundred ninety nine"
 SPELLED |= {f"{ten} {one}".strip(): 20 + 10 * t + o for t, ten in enumerate(TENS)
             for o, one in enumerate(["", *ONES[1:10]])}
@@ -884,7 +883,7 @@ def interval(s):
 
 
 def same_math(a, b):
-    """Equality of two cleaned formulas: sets and lists in any order, tuples, intervals and
+    """Whether two cleaned formulas are equal: sets and lists in any order, tuples, intervals and
     matrices part by part; a name before "=" and an inequality's variable may lack in one."""
     x, y = (re.sub(r"\\text|\s|\.(?!\d)", "", s) for s in (a, b))
     word = "\\" not in x and re.search("[A-Za-z]{2}|^[A-Za-z]$", x)
@@ -911,13 +910,20 @@ def same_math(a, b):
 
 def same_formula(a, b):
     """Whether two LaTeX formulas have the same values; equations up to a factor."""
-    if a.count("=") == b.count("=") == 1:
-        if any(v and v[0] == v[1] for v in (values(named(s)[1]) for s in (a, b) if named(s)[0])):
-            return False  # x = 5 and 2x = 10 are not the same answer
-        x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))
-        return bool(x and y) and all(p and q and close(p * y[0], q * x[0]) for p, q in zip(x, y))
-    x, y = values(a), values(b)
-    return bool(x and y) and all(close(p, q) for p, q in zip(x, y))
+    if not a.count("=") == b.count("=") == 1:
+        x, y = values(a), values(b)
+        return bool(x and y) and all(close(p, q) for p, q in zip(x, y))
+    if gives_a_number(a) or gives_a_number(b):  # x = 5 and 2x = 10 are not the same answer
+        return False
+    x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))
+    return bool(x and y) and all(p and q and close(p * y[0], q * x[0]) for p, q in zip(x, y))
+
+
+def gives_a_number(equation):
+    """Whether it is a name = a value without variables."""
+    name, value = named(equation)
+    at_points = values(value) if name else None
+    return bool(at_points) and at_points[0] == at_points[1]
 
 
 def close(x, y):
