@@ -547,9 +547,10 @@ OPERATOR = re.compile(
 INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
 SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
          "trillion": 10**12}
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+        "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 SPELLED = {word: number for number, word in enumerate(ONES)}  # up to "nine hundred ninety nine"
 SPELLED |= {f"{ten} {one}".strip(): 20 + 10 * t + o for t, ten in enumerate(TENS)
             for o, one in enumerate(["", *ONES[1:10]])}
