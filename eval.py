@@ -8,6 +8,7 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 """
 import argparse
 import contextlib
+import copy
 import importlib.util
 import inspect
 import itertools
@@ -1287,7 +1288,7 @@ def write(model, waiting, batch_size, temperature, ended):
     # Prompts with a common beginning shall follow each other; the next one is the list's last.
     waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
     cache, reader = empty_cache(model), empty_reader(model)
-    if not roomy(cache):
+    if not can_join(cache):
         batch_size = 1
     rows = []  # as they lie in the cache
     while waiting or rows:
@@ -1307,10 +1308,9 @@ def write(model, waiting, batch_size, temperature, ended):
         for place in reversed(range(len(rows))):
             if ended(rows[place]):
                 yield rows[place]
+                leave(cache, place, len(rows))
                 rows[place] = rows[-1]
                 rows.pop()
-                for layer in roomy(cache):
-                    layer.leave(place)
         width = max((row.length - 1 for row in rows), default=0)
         for layer in roomy(cache):  # what lies to the left belonged to longer rows
             layer.show(len(rows), layer.end - width, layer.end)
@@ -1360,7 +1360,7 @@ def read_prompt(model, reader, prompt):
     if prompt == reader.prompt:
         return reader.logits
     known = len(os.path.commonprefix([prompt[:-1], reader.prompt]))
-    if not roomy(reader.cache):  # states of other kinds can't be cut
+    if any(is_recurrent(layer) for layer in reader.cache.layers):  # such a state can't be cut
         known, reader.cache = 0, empty_cache(model)
     for layer in roomy(reader.cache):
         layer.show(1, layer.first, layer.first + known)
@@ -1382,23 +1382,53 @@ def empty_cache(model):
     return cache
 
 
-def roomy(cache):
-    """The layers of a cache that hold something, if they are all Roomy; else none. Rows of other
-    kinds of layers (linear attention, convolutions) can't come and go: they are written alone."""
-    from transformers.cache_utils import DummyLayer
+def can_join(cache):
+    """Whether rows can come and go; of layers of other kinds, each row is written alone."""
+    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
 
-    layers = [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
-    return layers if all(isinstance(layer, Roomy) for layer in layers) else []
+    return all(type(layer) in (Roomy, LinearAttentionLayer, DummyLayer) for layer in cache.layers)
 
 
 def join(cache, reader, capacity):
     """-> a cache, of at most `capacity` rows, whose last row is the prompt that was read last."""
-    if not roomy(cache):
+    import torch
+
+    if not can_join(cache):
         reader.prompt = []  # its cache is no longer the reader's
         return reader.cache
-    for layer, new in zip(roomy(cache), roomy(reader.cache)):
-        layer.join(new, capacity)
+    for j, (layer, new) in enumerate(zip(cache.layers, reader.cache.layers)):
+        if isinstance(layer, Roomy):
+            layer.join(new, capacity)
+        elif is_recurrent(layer) and not any(layer.has_previous_state.values()):
+            cache.layers[j] = copy.deepcopy(new)
+        elif is_recurrent(layer):
+            for mine, its in ((layer.conv_states, new.conv_states),
+                              (layer.recurrent_states, new.recurrent_states)):
+                mine.update({s: torch.cat([mine[s], its[s]]) for s in its if its[s] is not None})
     return cache
+
+
+def leave(cache, place, rows):
+    """The last of so many rows takes the place of one that has ended."""
+    import torch
+
+    order = list(range(rows))
+    order[place] = order[-1]
+    for layer in cache.layers:
+        if isinstance(layer, Roomy):
+            layer.leave(place)
+        elif is_recurrent(layer):
+            layer.reorder_cache(torch.tensor(order[:-1], dtype=torch.long))
+
+
+def is_recurrent(layer):
+    """Whether a cache layer holds one state a row (linear attention, convolutions)."""
+    return hasattr(layer, "conv_states")
+
+
+def roomy(cache):
+    """The Roomy layers of a cache."""
+    return [layer for layer in cache.layers if isinstance(layer, Roomy)]
 
 
 class Roomy:
