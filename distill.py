@@ -880,11 +880,6 @@ class Student:
     amp_dtype: torch.dtype | None
 
 
-def one_line(error, length):
-    """The start of a library's message, for a sentence of ours."""
-    return " ".join(str(error).split())[:length]
-
-
 def hidden_size(student):
     return student.model.get_output_embeddings().weight.shape[1]
 
@@ -966,8 +961,8 @@ def check_student(student):
             nll, _, _ = forward_paths(student, 0, [row], [-1])
             nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
-        stop(f"student {student.source}: it can't be trained here ({one_line(e, 200)}); pass "
-             "another model, or try --lora_rank 0")
+        stop(f"student {student.source}: it can't be trained here ({tasks.in_a_line(e)}); "
+             "pass another model, or try --lora_rank 0")
     finally:
         student.model.eval()
     if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):
@@ -1290,7 +1285,8 @@ def encode_pairs(pairs, encoder, device):
                 output_loading_info=True)
             model = model.to(device).eval()
     except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
-        stop(f"--encoder {encoder}: not an encoder that transformers can load ({one_line(e, 200)})")
+        stop(f"--encoder {encoder}: not an encoder that transformers can load "
+             f"({tasks.in_a_line(e)})")
     if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
         stop(f"--encoder {encoder}: its file of weights lacks {missing[0]}; it is damaged")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1441,7 +1437,7 @@ def resume(out, state, digest):
             state.scaler.load_state_dict(scaler)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
         stop(f"--resume {out}: its checkpoint or log is damaged or another run's "
-             f"({one_line(e, 120)}); start a new run")
+             f"({tasks.in_a_line(e)}); start a new run")
     if not (dist.is_initialized() and dist.get_rank()):
         write_atomic("".join(done), log)  # what came after is done again
     return run
