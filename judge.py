@@ -244,7 +244,8 @@ def pool_rows(path):
     questions = {}  # id -> digest of (question, answer), to stay small
     for where, row in tasks.numbered_rows(path):
         clean_path(row, where)
-        content = hashlib.blake2b(repr((row["question"], row["answer"])).encode(), digest_size=8).digest()
+        content = repr((row["question"], row["answer"])).encode()
+        content = hashlib.blake2b(content, digest_size=8).digest()
         if questions.setdefault(row["id"], content) != content:
             tasks.stop(f"{where}: id {row['id']!r} stood earlier with another question or answer")
         yield row
@@ -269,7 +270,7 @@ def clean_path(row, where):
     if not isinstance(verdict, dict) or not all(isinstance(said, str) for said in verdict.values()):
         tasks.stop(f"{where}: field 'verdict' is no object of judges and what they said")
     if "baseline" in row and "correct" not in row:
-        tasks.stop(f"{where}: a row of a baseline needs 'correct': make it with judge.py --baseline")
+        tasks.stop(f"{where}: a row of a baseline needs 'correct', as baselines.py writes it")
     if "correct" not in row and "valid" in row:  # judged elsewhere: its verdict must not be lost
         grade_paths([row])
     if "correct" in row:
