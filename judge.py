@@ -565,7 +565,7 @@ def without_key(text, key):
     """A server's text with the key masked and without lone surrogates, which no file can hold."""
     if len(key) > 5:  # "none", "EMPTY" and the like are no secrets
         text = any_spelling(key).sub("***", text)
-    return text.encode("utf-8", "replace").decode()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 class CallError(Exception):

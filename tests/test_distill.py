@@ -161,7 +161,7 @@ def files_of(out):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for line in log:
         del line["tokens_per_s"]
-    del results["seconds"]
+    del results["seconds"], results["versions"]
     weights = {str(f.relative_to(out)): load_file(f) for f in sorted(out.glob("student_*/*.safetensors"))}
     return {"results": results, "log": log, "weights": weights, "predictions": (out / "predictions.jsonl").read_text()}
 

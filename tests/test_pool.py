@@ -271,7 +271,7 @@ CONTENTS = [
     ([{"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 9"}]}, {"type": "text", "text": "The answer "},
       {"type": "text", "text": "is 2"}], "stop", {}, TWO, "kept"),
     ([{"type": "reasoning", "text": "Hm"}, TWO], "stop", {}, TWO, "kept"), ([], "stop", {}, "", "empty"),
-    ({"type": "text", "text": TWO}, "stop", {}, TWO, "kept"), (f"{TWO}\ud800", "stop", {}, f"{TWO}?", "kept")]
+    ({"type": "text", "text": TWO}, "stop", {}, TWO, "kept"), (f"{TWO}\ud800", "stop", {}, f"{TWO}\ufffd", "kept")]
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
