@@ -53,7 +53,9 @@ ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
 # ---------------------------------------------------------------- commands
 def stop(message):
     """End the program with one sentence on stderr and exit code 2 (raises SystemExit)."""
-    print(f"error: {message}", file=sys.stderr)
+    from tqdm import tqdm
+
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     raise SystemExit(2)
 
 
@@ -1055,6 +1057,8 @@ def load_student(name, device="cpu", dtype=None, **more):
     if not tokenizer.is_fast:
         stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give "
              "character offsets")
+    if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
+        stop(f"{name}: its tokenizer has more tokens than the model has embeddings")
     model = model.to(device).eval()
     for module in model.modules():
         # bitsandbytes on some CPUs: the first answer would repack 4-bit weights for good, and they

@@ -871,7 +871,7 @@ async def ask_server(url, todo, calls, temperature):
 
 @functools.lru_cache(maxsize=1)
 def load_local(spec, device):
-    """(model, tokenizer) of a local teacher or judge, in bfloat16 on a GPU."""
+    """(model, tokenizer) of a local teacher or judge, in bfloat16 where the device has it."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -879,15 +879,14 @@ def load_local(spec, device):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         tasks.stop(f"--device {device} can't be used ({str(error).splitlines()[0]})")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    dtype = torch.bfloat16 if tasks.has_bfloat16(device) else torch.float32
     return tasks.load_student(spec, device, dtype)
 
 
-def ask_local(spec, todo, calls, temperature):
+def ask_local(student, tokenizer, todo, calls, temperature):
     """Ask a local model every job. Each reply is saved when it is finished; generate() is handed
     more than a batch at once, so that it can keep its batch full."""
     args = calls.args
-    student, tokenizer = load_local(spec, args.device)
     context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def save(i, _, response):
@@ -936,12 +935,13 @@ def ask_all(spec, jobs, out, args, spent, temperature):
     if sizes and not args.dry_run:
         spent.open(out)
         todo = ((job, prompt) for job, prompt in jobs() if row_key(job) not in done)
+        local = None if url else load_local(spec, args.device)
         with tqdm(total=len(sizes), desc=name, unit="call") as bar:
             calls = Calls(name, file, args, spent, bar, has_answered)
             if url:
                 asyncio.run(ask_server(url, todo, calls, temperature))
             else:
-                ask_local(spec, todo, calls, temperature)
+                ask_local(*local, todo, calls, temperature)
         calls.finish(len(sizes))
     file.close()
 
@@ -1312,6 +1312,8 @@ def main(argv=None):
             else:
                 rows = read_pool(args.paths) if args.paths else \
                     demo_paths(demo_questions(args.demo, args.seed), args.seed)
+                if not rows:
+                    tasks.stop(f"{args.paths}: no path in it")
                 check_same_pool(args.out, rows)
                 annotate(rows, args, Spending(args))
         except OSError as error:
