@@ -968,6 +968,10 @@ def check_student(student):
 
 
 # ---------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
+# Families whose gate, up and down projections PEFT maps onto fused experts when it loads an adapter.
+REMAPPED_BY_PEFT = {"deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "qwen3_next"}
+
+
 class LoRA(nn.Module):
     """base(x) + alpha / rank * B A x: A (rank, d_in) and B (d_out, rank) in float32 over a frozen
     linear layer."""
@@ -1050,6 +1054,9 @@ def save_adapter(layers, student, folder):
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A
         tensors[f"base_model.model.{name}.lora_B.weight"] = layer.B
+    if student.model.config.get_text_config().model_type in REMAPPED_BY_PEFT:
+        print(f"{folder}: PEFT renames parts of this family's adapters and would load others; "
+              "load it with eval.py")
     metadata = {"format": "pt"} | ({"base": student.fingerprint} if student.fingerprint else {})
     save_atomic(tensors, folder / "adapter_model.safetensors", metadata)
 

@@ -3,7 +3,7 @@
 Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this
 file: P paths, Q questions, S students, d features; `question` (P,) holds each path's question as
 0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations
-are open or degenerate, and "open point N" the list of these places in README.md. """
+are open or degenerate, "open point N" the list of them in tests/experiments/README.md. """
 import itertools
 import math
 import re

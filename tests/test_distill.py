@@ -434,6 +434,16 @@ def test_saved_adapter_loads_in_peft_with_identical_logits(train, students):
         assert tokenizer.chat_template == run.students[i].tokenizer.chat_template
 
 
+def test_adapter_that_peft_would_load_otherwise_is_saved_with_a_warning(tmp_path, capsys):
+    for kind, warned in (("llama", False), ("deepseek_v3", True)):
+        model = tiny_model("llama")
+        distill.add_lora(model, 2, 4)
+        model.config.model_type = kind
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, distill.LoRA)}
+        distill.save_adapter(layers, SimpleNamespace(model=model, source="X", fingerprint=None), tmp_path)
+        assert ("PEFT" in capsys.readouterr().out) == warned
+
+
 def test_fully_trained_student_loads_with_from_pretrained_and_identical_logits(train):
     run = train(students=("words", "pad_is_eos"))
     ids = torch.arange(5, 45).view(2, 20)

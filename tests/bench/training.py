@@ -16,8 +16,8 @@ flops   share of the measured matrix-product peak that a step reaches
 method  a step of both students, against the same forwards and backwards without router and collaboration
 start   a start over N paths, and over four times as many
 
-Flags that are not the bench's are distill.py's. Half of the pairs are routed here (--gate binary); the default routes
-them all in its first phase and then one of each question.
+Flags that are not the bench's are distill.py's. Half of the pairs are routed here, all are known to the router and
+none is probed (--gate binary --reward sum --probe 0); the default routes one path of each question.
 """
 import argparse
 import contextlib
@@ -111,10 +111,15 @@ def now(device):
 
 # ---------------------------------------------------------------- the sides: each makes one step and returns its units
 def gates(b, repeat):
-    """The router's part of a step -> alpha, p, weight, routed; a repeat's seed gives all sides the same routed pairs."""
+    """The router's part of a step -> logits, alpha, p, weight, routed; a repeat's seed gives all sides the same pairs."""
     generator = torch.Generator().manual_seed(max(repeat, 0))
-    alpha, p = distill.route(b.router(b.h), b.question, None, False, generator, b.args)
-    return alpha, p, qr.path_weights(alpha, b.question), alpha.detach() > 0.5
+    logits = b.router(b.h)
+    alpha, p = distill.route(logits, b.question, None, generator, b.args)
+    return logits, alpha, p, qr.path_weights(alpha, b.question), alpha.detach() > 0.5
+
+
+def probed(b):
+    return distill.probed_questions(b.question, b.args)
 
 
 def finish(b):
@@ -127,11 +132,11 @@ def finish(b):
 
 def our_step(b, repeat, collaborate=True):
     """A step of the loop -> trained response tokens. collaborate=False: its forwards and backwards alone."""
-    alpha, p, weight, routed = gates(b, repeat)
+    logits, alpha, p, weight, routed = gates(b, repeat)
     args = b.args if collaborate else argparse.Namespace(**{**vars(b.args), "mutual_weight": 0})
     nll, _ = distill.student_step(b.students, b.collab, b.rows, b.question, routed, weight.detach(), b.scaler, args)
     if collaborate:
-        distill.router_step(alpha, p, weight, nll.cpu(), b.length, b.question, args)
+        distill.router_step(logits, alpha, p, weight, nll.cpu(), probed(b), b.length, b.question, args)
     finish(b)
     return int(b.length[routed].sum())
 
@@ -150,14 +155,14 @@ def plain_step(b, repeat):
     after each. It has no mutual loss, which is to its favour. -> the same trained response tokens."""
     pairs = [(row["question"], row["text"]) for row in b.rows]
     qr.encoder_embed(*b.encoder, pairs) if b.encoder else qr.hash_embed([f"{q}\n{p}" for q, p in pairs])
-    alpha, p, weight, routed = gates(b, repeat)  # from the cached embeddings: the very same pairs
+    logits, alpha, p, weight, routed = gates(b, repeat)  # from the cached embeddings: the very same pairs
     nll = torch.zeros(b.length.shape)
     for s, student in enumerate(b.students):
         for part in torch.arange(len(b.rows)).split(2):
             loss = plain_nll(student, s, [b.rows[p] for p in part], b.args.max_len)
             ((loss / b.length[part, s].to(b.device)) * weight.detach()[part, s].to(b.device)).sum().backward()
             nll[part, s] = loss.detach().cpu()
-    distill.router_step(alpha, p, weight, nll, b.length, b.question, b.args)
+    distill.router_step(logits, alpha, p, weight, nll, probed(b), b.length, b.question, b.args)
     finish(b)
     return int(b.length[routed].sum())
 
@@ -359,7 +364,7 @@ class Bench:
         demo = [] if self.data else ["--paths", self.demo_pool()]
         return distill.parse_args([
             *pool, *demo, "--students", *(str(self.folder / name) for name in names), "--out_dir", f"{self.temporary}/run",
-            "--filter", "answer", "--encoder", encoder, "--gate", "binary", "--device", self.flags.device, "--dtype", dtype,
+            "--filter", "answer", "--encoder", encoder, "--gate", "binary", "--reward", "sum", "--probe", "0", "--device", self.flags.device, "--dtype", dtype,
             *self.more])
 
     def demo_pool(self):
