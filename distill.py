@@ -968,7 +968,7 @@ def check_student(student):
 
 
 # ---------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
-# Families whose gate, up and down projections PEFT maps onto fused experts when it loads an adapter.
+# Families whose gate, up and down projections PEFT maps onto fused experts when it loads them.
 REMAPPED_BY_PEFT = {"deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "qwen3_next"}
 
 
