@@ -104,8 +104,7 @@ def make_parser():
     printed = ", ".join(f"{name} {value}" for name, value in AS_PRINTED.items())
     g.add_argument("--as_printed", action="store_true",
                    help="every equation as the paper prints it, but for the sign of the entropy; "
-                        f"sets {printed} and leaves the logits unbounded; a flag beside it still "
-                        "counts")
+                        f"sets {printed}; a flag beside it still counts")
     g.add_argument("--encoder", default="hash", metavar="MODEL",
                    help="Eq 1: 'hash' or a Hugging Face encoder; the paper's is roberta-base "
                         "(hash)")
