@@ -1557,8 +1557,9 @@ def weight_first(module, x):
     rows = x.flatten(0, -2)
     if len(rows) > 64:
         return linear(x, module.weight, module.bias)
-    y = linear(module.weight, rows).T
-    y = y.contiguous() if module.bias is None else y + module.bias
+    y = linear(module.weight, rows).T.contiguous()
+    if module.bias is not None:
+        y += module.bias
     return y.view(*x.shape[:-1], -1)
 
 
