@@ -296,7 +296,6 @@ WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
-EVAL_BATCH = 32  # answers that are generated at a time
 
 
 # ---------------------------------------- the run
@@ -1555,7 +1554,7 @@ def answer(students, test, args):
     every answer}."""
     pairs = [(student.model, student.tokenizer) for student in students]
     with autocast(students[0]):
-        summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens, EVAL_BATCH, seed=args.seed)
+        summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens, seed=args.seed)
     predictions = summary.pop("predictions")
     return {"summary": summary, "predictions": predictions}
 
