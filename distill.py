@@ -122,6 +122,9 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
+    g.add_argument("--posterior_temperature", type=positive, default=4.0, metavar="T",
+                   help="of --reward posterior: at 1 a student soon sees one style only, at 4 it "
+                        "finds a better one later, at 8 it learns less (4)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions all of whose paths are run, forward only, so "
                         "that the router hears about what it does not choose (0.125)")
@@ -555,7 +558,8 @@ def router_step(logits, alpha, p, weight, nll, probed, length, question, args):
     the gradient of L_distill reaches the router through alpha, and a pair that was not run gets the
     mean loss of its question's known pairs, so its gate's gradient is zero. """
     if args.reward == "posterior":  # Eq 9 departs, see posterior_loss
-        loss = qr.posterior_loss(logits[probed], nll[probed], question[probed])
+        loss = qr.posterior_loss(logits[probed], nll[probed], question[probed],
+                                 args.posterior_temperature)
     else:
         cost = nll if args.reward == "sum" else nll / length
         known = (alpha.detach() > 0.5) | probed[:, None]
