@@ -795,7 +795,9 @@ def nll_chunks(h, weight, bias, target, softcap):
     # Two buffers for all chunks, and in place what can be: fresh memory costs a CPU as much as the
     # arithmetic.
     product = weight.new_empty(len(weight) * size)
-    exact = product if weight.dtype == torch.float32 else torch.empty_like(product, dtype=torch.float32)
+    exact = product
+    if weight.dtype != torch.float32:
+        exact = torch.empty_like(product, dtype=torch.float32)
     for rows in torch.arange(len(h), device=h.device).split(size):
         dlogits = product[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
         logits = exact[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
