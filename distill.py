@@ -25,8 +25,6 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partialmethod
 from pathlib import Path
 
 from eval import stop, within
@@ -226,8 +224,6 @@ def check_flags(args):
             stop(f"--{name} is empty: pass a value, or leave the flag out")
     if "" in (args.students or []):
         stop("--students: one of the names is empty")
-    if not args.out_dir and int_variable("WORLD_SIZE", 1) > 1:
-        stop("torchrun needs --out_dir, so that all processes mean the same folder")
     if args.quantize and not (args.students and args.lora_rank):
         stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and "
              "--lora_rank above 0")
@@ -264,22 +260,12 @@ def check_out_dir(folder):
         stop(f"--out_dir {folder}: can't be written ({e.strerror})")
 
 
-def int_variable(name, default):
-    """An environment variable as a whole number; torchrun sets RANK, LOCAL_RANK and WORLD_SIZE."""
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        stop(f"the environment variable {name} is {value!r}, not a whole number: unset it, or use "
-             "torchrun")
-    return int(value)
-
-
 # Before the imports below, which take seconds: --help and wrong flags answer at once.
 if __name__ == "__main__":
     FLAGS = parse_args()
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
@@ -306,7 +292,7 @@ def main(args=None):
     """One run: filter, students, router, training, test, table. args: flags as words, or parsed."""
     args = args if isinstance(args, argparse.Namespace) else parse_args(args)
     out = Path(args.out_dir)
-    device, amp_dtype, rank = set_up(args)
+    device, amp_dtype = set_up(args)
     if args.gate not in qr.GATES:
         stop(f"--gate {args.gate}: router.GATES has {', '.join(qr.GATES)}")
 
@@ -331,22 +317,20 @@ def main(args=None):
     optimizer, router_optimizer = make_optimizers(students, collab, router, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     gates = torch.Generator().manual_seed(args.seed)  # the gates' own random numbers
-    same_weights_everywhere(optimizer)
     per_epoch = math.ceil(len(questions) / args.batch_size)
     steps = args.max_steps or args.epochs * per_epoch
 
     # Start, or go on where a killed run stopped.
-    lock = lock_run_folder(out) if rank == 0 else None
+    lock = lock_run_folder(out)
     state = State(students, router, collab, optimizer, router_optimizer, scaler, gates)
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
     if run is None:
         run = {"step": 0, "tokens": [0] * len(students), "seconds": 0.0, "digest": digest}
-        if rank == 0:
-            start_run_folder(out, args, test)
-            run["before"] = answer(students, tested, args)["summary"]
-            save_checkpoint(out, state, run)
-    logger = Logger(out, args, rank)
+        start_run_folder(out, args, test)
+        run["before"] = answer(students, tested, args)["summary"]
+        save_checkpoint(out, state, run)
+    logger = Logger(out, args)
     interrupted = Interrupt()
     for student in students:
         student.model.train(not student.frozen)
@@ -377,7 +361,6 @@ def main(args=None):
         # about what it did not choose.
         probed = probed_questions(question, args)  # (P,) bool
         heard = nll + probe(students, paths, question, probed, routed, args)
-        sum_over_processes([nll, heard], optimizer, collab)
         nll, heard = nll.cpu(), heard.cpu()  # (P, S) nats of a path, 0 where it was not run
 
         # Eq 3, Eq 4 and Eq 9: the router learns from the students' losses.
@@ -404,7 +387,7 @@ def main(args=None):
                 **step_numbers(paths, nll / length, routed), "entropy": entropy, **seen,
                 "grad_norm": norms[:len(students)], "router_grad_norm": norms[-1],
                 "tokens_per_s": round(sum(trained) / seconds, 1)}
-        if args.eval_every and (step + 1) % args.eval_every == 0 and rank == 0:
+        if args.eval_every and (step + 1) % args.eval_every == 0:
             line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
         logger.write(line, bar)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or interrupted.signal:
@@ -414,27 +397,21 @@ def main(args=None):
     interrupted.restore()
 
     # The students on disk, the test, the table.
-    if rank == 0:
-        for number, student in enumerate(students):
-            save_student(student, out / f"student_{number}")
-        after = answer(students, tested, args)
-        log = logger.lines()
-        write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions)
-        logger.finish()
-        lock.release()
+    for number, student in enumerate(students):
+        save_student(student, out / f"student_{number}")
+    after = answer(students, tested, args)
+    log = logger.lines()
+    write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions)
+    logger.finish()
+    lock.release()
 
 
 def set_up(args):
-    """-> the device, AMP's type (None: float32) and this process's rank; seeds torch."""
-    rank, local = int_variable("RANK", 0), int_variable("LOCAL_RANK", 0)
-    world = int_variable("WORLD_SIZE", 1)
+    """-> the device and AMP's type (None: float32); seeds torch."""
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if args.device == "auto" else args.device)
-        if device.type == "cuda" and (world > 1 or device.index is None):
-            # Under torchrun each process has a card of its own.
-            device = torch.device("cuda", local)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0][:100]
         stop(f"--device {args.device}: not a device of this machine ({why})")
@@ -444,15 +421,8 @@ def set_up(args):
         frozen = device.type == "cuda" or args.lora_rank
         args.dtype = "bf16" if frozen and tasks.has_bfloat16(device) else "float32"
     torch.manual_seed(args.seed)
-    if world > 1:
-        # All processes route alike, each runs its share of the questions, rank 0 speaks and saves.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=24))
-        if rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    return device, amp_dtype, rank
+    return device, amp_dtype
 
 
 # ---------------------------------------- the method's steps
@@ -586,14 +556,10 @@ def step_paths(questions, step, args):
 
 
 def micro_batches(question, args):
-    """Yield the numbers (p,) of the paths of a few questions, of this process's share of the step.
-
-    Their size changes the memory that a step needs, not its results. """
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    size = args.micro_batch_size or math.ceil(args.batch_size / world)
-    for q in range(rank * size, int(question.max()) + 1, world * size):
+    """Yield the numbers (p,) of the paths of --micro_batch_size questions of the step: that changes
+    the memory that it needs, not its results."""
+    size = args.micro_batch_size or args.batch_size
+    for q in range(0, int(question.max()) + 1, size):
         yield ((question >= q) & (question < q + size)).nonzero().squeeze(1)
 
 
@@ -676,32 +642,6 @@ def stop_if_not_finite(nll, norms, step, out, scaler):
         stop(f"step {step + 1}: the loss or gradient of student {lost[0]} is not finite, so "
              f"nothing good can follow; the last good checkpoint stays in {out}; start again with "
              "a smaller --lr")
-
-
-def same_weights_everywhere(optimizer):
-    """Under torchrun: rank 0's weights for all processes."""
-    if dist.is_initialized():
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                dist.broadcast(p.data, 0)
-
-
-def sum_over_processes(losses, optimizer, collab):
-    """Under torchrun: add up losses and gradients. The weights of Eq 9 are the whole step's, so the
-    sum is the gradient of one process."""
-    if not dist.is_initialized():
-        return
-    for nll in losses:
-        dist.all_reduce(nll)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = grad.view_as(p)
-    if not any(p.grad.any() for p in trainable(collab)):
-        # As in one process: no gradient, not a zero one, which Adam's momentum would follow.
-        collab.zero_grad()
 
 
 # ---------------------------------------- one student's forward pass over the paths that it got
@@ -1259,10 +1199,7 @@ def embed(rows, args, device):
 
 def encoded_once(pairs, encoder, device):
     """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d), kept in the user's
-    cache for the next run over the same pool. Under torchrun rank 0 comes first."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank:
-        dist.barrier()
+    cache for the next run over the same pool."""
     name = hashlib.sha256(json.dumps([version_of(encoder), pairs]).encode()).hexdigest()[:32]
     file = cache_folder() / f"embeddings-{name}.safetensors"
     try:
@@ -1273,8 +1210,6 @@ def encoded_once(pairs, encoder, device):
         with contextlib.suppress(OSError, SafetensorError):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_atomic({"h": h}, file)
-    if dist.is_initialized() and not rank:
-        dist.barrier()
     return h
 
 
@@ -1424,8 +1359,6 @@ def start_run_folder(out, args, test):
 
 def save_checkpoint(out, state, run):
     """checkpoint.safetensors: a kill leaves the old one or the new one."""
-    if dist.is_initialized() and dist.get_rank():
-        return
     meta = run | {"scaler": state.scaler.state_dict()}
     save_atomic(state.tensors(), out / "checkpoint.safetensors", {"run": json.dumps(meta)})
 
@@ -1454,8 +1387,7 @@ def resume(out, state, digest):
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
         stop(f"--resume {out}: its checkpoint or log is damaged or another run's "
              f"({tasks.in_a_line(e)}); start a new run")
-    if not (dist.is_initialized() and dist.get_rank()):
-        write_atomic("".join(done), log)  # what came after is done again
+    write_atomic("".join(done), log)  # what came after is done again
     return run
 
 
@@ -1476,14 +1408,12 @@ def write_atomic(text, file):
 
 
 class Logger:
-    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb.
-    Rank 0 alone logs."""
+    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb."""
 
-    def __init__(self, out, args, rank):
+    def __init__(self, out, args):
         self.file = out / "log.jsonl"
-        self.silent = rank > 0
         self.wandb = None
-        if args.wandb and not self.silent:
+        if args.wandb:
             import wandb  # installed: parse_args has looked
 
             name = hashlib.sha256(str(out).encode()).hexdigest()[:16]  # a resumed run's is the same
@@ -1491,8 +1421,6 @@ class Logger:
                                     dir=str(out), resume="allow", id=name)
 
     def write(self, line, bar):
-        if self.silent:
-            return
         with open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
         loss = " ".join(f"{x:.3f}" for x in line["loss"])
@@ -1513,7 +1441,7 @@ class Logger:
 
 
 def flat(value, name=""):
-    """{"loss/0": ...} of nested lists and dicts."""
+    """{"loss/0": ...} of nested lists and dicts: Weights & Biases draws numbers only."""
     if not isinstance(value, (dict, list)):
         return {name: value}
     parts = {}

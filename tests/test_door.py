@@ -214,11 +214,6 @@ def test_empty_value_is_refused_by_the_name_of_its_flag(world, tmp_path, capsys,
     assert flags in refused(capsys, [*flags_of(world, tmp_path / "run"), flags, ""])
 
 
-def test_torchrun_variable_that_is_no_number_is_refused(world, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("WORLD_SIZE", "x")
-    assert "WORLD_SIZE" in refused(capsys, flags_of(world, tmp_path / "run"))
-
-
 def test_held_out_questions_are_all_kept_whatever_the_limit_of_the_test(train):  # noqa: F811
     run = train("--test_frac", 0.5, "--eval_limit", 3, "--max_steps", 1)
     assert (run.out / "test.jsonl").read_text().count("\n") == 12 and run.results["after"]["questions"] == 3

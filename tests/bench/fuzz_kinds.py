@@ -750,7 +750,6 @@ def combinations(rng, box, folder):
         ("distill", [*train, "--quantize", "nf4", "--lora_rank", "0"], {}), ("distill", [*train, "--styles"], {}),
         ("distill", ["--paths", box.arc_test, "--out_dir", str(folder / "run")], {}),
         ("distill", [*train, "--styles", "nosuch"], {}), ("distill", [*train, "--max_len", "3"], {}),
-        ("distill", train, {"WORLD_SIZE": "x"}), ("distill", train, {"RANK": "1", "WORLD_SIZE": "-2"}),
         ("judge", demo[:2], {}), ("judge", out, {}), ("judge", [*demo, "--paths", box.pool], {}),
         ("judge", [*demo, "--judge", "rule", "--accept", "2"], {}), ("judge", [*demo, "--judge", "rule", "--judge", "rule"], {}),
         ("judge", ["--questions", box.test, *out], {}), ("judge", ["--paths", box.pool, "--out", box.pool], {}),

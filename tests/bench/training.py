@@ -82,7 +82,7 @@ def pick(rows, n):
 
 def load(args, rows):
     """What one step needs, as distill.main() sets it up -> a namespace."""
-    device, amp_dtype, _ = distill.set_up(args)
+    device, amp_dtype = distill.set_up(args)
     students = distill.load_students(args, device, amp_dtype)
     rows = distill.encode(rows, students)
     ids = list(dict.fromkeys(row["id"] for row in rows))
