@@ -1,10 +1,8 @@
 """Claims about sampling and judging with real models behind an endpoint, against a hostile server on the loopback."""
 import contextlib
-import email.utils
 import gzip
 import html
 import io
-import itertools
 import json
 import os
 import random
@@ -19,7 +17,6 @@ import urllib.parse
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -465,15 +462,12 @@ def test_budgets_stop_before_they_are_passed_and_a_dry_run_asks_nothing(tmp_path
 
 @pytest.mark.parametrize("header, seconds", [
     ("7", 7), ("0.5", 0.5), ("0", 0), ("1e9", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), ("9" * 400, 600),
-    ("Sat, 01 Jan 99999 00:00:00 GMT", 0), ("Fri, 01 Jan 9999 00:00:00 GMT", 600), ("Fri, 01 Jan 1900 00:00:00 GMT", 0),
-    ("Mon, 99 Foo 2030 99:99:99 GMT", 0)])
+    ("Sat, 01 Jan 99999 00:00:00 GMT", 0), ("Fri, 01 Jan 9999 00:00:00 GMT", 0)])
 def test_retry_after_is_honoured_within_reason(header, seconds):
     assert judge.retry_after(header) == seconds
 
 
-def test_retry_after_may_be_a_date_and_back_off_grows_with_jitter():
-    for offset, low, high in ((100, 90, 100), (-100, -1, 0)):
-        assert low < judge.retry_after(email.utils.formatdate(time.time() + offset, usegmt=True)) <= high
+def test_back_off_grows_with_jitter():
     waits = [[judge.back_off(k) for _ in range(50)] for k in range(12)]
     assert all(len(set(w)) == 50 for w in waits) and max(waits[0]) < min(waits[3]) and max(waits[11]) <= 60
 
@@ -634,21 +628,21 @@ def test_only_right_complete_paths_cost_a_call_and_a_killed_judge_goes_on(tmp_pa
     assert out[1]["verdict"] == {"j": "invalid: too short"} and out[0]["valid"] is None and out[9]["valid"] is False
 
 
-def test_an_unparsed_verdict_is_asked_for_once_more_then_rejected_and_counted_apart(tmp_path, server):
+def test_an_unparsed_verdict_is_rejected_counted_apart_and_not_paid_for_again(tmp_path, server):
     asked = Counter()
 
     def reply(model, prompt):
         k = re.search(r"time (\d)", prompt).group(1)
         asked[k] += 1
-        return "VERDICT: VALID" if k == "0" or k == "1" and asked[k] == 2 else "Looks VALID to me"
+        return "VERDICT: VALID" if k == "0" else "Looks VALID to me"
     server.reply = reply
     done = run("--paths", pool(tmp_path / "p.jsonl", 3), "--judge", f"j@{server.url}", "--out", "o.jsonl", cwd=tmp_path)
-    assert asked == {"0": 1, "1": 2, "2": 2}
-    assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["kept", "kept", "no verdict"]
-    assert re.search(r"^all +3 +2 +- +- +- +1 +- +- +-$", done[0], re.MULTILINE)
-    assert len(read(tmp_path / "o.jsonl.replies.jsonl")) == 5 == booked(tmp_path, "o.jsonl")[0]  # every paid reply is there
+    assert asked == {"0": 1, "1": 1, "2": 1}
+    assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["kept", "no verdict", "no verdict"]
+    assert re.search(r"^all +3 +1 +- +- +- +2 +- +- +-$", done[0], re.MULTILINE)
+    assert len(read(tmp_path / "o.jsonl.replies.jsonl")) == 3 == booked(tmp_path, "o.jsonl")[0]  # every paid reply is there
     run("--paths", tmp_path / "p.jsonl", "--judge", f"j@{server.url}", "--out", "o.jsonl", cwd=tmp_path)
-    assert asked == {"0": 1, "1": 2, "2": 2}  # and none is paid for again
+    assert asked == {"0": 1, "1": 1, "2": 1}  # and none is paid for again
 
 
 def test_accept_says_how_many_judges_must_agree(tmp_path, server):
@@ -656,9 +650,8 @@ def test_accept_says_how_many_judges_must_agree(tmp_path, server):
     judges = [x for m in (1, 2, 4) for x in ("--judge", f"{m}@{server.url}")]
     for accept, kept in ((1, 5), (2, 4), (3, 2), (None, 2)):
         more = ("--accept", accept) if accept else ()
-        done = run("--paths", pool(tmp_path / "p.jsonl"), *judges, *more, "--out", "o.jsonl", cwd=tmp_path)
+        run("--paths", pool(tmp_path / "p.jsonl"), *judges, *more, "--out", "o.jsonl", cwd=tmp_path)
         assert sum(r["valid"] for r in read(tmp_path / "o.jsonl")) == kept
-        assert "Fleiss kappa" in done[0]
     assert server.successes == 18  # the replies are paid for once, whatever --accept says later
     run("--paths", "p.jsonl", *judges, "--accept", 4, "--out", "o.jsonl", cwd=tmp_path, code=2)
 
@@ -676,14 +669,10 @@ def test_a_judge_that_accepts_or_rejects_everything_is_visible(tmp_path, server)
 def test_canaries_known_to_be_bad_are_bad_and_good_are_good():
     rows = [r for r in judge.grade_paths(judge.demo_paths(judge.demo_questions(40, 1), 1)) if r["source_valid"]]
     planted = list(judge.canaries(rows, 200, 0))
-    assert Counter(r["canary"] for r in planted) == {"corrupted number": 50, "steps shuffled": 50, "another question": 50,
-                                                     "injection": 50, "good": 200}
+    assert Counter(r["canary"] for r in planted) == {"corrupted number": 100, "injection": 100, "good": 200}
     assert planted == list(judge.canaries(rows, 200, 0))
     texts = {(r["question"], r["path"]) for r in rows}
-    passed = [row for row in planted if judge.rule_judge(row)[0]]  # another question may happen to use the same numbers:
-    assert {row["canary"] for row in passed} <= {"good", "another question"} and len(passed) < 215
-    assert all(row["correct"] == (row["canary"] == "good") for row in judge.grade_paths(passed))  # its answer differs
-    assert sum(row["canary"] == "good" for row in passed) == 200
+    assert [row["canary"] for row in planted if judge.rule_judge(row)[0]] == ["good"] * 200
     assert all(row["canary"] == "good" or (row["question"], row["path"]) not in texts for row in planted)
 
 
@@ -691,19 +680,6 @@ def test_a_teacher_that_judges_itself_is_warned_about(tmp_path, server):
     server.reply = lambda model, prompt: "VERDICT: VALID"
     done = run("--paths", pool(tmp_path / "p.jsonl"), "--judge", f"t@{server.url}", "--out", "o.jsonl", cwd=tmp_path)
     assert "WARNING" in done[1] and "itself" in done[1]
-
-
-def test_kappas_follow_their_definitions():
-    # the worked example of the textbooks: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no -> kappa 0.4
-    assert abs(judge.agreement(Counter({(True, True): 20, (True, False): 5, (False, True): 10, (False, False): 15})) - 0.4) < 1e-12
-    rng = numpy.random.default_rng(0)
-    for judges in (3, 5):
-        table = rng.random((60, judges)) < rng.random((60, 1))
-        pairs = numpy.mean([numpy.mean(table[:, a] == table[:, b]) for a, b in itertools.combinations(range(judges), 2)])
-        p = table.mean()
-        chance = p * p + (1 - p) * (1 - p)
-        votes = Counter(tuple(bool(x) for x in row) for row in table)
-        assert abs(judge.agreement(votes) - (pairs - chance) / (1 - chance)) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------ a local model
