@@ -18,6 +18,9 @@ import torch
 
 import eval as tasks
 
+QUESTIONS = [{"task": "gsm8k", "question": f"Ann has {n} apples and eats {n // 3} of them. Then {n % 7} friends "
+              f"bring her {n % 5} each. How many has she now?"} for n in range(10, 600)]
+
 
 def ours(model, tokenizer, prompts, rows, new):
     """-> tokens written, seconds until the first answer"""
@@ -34,8 +37,8 @@ def theirs(model, tokenizer, prompts, rows, new):
     for start in range(0, len(prompts), rows):
         batch = prompts[start:start + rows]
         longest = max(map(len, batch))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=model.device)
         with torch.no_grad():
             out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new,
                                  do_sample=False, eos_token_id=sorted(ends), pad_token_id=0)
@@ -48,7 +51,7 @@ def theirs(model, tokenizer, prompts, rows, new):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", required=True, metavar="FOLDER")
-    p.add_argument("--questions", metavar="FILE", help="(the demo's)")
+    p.add_argument("--questions", metavar="FILE", help="(made-up ones)")
     p.add_argument("--limit", type=int, metavar="N", help="questions (the rows, at least 32)")
     p.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -56,12 +59,7 @@ def main():
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--only_ours", action="store_true")
     args = p.parse_args()
-    if args.questions:
-        questions = tasks.read_questions(args.questions)
-    else:
-        questions = [{"task": "gsm8k", "question": f"Ann has {n} apples and eats {n // 3} of them. "
-                      f"Then {n % 7} friends bring her {n % 5} each. How many has she now?"}
-                     for n in range(10, 600)]
+    questions = tasks.read_questions(args.questions) if args.questions else QUESTIONS
     sides = [ours] if args.only_ours else [ours, theirs]
     print(f"{torch.get_num_threads()} threads, own bfloat16: {tasks.has_bfloat16()}")
     for dtype in args.dtypes:

@@ -1,6 +1,6 @@
-"""Speed and memory of a training step against the plain way and TRL: one process, alternating sides, medians.
+"""Speed and memory against the plain way, TRL and generate: one process, alternating sides, medians.
 
-    python tests/bench/training.py [--only trl flops] [--dtypes float32 bf16] [--repeats 3] [--device cuda] [--json FILE]
+    python tests/bench/speed.py [--only trl flops] [--dtypes float32 bf16] [--repeats 3] [--device cuda] [--json FILE]
 
 Every side of a row has the same models, paths, device, type and threads (OMP_NUM_THREADS). ratio = ours / other: speeds
 are better above 1, seconds and memory below. Ours is what the loop of distill.py calls: route, student_step, router_step.
@@ -13,6 +13,8 @@ trl     one student on all paths, against TRL's SFTTrainer with PEFT LoRA at its
 apart   both students with routing, against one after the other on all paths
 memory  peak memory of these steps, and of the loss alone
 flops   share of the measured matrix-product peak that a step reaches
+types   both students on all paths, bf16 against float32 (where the device multiplies both fast)
+answers greedy answers of up to 100 tokens in batches of 32, against transformers' generate (generation.py has more)
 method  a step of both students, against the same forwards and backwards without router and collaboration
 start   a start over N paths, and over four times as many
 
@@ -44,13 +46,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import generation
+
 import distill
 import eval as tasks
 import judge
 import router as qr
 
 NAMES = ["smollm2", "gemma3"]
-SECTIONS = ["memory", "start", "trl", "plain", "apart", "flops", "method"]  # memory first: this process is empty then
+KINDS = {"float32": torch.float32, "bf16": torch.bfloat16}
+# memory first: this process is empty then
+SECTIONS = ["memory", "start", "types", "trl", "answers", "plain", "apart", "flops", "method"]
 
 
 # ---------------------------------------------------------------- models and paths
@@ -197,7 +203,7 @@ def trl_side(b, s):
     """TRL's SFTTrainer with PEFT LoRA on the same rows at its best settings -> a function that makes one step.
 
     Its own fused head (no full logits), length groups, no checkpointing, padding-free where FlashAttention is, its
-    weights in bf16 on a GPU and its products in bf16 where ours are."""
+    weights in bf16 on a GPU and where its products are."""
     import datasets
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -209,7 +215,7 @@ def trl_side(b, s):
     data = datasets.Dataset.from_dict({"input_ids": [p + r for p, r in tokens],
                                        "labels": [[-100] * len(p) + r for p, r in tokens]})
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        student.source, dtype=torch.bfloat16 if cuda else torch.float32,
+        student.source, dtype=torch.bfloat16 if cuda or bf16 else torch.float32,
         attn_implementation="flash_attention_2" if flash else "sdpa")
     small = len(b.rows) if cuda else max(n for n in (1, 2, 3, 4) if len(b.rows) % n == 0)  # a CPU: less padding
     config = SFTConfig(
@@ -421,6 +427,23 @@ class Bench:
             ours, other = self.alternate(b, lambda r, b=b: alone_step(b, 0), trl_side(b, 0))
             self.report(f"{name} alone, {dtype}: ours / TRL", ours, other, "trained response tokens/s")
 
+    def types(self, dtype):
+        if dtype != self.flags.dtypes[-1] or len(self.flags.dtypes) < 2:
+            return
+        for name in NAMES:
+            sides = [load(self.arguments(name, dtype=kind), self.rows) for kind in ("bf16", "float32")]
+            ours, other = self.alternate(sides[0], *(lambda r, b=b: alone_step(b, 0) for b in sides))
+            self.report(f"{name} alone: ours in bf16 / ours in float32", ours, other, "trained response tokens/s")
+
+    def answers(self, dtype):
+        for name in NAMES:
+            model, tokenizer = tasks.load_student(str(self.folder / name), self.flags.device, KINDS[dtype])
+            prompts = [tasks.encode_prompt(tokenizer, tasks.student_prompt(row)) for row in generation.QUESTIONS[:64]]
+            what = model, tokenizer, prompts, 32, 100
+            sides = (lambda r, side=side, what=what: side(*what)[0] for side in (generation.ours, generation.theirs))
+            ours, other = self.alternate(SimpleNamespace(device=model.device), *sides)
+            self.report(f"{name}, {dtype}, answers to 64 questions: ours / generate", ours, other, "new tokens/s")
+
     def plain(self, dtype):
         b = load(self.arguments(*NAMES, dtype=dtype), self.rows)
         ours, other = self.alternate(b, lambda r: our_step(b, r), lambda r: plain_step(b, r))
@@ -434,10 +457,9 @@ class Bench:
 
     def flops(self, dtype):
         b = load(self.arguments(*NAMES, dtype=dtype), self.rows)
-        kind = torch.bfloat16 if dtype == "bf16" else torch.float32
         for s, name in enumerate(NAMES):
             n = step_flops(b.students[s], s, b.rows)
-            ours, best = self.alternate(b, lambda r, s=s, n=n: alone_step(b, s) and n, lambda r: matrix_product(b.device, kind))
+            ours, best = self.alternate(b, lambda r, s=s, n=n: alone_step(b, s) and n, lambda r: matrix_product(b.device, KINDS[dtype]))
             self.report(f"{name} alone, {dtype}: FLOPs of a step / of a matrix product", ours / 1e9, best / 1e9, "GFLOP/s")
             recipe = step_flops(b.students[s], s, b.rows[:1])
             self.report(f"{name}: FLOPs of one path by the recipe / as PyTorch counts them", recipe / 1e9,
