@@ -134,6 +134,11 @@ def make_parser():
     g = p.add_argument_group("collaboration")
     g.add_argument("--mutual_weight", type=weight, default=0.1,
                    help="Eq 9: l2, 0: no collaboration (0.1)")
+    g.add_argument("--rescue", choices=["peer", "own", "teacher"],
+                   help="now and then the students answer some training questions; where one fails "
+                        "every time, another's right answer joins its paths (peer). Controls: as "
+                        "many of its own right answers (own), the teacher's path for the same "
+                        "questions (teacher)")
     g.add_argument("--projection", default="random", choices=["random", "trained"],
                    help="Eq 5: frozen random, or trained, which loses rank (random)")
     g.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=True,
@@ -297,6 +302,7 @@ CLIP = 1.0  # largest gradient norm of a student, the collaboration or the route
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 EVAL_BATCH = 32  # answers that are generated at a time
+RESCUE_EVERY, RESCUE_QUESTIONS, RESCUE_SAMPLES = 25, 64, 4  # steps, training questions, answers
 
 
 # ---------------------------------------- the run
@@ -339,7 +345,8 @@ def main(args=None):
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
     if run is None:
-        run = {"step": 0, "tokens": [0] * len(students), "seconds": 0.0, "digest": digest}
+        run = {"step": 0, "tokens": [0] * len(students), "seconds": 0.0, "digest": digest,
+               "rescued": []}
         if rank == 0:
             start_run_folder(out, args, test)
             run["before"] = answer(students, tested, args)["summary"]
@@ -350,6 +357,7 @@ def main(args=None):
         student.model.train(not student.frozen)
 
     learns = torch.tensor([not student.frozen for student in students])  # (S,)
+    peers = encode(run["rescued"], students) if run["rescued"] else []
     bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
     for step in bar:
         began = time.time()
@@ -363,6 +371,15 @@ def main(args=None):
         logits = router(h[numbers])  # (P, S)
         choice = None if fixed is None else fixed[numbers]  # (P, S)
         alpha, p = route(logits, question, choice, gates, args)  # (P, S) each
+        routable = len(paths)
+        if args.rescue:
+            if step and step % RESCUE_EVERY == 0:
+                found = rescue(students, rows, questions, step, args)
+                run["rescued"] += [{**row, "segments": None, "prompts": None, "responses": None}
+                                   for row in found]
+                peers += found
+            paths, question, alpha = with_peers(paths, question, alpha, peers)
+            length = response_lengths(paths)
         routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
@@ -381,7 +398,9 @@ def main(args=None):
         # Eq 3, Eq 4 and Eq 9: the router learns from the students' losses.
         entropy = None
         if args.route == "learned":
-            entropy = router_step(logits, alpha, p, weight, heard, probed, length, question, args)
+            those = slice(routable)
+            entropy = router_step(logits, alpha[those], p, weight[those], heard[those],
+                                  probed[those], length[those], question[those], args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -527,6 +546,61 @@ def collaborate(collab, z, segment, segments, routed, nll, seen, args):
         seen["spread"].append(torch.stack(spread)[None])
         seen["rank"].append(torch.stack(rank)[None])
     return args.mutual_weight * l_mutual.sum() + l_competence.sum()
+
+
+@torch.no_grad()
+def rescue(students, rows, questions, step, args):
+    """Beside the paper: text from one student for another, so tokenizers do not matter.
+
+    The students answer RESCUE_QUESTIONS training questions, RESCUE_SAMPLES times each; an answer
+    is right if it passes the filter of the teacher's paths. -> the rows, encoded, for the student
+    `learner`, which failed every time: another's right answer; or one of the two controls."""
+    draw = random.Random(f"rescue {args.seed} {step}")
+    asked = draw.sample(range(len(questions)), min(RESCUE_QUESTIONS, len(questions)))
+    plain = [{key: value for key, value in rows[questions[i][0]].items()
+              if key not in ("segments", "n_segments", "prompts", "responses", "text")}
+             for i in asked]
+    until = [tasks.ASKED[tasks.TASKS[row["task"]]] for row in plain]
+    right = []  # [student][question]: rows
+    for s, student in enumerate(students):
+        prompts = [rows[questions[i][0]]["prompts"][s].tolist() for i in asked]
+        with autocast(student):
+            answers = tasks.generate(student.model, student.tokenizer, prompts,
+                                     args.eval_max_new_tokens, EVAL_BATCH, RESCUE_SAMPLES,
+                                     seed=draw.randrange(2**31), until=until,
+                                     desc=f"student {s} answers")
+        said = [[{**row, "style": "peer", "path": answer["text"], "finish_reason": "stop"}
+                 for answer in of_question] for row, of_question in zip(plain, answers)]
+        for of_question in said:
+            grade_and_judge(of_question)
+        right.append([judge.filter_pool(of_question, args.filter) for of_question in said])
+    found = []
+    for s in range(len(students)):
+        others = [[row for t in range(len(students)) if t != s for row in right[t][q]]
+                  for q in range(len(asked))]
+        failed = [q for q in range(len(asked)) if not right[s][q] and others[q]]
+        if args.rescue == "peer":
+            mine = [draw.choice(others[q]) for q in failed]
+        elif args.rescue == "own":
+            can = [q for q in range(len(asked)) if right[s][q]]
+            mine = [draw.choice(right[s][q]) for q in draw.sample(can, min(len(can), len(failed)))]
+        else:
+            mine = [rows[draw.choice(questions[asked[q]])] for q in failed]
+            mine = [{**plain[q], "style": "peer", "path": row["path"]}
+                    for q, row in zip(failed, mine)]
+        found += [{**row, "learner": s} for row in mine]
+    return encode(found, students) if found else []
+
+
+def with_peers(paths, question, alpha, peers):
+    """The step's paths, questions and gates with the rescued paths of its questions behind them."""
+    number = {path["id"]: int(q) for path, q in zip(paths, question)}
+    more = [row for row in peers if row["id"] in number]
+    learner = torch.tensor([row["learner"] for row in more], dtype=torch.long)
+    gates = F.one_hot(learner, alpha.shape[1]).to(alpha)
+    question = torch.cat([question, torch.tensor([number[row["id"]] for row in more],
+                                                 dtype=torch.long)])
+    return paths + more, question, torch.cat([alpha, gates])
 
 
 def probed_questions(question, args):
@@ -1126,14 +1200,19 @@ def graded_pool(args):
     else:
         rows = judge.demo_paths(judge.demo_questions(300, args.seed), args.seed)
     raw = [row for row in rows if not {"prediction", "correct", "valid", "verdict"} <= row.keys()]
-    judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
-    for row in raw:
-        row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
-        row["verdict"] = verdict and {"rule": verdict}
+    grade_and_judge(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
     if args.filter == "full" and any(row["valid"] is None for row in rows):
         print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with "
               "wrong steps")
     return rows
+
+
+def grade_and_judge(rows):
+    """Both steps of the filter; the second knows the demo only, and is left open elsewhere."""
+    for row in rows:
+        judge.grade_paths([row])
+        row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
+        row["verdict"] = verdict and {"rule": verdict}
 
 
 def held_out_questions(rows, ids, args):
