@@ -122,6 +122,9 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
+    g.add_argument("--posterior_temperature", type=positive, default=4.0, metavar="T",
+                   help="of --reward posterior: at 1 a student soon sees one style only, at 4 it "
+                        "finds a better one later, at 8 it learns less (4)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions all of whose paths are run, forward only, so "
                         "that the router hears about what it does not choose (0.125)")
@@ -301,7 +304,6 @@ WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
-EVAL_BATCH = 32  # answers that are generated at a time
 RESCUE_EVERY, RESCUE_QUESTIONS, RESCUE_SAMPLES = 25, 64, 4  # steps, training questions, answers
 
 
@@ -566,7 +568,7 @@ def rescue(students, rows, questions, step, args):
         prompts = [rows[questions[i][0]]["prompts"][s].tolist() for i in asked]
         with autocast(student):
             answers = tasks.generate(student.model, student.tokenizer, prompts,
-                                     args.eval_max_new_tokens, EVAL_BATCH, RESCUE_SAMPLES,
+                                     args.eval_max_new_tokens, samples=RESCUE_SAMPLES,
                                      seed=draw.randrange(2**31), until=until,
                                      desc=f"student {s} answers")
         said = [[{**row, "style": "peer", "path": answer["text"], "finish_reason": "stop"}
@@ -630,7 +632,8 @@ def router_step(logits, alpha, p, weight, nll, probed, length, question, args):
     the gradient of L_distill reaches the router through alpha, and a pair that was not run gets the
     mean loss of its question's known pairs, so its gate's gradient is zero. """
     if args.reward == "posterior":  # Eq 9 departs, see posterior_loss
-        loss = qr.posterior_loss(logits[probed], nll[probed], question[probed])
+        loss = qr.posterior_loss(logits[probed], nll[probed], question[probed],
+                                 args.posterior_temperature)
     else:
         cost = nll if args.reward == "sum" else nll / length
         known = (alpha.detach() > 0.5) | probed[:, None]
@@ -1634,7 +1637,7 @@ def answer(students, test, args):
     every answer}."""
     pairs = [(student.model, student.tokenizer) for student in students]
     with autocast(students[0]):
-        summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens, EVAL_BATCH, seed=args.seed)
+        summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens, seed=args.seed)
     predictions = summary.pop("predictions")
     return {"summary": summary, "predictions": predictions}
 

@@ -1211,8 +1211,8 @@ def logit_factor(config):
 
 
 # ---------------------------------------------------------------- generation
-def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, temperature=None,
-             seed=0, desc=None, until=None, done=None, dtype=None):
+def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples=1,
+             temperature=None, seed=0, desc=None, until=None, done=None, dtype=None):
     """Responses to prompts (lists of token ids): [prompt][sample] of {"text", "tokens": their
     number, "logprob": their mean log-probability, "stopped": it ended by itself}.
 
@@ -1220,8 +1220,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
     sample hangs on seed, prompt and sample number, not on the batch around it. It ends with an end
     token (which counts, but is not in the text), after max_new_tokens, where the model's context
     ends, or with the first match of `until`, a pattern for each prompt, which is looked for every
-    16 tokens. batch_size responses are written at a time; as soon as sample k of prompt i ends,
-    done(i, k, response) is called and another one takes its row. For `dtype` see laid_out.
+    16 tokens. batch_size responses are written at a time (None: see rows_at_once); as soon as
+    sample k of prompt i ends, done(i, k, response) is called and another one takes its row. For
+    `dtype` see laid_out.
     """
     import torch
     from tqdm import tqdm
@@ -1258,13 +1259,20 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples=1, t
     was_training = model.training
     bar = tqdm(total=len(rows), desc=desc, disable=desc is None, leave=False)
     with torch.no_grad(), laid_out(model.eval(), dtype), bar:
-        for row in write(model, rows, batch_size, temperature, ended):
+        at_once = batch_size or rows_at_once(model.device)
+        for row in write(model, rows, at_once, temperature, ended):
             results[row.i][row.k] = response(row)
             bar.update()
             if done:
                 done(row.i, row.k, results[row.i][row.k])
     model.train(was_training)
     return results
+
+
+def rows_at_once(device):
+    """How many responses are written at a time: a CPU reads all weights once for all of them, a GPU
+    has little room for the caches of a 7B model."""
+    return 96 if device.type == "cpu" else 32
 
 
 def end_tokens(model, tokenizer):
@@ -1557,13 +1565,14 @@ def weight_first(module, x):
     rows = x.flatten(0, -2)
     if len(rows) > 64:
         return linear(x, module.weight, module.bias)
-    y = linear(module.weight, rows).T
-    y = y.contiguous() if module.bias is None else y + module.bias
+    y = linear(module.weight, rows).T.contiguous()
+    if module.bias is not None:
+        y += module.bias
     return y.view(*x.shape[:-1], -1)
 
 
 # ---------------------------------------------------------------- evaluation
-def evaluate(students, rows, max_new_tokens, batch_size, samples=1, temperature=None, seed=0):
+def evaluate(students, rows, max_new_tokens, batch_size=None, samples=1, temperature=None, seed=0):
     """Students [(model, tokenizer), ...] on rows, in shares of 1.
 
     -> {"questions": their number, "accuracy", "unparsed", "stopped": per student a share of its
@@ -1819,8 +1828,8 @@ def parse_args():
                    help="sampling temperature (0, greedy, for one sample; else 0.8)")
     g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N",
                    help="longest response in tokens (512)")
-    g.add_argument("--batch_size", type=positive, default=16, metavar="N",
-                   help="responses generated at a time (16)")
+    g.add_argument("--batch_size", type=positive, metavar="N",
+                   help="responses generated at a time (32; on a CPU 96)")
     g.add_argument("--device", type=nonempty,
                    help="cpu, cuda, cuda:1, mps ... (cuda where there is one, else cpu)")
     g.add_argument("--seed", type=int, default=0, help="of the sampling (0)")

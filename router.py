@@ -196,16 +196,17 @@ def fill_skipped(nll, alpha, question, normalize="question"):
     return torch.where(alpha > 0, nll, mean[question])
 
 
-def posterior_loss(logits, nll, question):
+def posterior_loss(logits, nll, question, temperature=1.0):
     """What the router minimises on questions all of whose paths were run: the cross-entropy of its
-    choice, a softmax over a question's paths, to the student's own, softmax_j log p_s(R_ij | Q_i).
+    choice, a softmax over a question's paths, to the student's own, softmax_j log p_s(R_ij | Q_i),
+    at a temperature: the higher it is, the more the student also sees of its second choices.
 
     logits, nll (P, S), nats of a whole path; question (P,) -> scalar, a mean over questions.
     Eq 9 departs: with its gate as a distribution over a question's paths and the entropy of Eq 4
-    over it, sum_j p_j nll_j - H(p) is least at this very softmax. Unlike that form's gradient,
-    p - softmax(-nll) does not vanish where the router is sure of a path that has become bad.
+    over it, sum_j p_j nll_j - temperature H(p) is least at this very softmax. Unlike that form's
+    gradient, this one does not vanish where the router is sure of a path that has become bad.
     """
-    wanted = softmax_per_question(-nll, question)
+    wanted = softmax_per_question(-nll / temperature, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
 

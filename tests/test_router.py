@@ -255,14 +255,15 @@ def test_skipped_losses_are_the_mean_of_the_known_ones():
         assert abs(filled[p, s] - want) < 1e-12
 
 
-def test_posterior_loss_is_the_cross_entropy_of_the_choice_to_the_students_own():
+@pytest.mark.parametrize("temperature", [1, 4])
+def test_posterior_loss_is_the_cross_entropy_of_the_choice_to_the_students_own(temperature):
     logits, nll = randn(9, 2).requires_grad_(), 30 + 3 * randn(9, 2, seed=1)
-    loss = qr.posterior_loss(logits, nll, QUESTION)
+    loss = qr.posterior_loss(logits, nll, QUESTION, temperature)
     by_hand, gradient = 0, np.zeros((9, 2))
     for q, s in itertools.product(range(3), range(2)):
         mine = np.flatnonzero(QUESTION == q)
         p = np.exp(logits.detach().numpy()[mine, s])
-        wanted = np.exp(30 - nll.numpy()[mine, s])
+        wanted = np.exp((30 - nll.numpy()[mine, s]) / temperature)
         p, wanted = p / p.sum(), wanted / wanted.sum()
         by_hand -= (wanted * np.log(p)).sum() / 3
         gradient[mine, s] = (p - wanted) / 3  # it does not vanish where p is sure of the wrong path
@@ -270,13 +271,14 @@ def test_posterior_loss_is_the_cross_entropy_of_the_choice_to_the_students_own()
     assert np.abs(torch.autograd.grad(loss, logits)[0].numpy() - gradient).max() < 1e-12
 
 
-def test_posterior_is_where_eq_9_with_the_entropy_over_a_questions_paths_is_least():
+@pytest.mark.parametrize("temperature", [1, 4])
+def test_posterior_is_where_eq_9_with_the_entropy_over_a_questions_paths_is_least(temperature):
     nll = 10 + 2 * randn(9, 2)
-    least = qr.softmax_per_question(-nll, QUESTION)
+    least = qr.softmax_per_question(-nll / temperature, QUESTION)
 
     def free_energy(logits):
         p = qr.softmax_per_question(logits, QUESTION)
-        return (p * nll + p * p.log()).sum()
+        return (p * nll + temperature * p * p.log()).sum()
 
     logits = randn(9, 2, seed=3).requires_grad_()
     optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
@@ -305,7 +307,7 @@ def follow(costs, reward, steps=150, betas=(0.5, 0.95), decay=0.1, lr=0.3):
         probed = EIGHT == 0
         optimizer.zero_grad()
         if reward == "posterior":
-            qr.posterior_loss(logits[probed], nll[probed], EIGHT[probed]).backward()
+            qr.posterior_loss(logits[probed], nll[probed], EIGHT[probed], temperature=4).backward()
         else:  # a first phase in which all is known, then one path of each question, which has no peer
             alpha, _ = qr.categorical_gate(logits, EIGHT, generator)
             alpha = alpha + (1 - alpha.detach()) if step < 0.2 * steps else alpha
