@@ -65,6 +65,12 @@ TABLES = {
         Row("all paths to both, no collaboration", "--route all --mutual_weight 0"),
     ],
     "harmful": HARMFUL,
+    "rescue": [
+        Row(FULL),
+        Row("rescue: the peer's answer", "--rescue peer"),
+        Row("control: the student's own answers", "--rescue own"),
+        Row("control: the teacher's path", "--rescue teacher"),
+    ],
     "samples": SAMPLES,
 }
 
