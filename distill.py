@@ -120,9 +120,9 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
-    g.add_argument("--posterior_temperature", type=positive, default=4.0, metavar="T",
-                   help="of --reward posterior: at 1 a student soon sees one style only, at 4 it "
-                        "finds a better one later, at 8 it learns less (4)")
+    g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
+                   help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
+                        "a style that was bad at first is found, for some accuracy (1)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions all of whose paths are run, forward only, so "
                         "that the router hears about what it does not choose (0.125)")

@@ -307,7 +307,7 @@ def follow(costs, reward, steps=150, betas=(0.5, 0.95), decay=0.1, lr=0.3):
         probed = EIGHT == 0
         optimizer.zero_grad()
         if reward == "posterior":
-            qr.posterior_loss(logits[probed], nll[probed], EIGHT[probed], temperature=4).backward()
+            qr.posterior_loss(logits[probed], nll[probed], EIGHT[probed]).backward()
         else:  # a first phase in which all is known, then one path of each question, which has no peer
             alpha, _ = qr.categorical_gate(logits, EIGHT, generator)
             alpha = alpha + (1 - alpha.detach()) if step < 0.2 * steps else alpha
@@ -321,7 +321,7 @@ def follow(costs, reward, steps=150, betas=(0.5, 0.95), decay=0.1, lr=0.3):
 def test_router_finds_each_students_cheapest_path():
     cost = torch.tensor([[20.0, 30], [25, 20], [60, 25], [200, 90]])  # per style and student, nats a path
     rate = follow(lambda step: cost, "posterior")[-30:].mean(0)
-    assert rate[0, 0] > 0.6 and rate[1, 1] > 0.6 and rate[3].max() < 0.05
+    assert rate[0, 0] > 0.7 and rate[1, 1] > 0.7 and rate[3].max() < 0.05
 
 
 def test_router_leaves_a_style_that_becomes_bad_within_a_tenth_of_the_run_and_the_one_of_before_stays():
@@ -342,7 +342,7 @@ def test_router_finds_a_style_that_was_bad_at_first_and_the_one_of_before_does_n
     scrambled[0] = 150
     turn = {"posterior": {}, "first phase": {"betas": (0.9, 0.999), "decay": 0.0, "lr": 0.1}}
     rates = {name: follow(lambda step: scrambled if step < 30 else clean, name, **more) for name, more in turn.items()}
-    assert rates["posterior"][29, 0].max() < 0.1 and rates["posterior"][45:].mean(0)[0].min() > 0.7
+    assert rates["posterior"][29, 0].max() < 0.1 and rates["posterior"][45:].mean(0)[0].min() > 0.8
     assert rates["first phase"][-1, 0].max() < 0.2
 
 

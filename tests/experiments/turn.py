@@ -76,15 +76,15 @@ def run(job):
     """One run -> its line."""
     import distill
 
-    kind, seed, out = job
-    stage, folder = Stage(distill, kind), out / f"turn_{kind}_{seed}"
+    kind, seed, more, out = job
+    stage, folder = Stage(distill, kind), out / "_".join(["turn", kind, str(seed), *more])
     for name in stage.plain:
         setattr(distill, name, getattr(stage, name))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
                 contextlib.redirect_stderr(nowhere):
             distill.main(["--seed", str(seed), "--max_steps", str(STEPS), "--eval_limit", "1",
-                          "--out_dir", str(folder)])
+                          "--out_dir", str(folder), *more])
     finally:
         for name, function in stage.plain.items():
             setattr(distill, name, function)
@@ -95,7 +95,7 @@ def run(job):
         before = [stage.rate("vanilla", s, FIND_AT - 10, FIND_AT) for s in range(2)]
         rates = [stage.rate("vanilla", s, -30, None) for s in range(2)]
     versions = json.loads((folder / "results.json").read_text())["versions"]
-    return {"kind": kind, "seed": seed, "before": [round(x, 3) for x in before],
+    return {"kind": kind, "seed": seed, "more": " ".join(more), "before": [round(x, 3) for x in before],
             "after": [round(x, 3) for x in rates], "versions": versions}
 
 
@@ -105,9 +105,10 @@ def main():
     p.add_argument("--kinds", nargs="+", choices=["leave", "find"], default=["leave", "find"], help="(both)")
     p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders (out/experiments)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
+    p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further flags of every run")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
-    jobs = [(kind, seed, args.out) for seed in args.seeds for kind in args.kinds]
+    jobs = [(kind, seed, args.more, args.out) for seed in args.seeds for kind in args.kinds]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, \
             open(HERE / "results" / "turn.jsonl", "a") as file:
         for line in pool.map(run, jobs):
