@@ -331,7 +331,7 @@ def main(args=None):
         run["before"] = answer(students, tested, args)["summary"]
         save_checkpoint(out, state, run)
     logger = Logger(out, args)
-    interrupted = Interrupt()
+    pressed = note_ctrl_c()
     for student in students:
         student.model.train(not student.frozen)
 
@@ -390,11 +390,11 @@ def main(args=None):
         if args.eval_every and (step + 1) % args.eval_every == 0:
             line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
         logger.write(line, bar)
-        if (step + 1) % args.save_every == 0 or step + 1 == steps or interrupted.signal:
+        if (step + 1) % args.save_every == 0 or step + 1 == steps or pressed:
             save_checkpoint(out, state, run)
-        if interrupted.signal:
-            interrupted.stop(out)
-    interrupted.restore()
+        if pressed:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # The students on disk, the test, the table.
     for number, student in enumerate(students):
@@ -1450,24 +1450,17 @@ def flat(value, name=""):
     return parts
 
 
-class Interrupt:
-    """Ctrl-C: the step is finished and a checkpoint written; a second one ends the run at once."""
+def note_ctrl_c():
+    """-> a list that the first Ctrl-C puts something into, so that the step is finished and a
+    checkpoint written; a second one ends the run at once."""
+    pressed = []
 
-    def __init__(self):
-        self.signal = None
-        self.before = signal.signal(signal.SIGINT, self.notice)
+    def note(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def notice(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, self.before)
-
-    def restore(self):
-        signal.signal(signal.SIGINT, self.before)
-
-    def stop(self, out):
-        print(f"\nstopped after a checkpoint; go on with: python distill.py --resume {out}",
-              file=sys.stderr)
-        raise SystemExit(130)
+    signal.signal(signal.SIGINT, note)
+    return pressed
 
 
 def step_numbers(paths, nll, routed):
@@ -1662,12 +1655,14 @@ def warm_start(model, tokenizer, sentences, label):
 
 
 def run():
-    """main() as a command."""
+    """main() as a command: Ctrl-C says how to go on."""
     try:
         main(FLAGS)
-    except KeyboardInterrupt:  # a run that has a checkpoint ends with one more, see Interrupt
-        print("\nstopped before the first step: start it again", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        if (Path(FLAGS.out_dir) / "checkpoint.safetensors").exists():
+            print(f"\nstopped; go on with: python distill.py --resume {FLAGS.out_dir}",
+                  file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
