@@ -270,7 +270,7 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
@@ -1185,7 +1185,7 @@ def embed(rows, args, device):
         texts = [f"{question}\n{path}" for question, path in pairs]
         h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
-        h = encoded_once(pairs, args.encoder, device)
+        h = encode_pairs(pairs, args.encoder, device)
     # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit
     # as the one style
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
@@ -1197,44 +1197,14 @@ def embed(rows, args, device):
     return h
 
 
-def encoded_once(pairs, encoder, device):
-    """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d), kept in the user's
-    cache for the next run over the same pool."""
-    name = hashlib.sha256(json.dumps([version_of(encoder), pairs]).encode()).hexdigest()[:32]
-    file = cache_folder() / f"embeddings-{name}.safetensors"
-    try:
-        h = load_file(file)["h"]
-    except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
-        h = encode_pairs(pairs, encoder, device)
-        # Where nothing can be written, nothing is kept.
-        with contextlib.suppress(OSError, SafetensorError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_atomic({"h": h}, file)
-    return h
-
-
-def cache_folder():
-    """Where the demo's students and the embeddings are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
-
-
-def version_of(encoder):
-    """What an encoder is now: its name and, of a folder, its files' sizes and times of change."""
-    files = sorted(Path(encoder).glob("*")) if os.path.isdir(encoder) else []
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return [encoder, stats]
-
-
 def encode_pairs(pairs, encoder, device):
     """Eq 1 for pairs (question, path) -> (P, d)."""
     try:
-        # A loaded encoder may draw random numbers, a cache draws none.
-        with torch.random.fork_rng(devices=[]):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
-            model, report = transformers.AutoModel.from_pretrained(
-                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True)
-            model = model.to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+        model, report = transformers.AutoModel.from_pretrained(
+            encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+        model = model.to(device).eval()
     except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
         stop(f"--encoder {encoder}: not an encoder that transformers can load "
              f"({tasks.in_a_line(e)})")
@@ -1573,7 +1543,8 @@ def demo_students(seed):
     the first time."""
     parts = (make_demo_students, demo_tokenizer, warm_start, judge.demo_sentences, judge.demo_paths)
     recipe = "".join(map(inspect.getsource, parts)) + torch.__version__
-    folder = cache_folder() / f"demo-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
+    folder = cache / f"demo-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     try:
         return [load_demo_student(folder / str(number)) for number in range(2)]
     except (OSError, ValueError, SafetensorError, RuntimeError):  # none yet, or a damaged one

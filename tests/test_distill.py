@@ -754,16 +754,21 @@ def test_loss_scale_of_fp16_is_part_of_the_checkpoint(world, tmp_path):
     same_run(files_of(killed), files_of(whole))
 
 
-def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(world, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
-    AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(tmp_path / "encoder")
+    model = BertModel(config)
+    whole = model.state_dict()
     runs = []
-    for name in ("cold", "warm"):  # the second one finds all embeddings in the cache
-        distill.main(flags_of(world, tmp_path / name, "--encoder", tmp_path / "encoder", "--router_hidden", 4))
-        runs.append(files_of(tmp_path / name))
+    for name in ("all weights", "no pooler"):
+        folder = tmp_path / name
+        weights = {key: x for key, x in whole.items() if name == "all weights" or "pooler" not in key}
+        model.save_pretrained(folder, state_dict=weights)
+        assert load_file(folder / "model.safetensors").keys() == weights.keys()
+        AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(folder)
+        run = tmp_path / f"run, {name}"
+        distill.main(flags_of(world, run, "--encoder", folder, "--router_hidden", 4))
+        runs.append(files_of(run))
     same_run(*runs)
 
 
