@@ -1010,7 +1010,7 @@ def save_adapter(layers, student, folder):
         print(f"{folder}: PEFT renames parts of this family's adapters and would load others; "
               "load it with eval.py")
     metadata = {"format": "pt"} | ({"base": student.fingerprint} if student.fingerprint else {})
-    save_atomic(tensors, folder / "adapter_model.safetensors", metadata)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata)
 
 
 def model_card(student, adapter):
@@ -1328,9 +1328,13 @@ def start_run_folder(out, args, test):
 
 
 def save_checkpoint(out, state, run):
-    """checkpoint.safetensors: a kill leaves the old one or the new one."""
-    meta = run | {"scaler": state.scaler.state_dict()}
-    save_atomic(state.tensors(), out / "checkpoint.safetensors", {"run": json.dumps(meta)})
+    """checkpoint.safetensors: a kill leaves the old one or the new one, never half of one."""
+    meta = json.dumps(run | {"scaler": state.scaler.state_dict()})
+    part = out / "checkpoint.safetensors.part"
+    save_file({name: x.contiguous() for name, x in state.tensors().items()}, part, {"run": meta})
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, out / "checkpoint.safetensors")
 
 
 def resume(out, state, digest):
@@ -1361,18 +1365,8 @@ def resume(out, state, digest):
     return run
 
 
-def save_atomic(tensors, file, metadata=None):
-    """Write a safetensors file such that a kill leaves the old one or the new one, never half of
-    one."""
-    part = Path(f"{file}.{os.getpid()}.part")  # several runs may fill the cache of embeddings
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(part, file)
-
-
 def write_atomic(text, file):
-    """The same for text."""
+    """Write a text file such that a kill leaves the old one or the new one."""
     Path(f"{file}.part").write_text(text, encoding="utf-8")
     os.replace(f"{file}.part", file)
 

@@ -722,8 +722,8 @@ def die_after(monkeypatch, where, name, calls):
 MOMENTS = {
     "before the first checkpoint": (distill.tasks, "evaluate", 1), "in the first step": (distill, "clip_gradients", 1),
     "between checkpoints": (distill, "clip_gradients", 6 * 2),
-    "just before a checkpoint": (distill, "save_atomic", 3),
-    "before the checkpoint replaces the old one": (distill.os, "replace", 3),
+    "just before a checkpoint": (distill, "save_checkpoint", 3),
+    "before the checkpoint replaces the old one": (distill.os, "replace", 3 + 2),  # flags, test and log come first
     "saving a student": (distill, "save_student", 2), "in the final evaluation": (distill.tasks, "evaluate", 2),
     "before the table": (distill, "print_results", 1),
 }
