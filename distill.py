@@ -330,7 +330,7 @@ def main(args=None):
         start_run_folder(out, args, test)
         run["before"] = answer(students, tested, args)["summary"]
         save_checkpoint(out, state, run)
-    logger = Logger(out, args)
+    board = start_wandb(out, args)
     pressed = note_ctrl_c()
     for student in students:
         student.model.train(not student.frozen)
@@ -389,7 +389,7 @@ def main(args=None):
                 "tokens_per_s": round(sum(trained) / seconds, 1)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
             line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
-        logger.write(line, bar)
+        log_step(line, out, bar, board)
         if (step + 1) % args.save_every == 0 or step + 1 == steps or pressed:
             save_checkpoint(out, state, run)
         if pressed:
@@ -400,9 +400,9 @@ def main(args=None):
     for number, student in enumerate(students):
         save_student(student, out / f"student_{number}")
     after = answer(students, tested, args)
-    log = logger.lines()
-    write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions)
-    logger.finish()
+    write_results(out, args, run, after, students, per_epoch, pool, rows, questions)
+    if board:
+        board.finish()
     lock.release()
 
 
@@ -1371,37 +1371,29 @@ def write_atomic(text, file):
     os.replace(f"{file}.part", file)
 
 
-class Logger:
-    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb."""
+def start_wandb(out, args):
+    """A run of Weights & Biases, None without --wandb; a resumed run goes on with its own."""
+    if not args.wandb:
+        return None
+    import wandb  # installed: check_flags has looked
 
-    def __init__(self, out, args):
-        self.file = out / "log.jsonl"
-        self.wandb = None
-        if args.wandb:
-            import wandb  # installed: parse_args has looked
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    return wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
+                      resume="allow", id=name)
 
-            name = hashlib.sha256(str(out).encode()).hexdigest()[:16]  # a resumed run's is the same
-            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args),
-                                    dir=str(out), resume="allow", id=name)
 
-    def write(self, line, bar):
-        with open(self.file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
-        loss = " ".join(f"{x:.3f}" for x in line["loss"])
-        rate = " ".join(f"{x:.2f}" for x in line["rate"])
-        bar.set_postfix_str(f"loss {loss}, rate {rate}")
-        if "accuracy" in line:
-            accuracy = " / ".join(f"{100 * x:.1f}" for x in line["accuracy"])
-            bar.write(f"step {line['step']}: {accuracy} % right")
-        if self.wandb:
-            self.wandb.log(flat(line), step=line["step"])
-
-    def lines(self):
-        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-
-    def finish(self):
-        if self.wandb:
-            self.wandb.finish()
+def log_step(line, out, bar, board):
+    """A step's line goes to log.jsonl, the progress bar and Weights & Biases."""
+    with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+    loss = " ".join(f"{x:.3f}" for x in line["loss"])
+    rate = " ".join(f"{x:.2f}" for x in line["rate"])
+    bar.set_postfix_str(f"loss {loss}, rate {rate}")
+    if "accuracy" in line:
+        accuracy = " / ".join(f"{100 * x:.1f}" for x in line["accuracy"])
+        bar.write(f"step {line['step']}: {accuracy} % right")
+    if board:
+        board.log(flat(line), step=line["step"])
 
 
 def flat(value, name=""):
@@ -1458,10 +1450,11 @@ def answer(students, test, args):
     return {"summary": summary, "predictions": predictions}
 
 
-def write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions):
+def write_results(out, args, run, after, students, per_epoch, pool, rows, questions):
     """predictions.jsonl, results.json, and the table on the screen."""
     lines = [json.dumps(line) + "\n" for line in after["predictions"]]
     write_atomic("".join(lines), out / "predictions.jsonl")
+    log = tasks.read_jsonl(out / "log.jsonl")
     last = log[-per_epoch:]  # the selection rates are of the last epoch
     rates = {}
     for style in sorted({row["style"] for row in rows}):
