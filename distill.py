@@ -1242,15 +1242,11 @@ class State:
         modules = {"router": self.router, "collab": self.collab}
         for i, student in enumerate(self.students):
             modules[f"student_{i}"] = student.model
-        weights = {}
-        for name, module in modules.items():
-            for key, p in module.named_parameters():
-                if p.requires_grad or name == "collab":
-                    weights[f"{name}.{key}"] = p.data
-        return weights
+        named = nn.ModuleDict(modules).named_parameters()
+        return {name: p.data for name, p in named
+                if p.requires_grad or name.startswith("collab.")}
 
     def optimizers(self):
-        """{name: optimiser}."""
         return {"optimizer": self.optimizer, "router_optimizer": self.router_optimizer}
 
     def tensors(self):
@@ -1270,13 +1266,12 @@ class State:
         """Put the tensors of a checkpoint back in place; KeyError or RuntimeError if they are
         another run's."""
         for name, optimizer in self.optimizers().items():
-            moments = defaultdict(dict)
+            whole = optimizer.state_dict()  # without moments yet
             for key, tensor in saved.items():
                 if key.startswith(f"{name}."):
                     _, i, moment = key.split(".")
-                    moments[int(i)][moment] = tensor
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+                    whole["state"].setdefault(int(i), {})[moment] = tensor
+            optimizer.load_state_dict(whole)
         for name, tensor in self.weights().items():
             tensor.copy_(saved[name])
         self.gates.set_state(saved["rng.gates"])
@@ -1300,10 +1295,9 @@ def digest_of(rows, test, students):
     digest.update(json.dumps(test).encode())
     for student in students:
         for name, p in student.model.state_dict().items():
-            if "lora" not in name:
-                bits = p.contiguous().view(INTEGERS[p.element_size()])
-                total = int(bits.sum(dtype=torch.int64))
-                digest.update(f"{name} {tuple(p.shape)} {total}".encode())
+            bits = p.contiguous().view(INTEGERS[p.element_size()])
+            total = int(bits.sum(dtype=torch.int64))
+            digest.update(f"{name} {tuple(p.shape)} {total}".encode())
     return digest.hexdigest()
 
 
@@ -1420,23 +1414,17 @@ def note_ctrl_c():
 
 
 def step_numbers(paths, nll, routed):
-    """Of one step: loss (nats per response token) and share of paths per student, in all and by
-    style.
+    """Of one step, for each student: loss (nats per response token), share of the paths that it
+    got, and the same share of each style's.
 
     paths: P rows; nll (P, S) per token, 0 where a path was not run; routed (P, S). """
-    def loss(some):
-        return (nll[some].sum(0) / routed[some].sum(0).clamp(min=1)).tolist()
-
-    def rate(some):
-        return routed[some].float().mean(0).tolist()
-
-    by_style = defaultdict(list)
-    for i, row in enumerate(paths):
-        by_style[row["style"]].append(i)
-    styles = sorted(by_style.items())
-    return {"loss": loss(slice(None)), "rate": rate(slice(None)),
-            "rate_style": {style: rate(some) for style, some in styles},
-            "loss_style": {style: loss(some) for style, some in styles}}
+    loss = nll.sum(0) / routed.sum(0).clamp(min=1)
+    rate_style = {}
+    for style in sorted({row["style"] for row in paths}):
+        of_style = torch.tensor([row["style"] == style for row in paths])  # (P,)
+        rate_style[style] = routed[of_style].float().mean(0).tolist()
+    return {"loss": loss.tolist(), "rate": routed.float().mean(0).tolist(),
+            "rate_style": rate_style}
 
 
 # ---------------------------------------- the test and the table
