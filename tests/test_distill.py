@@ -763,7 +763,7 @@ def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(w
     for name in ("all weights", "no pooler"):
         folder = tmp_path / name
         weights = {key: x for key, x in whole.items() if name == "all weights" or "pooler" not in key}
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=dict(weights))
         assert load_file(folder / "model.safetensors").keys() == weights.keys()
         AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(folder)
         run = tmp_path / f"run, {name}"
