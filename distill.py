@@ -163,11 +163,14 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The run's flags. With --resume: the saved ones; a flag that contradicts them is refused."""
+    """The run's flags; with --resume, which stands alone, those that the run was started with."""
+    argv = sys.argv[1:] if argv is None else argv
     p = make_parser()
     args = p.parse_args(argv)
     if args.resume is not None:
-        return resumed_args(p, args.resume, argv)
+        if sum(word.startswith("--") for word in argv) > 1:
+            stop("--resume goes on with the run's own flags: leave all others out")
+        return resumed_args(args.resume, vars(args).keys() - {"resume"})
     if args.as_printed:
         p.set_defaults(**AS_PRINTED)
         args = p.parse_args(argv)
@@ -177,9 +180,8 @@ def parse_args(argv=None):
     check_flags(args)
     # The run can be resumed from any folder.
     args.out_dir = os.path.abspath(args.out_dir or time.strftime("out/%Y%m%d-%H%M%S"))
-    for name in ("paths", "eval_questions"):
-        if getattr(args, name):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
+    args.paths = args.paths and os.path.abspath(args.paths)
+    args.eval_questions = args.eval_questions and os.path.abspath(args.eval_questions)
     args.students = args.students and [absolute_folder(name) for name in args.students]
     args.encoder = absolute_folder(args.encoder)
     check_out_dir(args.out_dir)
@@ -191,8 +193,8 @@ def absolute_folder(name):
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def resumed_args(p, folder, argv):
-    """The flags of the run in `folder`, and of no other: a mixture would be neither run's."""
+def resumed_args(folder, flags):
+    """The saved values of the flags (names) of the run in `folder`."""
     file = Path(folder) / "args.json"
     if not folder or not file.is_file():
         stop(f"--resume {folder!r}: no args.json there; pass the --out_dir of an earlier run")
@@ -200,17 +202,9 @@ def resumed_args(p, folder, argv):
         saved = {**json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, OSError, RecursionError):
         stop(f"--resume {folder}: its args.json is damaged; start the run again in another folder")
-    for action in p._actions:
-        action.default = argparse.SUPPRESS
-    given = vars(p.parse_args(argv))
-    flags = {action.dest for action in p._actions} - {"help", "resume"}
     if missing := sorted(flags - saved.keys()):
         stop(f"--resume {folder}: its args.json lacks --{missing[0]}; it was written by another "
              "version, start the run again in another folder")
-    for name, value in given.items():
-        if name not in ("resume", "out_dir") and saved[name] != value:
-            stop(f"--resume {folder}: that run has --{name} {saved[name]}, not {value}; "
-                 "leave the flag out, or start a new run")
     args = argparse.Namespace(**{name: saved[name] for name in flags})
     args.resume = args.out_dir = os.path.abspath(folder)
     return args
@@ -249,7 +243,8 @@ def check_out_dir(folder):
     """stop() where a run folder can't be written, or holds a run that got to its start."""
     out = Path(folder)
     if any(os.path.exists(out / name) for name in ("checkpoint.safetensors", "results.json")):
-        stop(f"--out_dir {folder} holds a run already: pass --resume {folder}, or another folder")
+        stop(f"--out_dir {folder} holds a run already: pass another folder, or only --resume "
+             f"{folder}")
     new = not os.path.exists(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
