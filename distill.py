@@ -972,8 +972,6 @@ def is_linear(module):
 def save_student(student, folder):
     """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole
     model; its tokenizer; and a model card."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     student.tokenizer.save_pretrained(folder)
     modules = student.model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, LoRA)}
@@ -1026,16 +1024,16 @@ def load_data(args):
 
     The split is by question, none is on both sides. stop() if nothing is left to train on.
     """
-    rows, test = graded_pool(args), None
+    rows = graded_pool(args)
+    # Before --styles, so that ablations share their test questions.
+    ids = sorted({source_of(row) for row in rows})
+    random.Random(args.seed).shuffle(ids)
     if args.eval_questions:
         test = tasks.read_questions(args.eval_questions)
-    elif not args.paths:  # question sets of neighbouring seeds share no question
-        test = judge.demo_questions(300, args.seed + 1)
-    ids = sorted({source_of(row) for row in rows})
-    # Before --styles, so that ablations share their test questions.
-    random.Random(args.seed).shuffle(ids)
-    if test is None:
+    elif args.paths:
         test = held_out_questions(rows, ids, args)
+    else:  # question sets of neighbouring seeds share no question
+        test = judge.demo_questions(300, args.seed + 1)
     if args.styles:
         styles = sorted({row["style"] for row in rows})
         if unknown := sorted(set(args.styles) - set(styles)):
@@ -1340,8 +1338,7 @@ def resume(out, state, digest):
         if run["digest"] != digest:
             stop(f"--resume {out}: pool, test questions, prompts, tokenizers or students have "
                  "changed since that run; start a new one")
-        steps = (json.loads(line)["step"] for line in done)
-        if len(done) < run["step"] or any(step != i for i, step in enumerate(steps, 1)):
+        if [json.loads(line)["step"] for line in done] != list(range(1, run["step"] + 1)):
             stop(f"--resume {out}: log.jsonl is not whole up to the checkpoint's step "
                  f"{run['step']}; start a new run")
         state.load(saved)
