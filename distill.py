@@ -1316,9 +1316,10 @@ def start_run_folder(out, args, test):
 
 def save_checkpoint(out, state, run):
     """checkpoint.safetensors: a kill leaves the old one or the new one, never half of one."""
+    tensors = {name: x.contiguous() for name, x in state.tensors().items()}
     meta = json.dumps(run | {"scaler": state.scaler.state_dict()})
     part = out / "checkpoint.safetensors.part"
-    save_file({name: x.contiguous() for name, x in state.tensors().items()}, part, {"run": meta})
+    save_file(tensors, part, metadata={"run": meta})
     with open(part, "rb") as f:
         os.fsync(f.fileno())
     os.replace(part, out / "checkpoint.safetensors")
