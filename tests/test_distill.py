@@ -817,6 +817,23 @@ def test_sigkill_at_a_random_moment_then_resume_ends_bit_for_bit_the_same(world,
         same_run(files_of(tmp_path / kind), unkilled[kind])
 
 
+@pytest.mark.parametrize("test, goes_on", [(1, False), (2, True)])  # before the first step, after the last one
+def test_ctrl_c_in_a_test_names_the_command_that_goes_on_where_there_is_a_checkpoint(
+        world, tmp_path, monkeypatch, capsys, test, goes_on):
+    evaluate, count = distill.tasks.evaluate, iter(range(1, 9))
+
+    def interrupted(*a, **k):
+        if next(count) == test:
+            raise KeyboardInterrupt
+        return evaluate(*a, **k)
+
+    monkeypatch.setattr(distill.tasks, "evaluate", interrupted)
+    monkeypatch.setattr(distill, "FLAGS", distill.parse_args(flags_of(world, tmp_path / "run")), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run()
+    assert (f"python distill.py --resume {tmp_path / 'run'}" in capsys.readouterr().err) == goes_on
+
+
 def test_resume_of_a_finished_run_repeats_its_results(world, tmp_path, unkilled):
     distill.main(flags_of(world, tmp_path / "run", *LONG, students=("words", "dropout")))
     distill.main(["--resume", str(tmp_path / "run")])
