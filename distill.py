@@ -163,11 +163,14 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The run's flags. With --resume: the saved ones; a flag that contradicts them is refused."""
+    """The run's flags; with --resume, which stands alone, those that the run was started with."""
+    argv = sys.argv[1:] if argv is None else argv
     p = make_parser()
     args = p.parse_args(argv)
     if args.resume is not None:
-        return resumed_args(p, args.resume, argv)
+        if sum(word.startswith("--") for word in argv) > 1:
+            stop("--resume goes on with the run's own flags: leave all others out")
+        return resumed_args(args.resume, vars(args).keys() - {"resume"})
     if args.as_printed:
         p.set_defaults(**AS_PRINTED)
         args = p.parse_args(argv)
@@ -177,9 +180,8 @@ def parse_args(argv=None):
     check_flags(args)
     # The run can be resumed from any folder.
     args.out_dir = os.path.abspath(args.out_dir or time.strftime("out/%Y%m%d-%H%M%S"))
-    for name in ("paths", "eval_questions"):
-        if getattr(args, name):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
+    args.paths = args.paths and os.path.abspath(args.paths)
+    args.eval_questions = args.eval_questions and os.path.abspath(args.eval_questions)
     args.students = args.students and [absolute_folder(name) for name in args.students]
     args.encoder = absolute_folder(args.encoder)
     check_out_dir(args.out_dir)
@@ -191,8 +193,8 @@ def absolute_folder(name):
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def resumed_args(p, folder, argv):
-    """The flags of the run in `folder`, and of no other: a mixture would be neither run's."""
+def resumed_args(folder, flags):
+    """The saved values of the flags (names) of the run in `folder`."""
     file = Path(folder) / "args.json"
     if not folder or not file.is_file():
         stop(f"--resume {folder!r}: no args.json there; pass the --out_dir of an earlier run")
@@ -200,17 +202,9 @@ def resumed_args(p, folder, argv):
         saved = {**json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, OSError, RecursionError):
         stop(f"--resume {folder}: its args.json is damaged; start the run again in another folder")
-    for action in p._actions:
-        action.default = argparse.SUPPRESS
-    given = vars(p.parse_args(argv))
-    flags = {action.dest for action in p._actions} - {"help", "resume"}
     if missing := sorted(flags - saved.keys()):
         stop(f"--resume {folder}: its args.json lacks --{missing[0]}; it was written by another "
              "version, start the run again in another folder")
-    for name, value in given.items():
-        if name not in ("resume", "out_dir") and saved[name] != value:
-            stop(f"--resume {folder}: that run has --{name} {saved[name]}, not {value}; "
-                 "leave the flag out, or start a new run")
     args = argparse.Namespace(**{name: saved[name] for name in flags})
     args.resume = args.out_dir = os.path.abspath(folder)
     return args
@@ -249,7 +243,8 @@ def check_out_dir(folder):
     """stop() where a run folder can't be written, or holds a run that got to its start."""
     out = Path(folder)
     if any(os.path.exists(out / name) for name in ("checkpoint.safetensors", "results.json")):
-        stop(f"--out_dir {folder} holds a run already: pass --resume {folder}, or another folder")
+        stop(f"--out_dir {folder} holds a run already: pass another folder, or only --resume "
+             f"{folder}")
     new = not os.path.exists(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -270,7 +265,7 @@ import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
@@ -330,8 +325,8 @@ def main(args=None):
         start_run_folder(out, args, test)
         run["before"] = answer(students, tested, args)["summary"]
         save_checkpoint(out, state, run)
-    logger = Logger(out, args)
-    interrupted = Interrupt()
+    board = start_wandb(out, args)
+    pressed = note_ctrl_c()
     for student in students:
         student.model.train(not student.frozen)
 
@@ -389,20 +384,20 @@ def main(args=None):
                 "tokens_per_s": round(sum(trained) / seconds, 1)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
             line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
-        logger.write(line, bar)
-        if (step + 1) % args.save_every == 0 or step + 1 == steps or interrupted.signal:
+        log_step(line, out, bar, board)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps or pressed:
             save_checkpoint(out, state, run)
-        if interrupted.signal:
-            interrupted.stop(out)
-    interrupted.restore()
+        if pressed:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # The students on disk, the test, the table.
     for number, student in enumerate(students):
         save_student(student, out / f"student_{number}")
     after = answer(students, tested, args)
-    log = logger.lines()
-    write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions)
-    logger.finish()
+    write_results(out, args, run, after, students, per_epoch, pool, rows, questions)
+    if board:
+        board.finish()
     lock.release()
 
 
@@ -977,8 +972,6 @@ def is_linear(module):
 def save_student(student, folder):
     """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole
     model; its tokenizer; and a model card."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     student.tokenizer.save_pretrained(folder)
     modules = student.model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, LoRA)}
@@ -1010,7 +1003,7 @@ def save_adapter(layers, student, folder):
         print(f"{folder}: PEFT renames parts of this family's adapters and would load others; "
               "load it with eval.py")
     metadata = {"format": "pt"} | ({"base": student.fingerprint} if student.fingerprint else {})
-    save_atomic(tensors, folder / "adapter_model.safetensors", metadata)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata)
 
 
 def model_card(student, adapter):
@@ -1031,16 +1024,16 @@ def load_data(args):
 
     The split is by question, none is on both sides. stop() if nothing is left to train on.
     """
-    rows, test = graded_pool(args), None
+    rows = graded_pool(args)
+    # Before --styles, so that ablations share their test questions.
+    ids = sorted({source_of(row) for row in rows})
+    random.Random(args.seed).shuffle(ids)
     if args.eval_questions:
         test = tasks.read_questions(args.eval_questions)
-    elif not args.paths:  # question sets of neighbouring seeds share no question
-        test = judge.demo_questions(300, args.seed + 1)
-    ids = sorted({source_of(row) for row in rows})
-    # Before --styles, so that ablations share their test questions.
-    random.Random(args.seed).shuffle(ids)
-    if test is None:
+    elif args.paths:
         test = held_out_questions(rows, ids, args)
+    else:  # question sets of neighbouring seeds share no question
+        test = judge.demo_questions(300, args.seed + 1)
     if args.styles:
         styles = sorted({row["style"] for row in rows})
         if unknown := sorted(set(args.styles) - set(styles)):
@@ -1185,7 +1178,7 @@ def embed(rows, args, device):
         texts = [f"{question}\n{path}" for question, path in pairs]
         h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
-        h = encoded_once(pairs, args.encoder, device)
+        h = encode_pairs(pairs, args.encoder, device)
     # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit
     # as the one style
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
@@ -1197,44 +1190,14 @@ def embed(rows, args, device):
     return h
 
 
-def encoded_once(pairs, encoder, device):
-    """Eq 1 with a Hugging Face encoder for pairs (question, path) -> (P, d), kept in the user's
-    cache for the next run over the same pool."""
-    name = hashlib.sha256(json.dumps([version_of(encoder), pairs]).encode()).hexdigest()[:32]
-    file = cache_folder() / f"embeddings-{name}.safetensors"
-    try:
-        h = load_file(file)["h"]
-    except (OSError, SafetensorError, KeyError):  # none yet, or a damaged one
-        h = encode_pairs(pairs, encoder, device)
-        # Where nothing can be written, nothing is kept.
-        with contextlib.suppress(OSError, SafetensorError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_atomic({"h": h}, file)
-    return h
-
-
-def cache_folder():
-    """Where the demo's students and the embeddings are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
-
-
-def version_of(encoder):
-    """What an encoder is now: its name and, of a folder, its files' sizes and times of change."""
-    files = sorted(Path(encoder).glob("*")) if os.path.isdir(encoder) else []
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return [encoder, stats]
-
-
 def encode_pairs(pairs, encoder, device):
     """Eq 1 for pairs (question, path) -> (P, d)."""
     try:
-        # A loaded encoder may draw random numbers, a cache draws none.
-        with torch.random.fork_rng(devices=[]):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
-            model, report = transformers.AutoModel.from_pretrained(
-                encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True)
-            model = model.to(device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+        model, report = transformers.AutoModel.from_pretrained(
+            encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+        model = model.to(device).eval()
     except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
         stop(f"--encoder {encoder}: not an encoder that transformers can load "
              f"({tasks.in_a_line(e)})")
@@ -1272,15 +1235,11 @@ class State:
         modules = {"router": self.router, "collab": self.collab}
         for i, student in enumerate(self.students):
             modules[f"student_{i}"] = student.model
-        weights = {}
-        for name, module in modules.items():
-            for key, p in module.named_parameters():
-                if p.requires_grad or name == "collab":
-                    weights[f"{name}.{key}"] = p.data
-        return weights
+        named = nn.ModuleDict(modules).named_parameters()
+        return {name: p.data for name, p in named
+                if p.requires_grad or name.startswith("collab.")}
 
     def optimizers(self):
-        """{name: optimiser}."""
         return {"optimizer": self.optimizer, "router_optimizer": self.router_optimizer}
 
     def tensors(self):
@@ -1300,13 +1259,12 @@ class State:
         """Put the tensors of a checkpoint back in place; KeyError or RuntimeError if they are
         another run's."""
         for name, optimizer in self.optimizers().items():
-            moments = defaultdict(dict)
+            whole = optimizer.state_dict()  # without moments yet
             for key, tensor in saved.items():
                 if key.startswith(f"{name}."):
                     _, i, moment = key.split(".")
-                    moments[int(i)][moment] = tensor
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+                    whole["state"].setdefault(int(i), {})[moment] = tensor
+            optimizer.load_state_dict(whole)
         for name, tensor in self.weights().items():
             tensor.copy_(saved[name])
         self.gates.set_state(saved["rng.gates"])
@@ -1330,10 +1288,9 @@ def digest_of(rows, test, students):
     digest.update(json.dumps(test).encode())
     for student in students:
         for name, p in student.model.state_dict().items():
-            if "lora" not in name:
-                bits = p.contiguous().view(INTEGERS[p.element_size()])
-                total = int(bits.sum(dtype=torch.int64))
-                digest.update(f"{name} {tuple(p.shape)} {total}".encode())
+            bits = p.contiguous().view(INTEGERS[p.element_size()])
+            total = int(bits.sum(dtype=torch.int64))
+            digest.update(f"{name} {tuple(p.shape)} {total}".encode())
     return digest.hexdigest()
 
 
@@ -1358,9 +1315,14 @@ def start_run_folder(out, args, test):
 
 
 def save_checkpoint(out, state, run):
-    """checkpoint.safetensors: a kill leaves the old one or the new one."""
-    meta = run | {"scaler": state.scaler.state_dict()}
-    save_atomic(state.tensors(), out / "checkpoint.safetensors", {"run": json.dumps(meta)})
+    """checkpoint.safetensors: a kill leaves the old one or the new one, never half of one."""
+    tensors = {name: x.contiguous() for name, x in state.tensors().items()}
+    meta = json.dumps(run | {"scaler": state.scaler.state_dict()})
+    part = out / "checkpoint.safetensors.part"
+    save_file(tensors, part, metadata={"run": meta})
+    with open(part, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(part, out / "checkpoint.safetensors")
 
 
 def resume(out, state, digest):
@@ -1377,8 +1339,7 @@ def resume(out, state, digest):
         if run["digest"] != digest:
             stop(f"--resume {out}: pool, test questions, prompts, tokenizers or students have "
                  "changed since that run; start a new one")
-        steps = (json.loads(line)["step"] for line in done)
-        if len(done) < run["step"] or any(step != i for i, step in enumerate(steps, 1)):
+        if [json.loads(line)["step"] for line in done] != list(range(1, run["step"] + 1)):
             stop(f"--resume {out}: log.jsonl is not whole up to the checkpoint's step "
                  f"{run['step']}; start a new run")
         state.load(saved)
@@ -1391,53 +1352,35 @@ def resume(out, state, digest):
     return run
 
 
-def save_atomic(tensors, file, metadata=None):
-    """Write a safetensors file such that a kill leaves the old one or the new one, never half of
-    one."""
-    part = Path(f"{file}.{os.getpid()}.part")  # several runs may fill the cache of embeddings
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata=metadata)
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(part, file)
-
-
 def write_atomic(text, file):
-    """The same for text."""
+    """Write a text file such that a kill leaves the old one or the new one."""
     Path(f"{file}.part").write_text(text, encoding="utf-8")
     os.replace(f"{file}.part", file)
 
 
-class Logger:
-    """Where a step's line goes: log.jsonl, the progress bar, and Weights & Biases with --wandb."""
+def start_wandb(out, args):
+    """A run of Weights & Biases, None without --wandb; a resumed run goes on with its own."""
+    if not args.wandb:
+        return None
+    import wandb  # installed: check_flags has looked
 
-    def __init__(self, out, args):
-        self.file = out / "log.jsonl"
-        self.wandb = None
-        if args.wandb:
-            import wandb  # installed: parse_args has looked
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    return wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
+                      resume="allow", id=name)
 
-            name = hashlib.sha256(str(out).encode()).hexdigest()[:16]  # a resumed run's is the same
-            self.wandb = wandb.init(project=args.wandb, name=out.name, config=vars(args),
-                                    dir=str(out), resume="allow", id=name)
 
-    def write(self, line, bar):
-        with open(self.file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
-        loss = " ".join(f"{x:.3f}" for x in line["loss"])
-        rate = " ".join(f"{x:.2f}" for x in line["rate"])
-        bar.set_postfix_str(f"loss {loss}, rate {rate}")
-        if "accuracy" in line:
-            accuracy = " / ".join(f"{100 * x:.1f}" for x in line["accuracy"])
-            bar.write(f"step {line['step']}: {accuracy} % right")
-        if self.wandb:
-            self.wandb.log(flat(line), step=line["step"])
-
-    def lines(self):
-        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-
-    def finish(self):
-        if self.wandb:
-            self.wandb.finish()
+def log_step(line, out, bar, board):
+    """A step's line goes to log.jsonl, the progress bar and Weights & Biases."""
+    with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+    loss = " ".join(f"{x:.3f}" for x in line["loss"])
+    rate = " ".join(f"{x:.2f}" for x in line["rate"])
+    bar.set_postfix_str(f"loss {loss}, rate {rate}")
+    if "accuracy" in line:
+        accuracy = " / ".join(f"{100 * x:.1f}" for x in line["accuracy"])
+        bar.write(f"step {line['step']}: {accuracy} % right")
+    if board:
+        board.log(flat(line), step=line["step"])
 
 
 def flat(value, name=""):
@@ -1450,44 +1393,31 @@ def flat(value, name=""):
     return parts
 
 
-class Interrupt:
-    """Ctrl-C: the step is finished and a checkpoint written; a second one ends the run at once."""
+def note_ctrl_c():
+    """-> a list that the first Ctrl-C puts something into, so that the step is finished and a
+    checkpoint written; a second one ends the run at once."""
+    pressed = []
 
-    def __init__(self):
-        self.signal = None
-        self.before = signal.signal(signal.SIGINT, self.notice)
+    def note(number, frame):
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def notice(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, self.before)
-
-    def restore(self):
-        signal.signal(signal.SIGINT, self.before)
-
-    def stop(self, out):
-        print(f"\nstopped after a checkpoint; go on with: python distill.py --resume {out}",
-              file=sys.stderr)
-        raise SystemExit(130)
+    signal.signal(signal.SIGINT, note)
+    return pressed
 
 
 def step_numbers(paths, nll, routed):
-    """Of one step: loss (nats per response token) and share of paths per student, in all and by
-    style.
+    """Of one step, for each student: loss (nats per response token), share of the paths that it
+    got, and the same share of each style's.
 
     paths: P rows; nll (P, S) per token, 0 where a path was not run; routed (P, S). """
-    def loss(some):
-        return (nll[some].sum(0) / routed[some].sum(0).clamp(min=1)).tolist()
-
-    def rate(some):
-        return routed[some].float().mean(0).tolist()
-
-    by_style = defaultdict(list)
-    for i, row in enumerate(paths):
-        by_style[row["style"]].append(i)
-    styles = sorted(by_style.items())
-    return {"loss": loss(slice(None)), "rate": rate(slice(None)),
-            "rate_style": {style: rate(some) for style, some in styles},
-            "loss_style": {style: loss(some) for style, some in styles}}
+    loss = nll.sum(0) / routed.sum(0).clamp(min=1)
+    rate_style = {}
+    for style in sorted({row["style"] for row in paths}):
+        of_style = torch.tensor([row["style"] == style for row in paths])  # (P,)
+        rate_style[style] = routed[of_style].float().mean(0).tolist()
+    return {"loss": loss.tolist(), "rate": routed.float().mean(0).tolist(),
+            "rate_style": rate_style}
 
 
 # ---------------------------------------- the test and the table
@@ -1501,10 +1431,11 @@ def answer(students, test, args):
     return {"summary": summary, "predictions": predictions}
 
 
-def write_results(out, args, run, after, students, log, per_epoch, pool, rows, questions):
+def write_results(out, args, run, after, students, per_epoch, pool, rows, questions):
     """predictions.jsonl, results.json, and the table on the screen."""
     lines = [json.dumps(line) + "\n" for line in after["predictions"]]
     write_atomic("".join(lines), out / "predictions.jsonl")
+    log = tasks.read_jsonl(out / "log.jsonl")
     last = log[-per_epoch:]  # the selection rates are of the last epoch
     rates = {}
     for style in sorted({row["style"] for row in rows}):
@@ -1580,7 +1511,8 @@ def demo_students(seed):
     the first time."""
     parts = (make_demo_students, demo_tokenizer, warm_start, judge.demo_sentences, judge.demo_paths)
     recipe = "".join(map(inspect.getsource, parts)) + torch.__version__
-    folder = cache_folder() / f"demo-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
+    folder = cache / f"demo-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     try:
         return [load_demo_student(folder / str(number)) for number in range(2)]
     except (OSError, ValueError, SafetensorError, RuntimeError):  # none yet, or a damaged one
@@ -1662,12 +1594,14 @@ def warm_start(model, tokenizer, sentences, label):
 
 
 def run():
-    """main() as a command."""
+    """main() as a command: Ctrl-C says how to go on."""
     try:
         main(FLAGS)
-    except KeyboardInterrupt:  # a run that has a checkpoint ends with one more, see Interrupt
-        print("\nstopped before the first step: start it again", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        if (Path(FLAGS.out_dir) / "checkpoint.safetensors").exists():
+            print(f"\nstopped; go on with: python distill.py --resume {FLAGS.out_dir}",
+                  file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -722,8 +722,8 @@ def die_after(monkeypatch, where, name, calls):
 MOMENTS = {
     "before the first checkpoint": (distill.tasks, "evaluate", 1), "in the first step": (distill, "clip_gradients", 1),
     "between checkpoints": (distill, "clip_gradients", 6 * 2),
-    "just before a checkpoint": (distill, "save_atomic", 3),
-    "before the checkpoint replaces the old one": (distill.os, "replace", 3),
+    "just before a checkpoint": (distill, "save_checkpoint", 3),
+    "before the checkpoint replaces the old one": (distill.os, "replace", 3 + 2),  # flags, test and log come first
     "saving a student": (distill, "save_student", 2), "in the final evaluation": (distill.tasks, "evaluate", 2),
     "before the table": (distill, "print_results", 1),
 }
@@ -754,16 +754,21 @@ def test_loss_scale_of_fp16_is_part_of_the_checkpoint(world, tmp_path):
     same_run(files_of(killed), files_of(whole))
 
 
-def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(world, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
-    AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(tmp_path / "encoder")
+    model = BertModel(config)
+    whole = model.state_dict()
     runs = []
-    for name in ("cold", "warm"):  # the second one finds all embeddings in the cache
-        distill.main(flags_of(world, tmp_path / name, "--encoder", tmp_path / "encoder", "--router_hidden", 4))
-        runs.append(files_of(tmp_path / name))
+    for name in ("all weights", "no pooler"):
+        folder = tmp_path / name
+        weights = {key: x for key, x in whole.items() if name == "all weights" or "pooler" not in key}
+        model.save_pretrained(folder, state_dict=dict(weights))
+        assert load_file(folder / "model.safetensors").keys() == weights.keys()
+        AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(folder)
+        run = tmp_path / f"run, {name}"
+        distill.main(flags_of(world, run, "--encoder", folder, "--router_hidden", 4))
+        runs.append(files_of(run))
     same_run(*runs)
 
 
@@ -810,6 +815,23 @@ def test_sigkill_at_a_random_moment_then_resume_ends_bit_for_bit_the_same(world,
         assert not (tmp_path / kind / "results.json").exists()
         distill.main(["--resume", str(tmp_path / kind)])
         same_run(files_of(tmp_path / kind), unkilled[kind])
+
+
+@pytest.mark.parametrize("test, goes_on", [(1, False), (2, True)])  # before the first step, after the last one
+def test_ctrl_c_in_a_test_names_the_command_that_goes_on_where_there_is_a_checkpoint(
+        world, tmp_path, monkeypatch, capsys, test, goes_on):
+    evaluate, count = distill.tasks.evaluate, iter(range(1, 9))
+
+    def interrupted(*a, **k):
+        if next(count) == test:
+            raise KeyboardInterrupt
+        return evaluate(*a, **k)
+
+    monkeypatch.setattr(distill.tasks, "evaluate", interrupted)
+    monkeypatch.setattr(distill, "FLAGS", distill.parse_args(flags_of(world, tmp_path / "run")), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run()
+    assert (f"python distill.py --resume {tmp_path / 'run'}" in capsys.readouterr().err) == goes_on
 
 
 def test_resume_of_a_finished_run_repeats_its_results(world, tmp_path, unkilled):
@@ -1352,15 +1374,14 @@ def test_pool_graded_but_never_judged_is_read_or_refused_but_does_not_crash(worl
 
 def test_resume_refuses_other_flags_other_data_and_folders_that_are_no_run(world, tmp_path, capsys, train):
     run = train("--max_steps", 2)
-    error = refused(capsys, ["--resume", run.out, "--seed", 5])
-    assert "--seed 0" in error and "5" in error
-    assert "--max_steps 2" in refused(capsys, ["--resume", run.out, "--max_steps", 3])
+    for more in (["--seed", 5], ["--max_steps", 3], ["--seed=5"], ["--no-standardize"], ["--out_dir", tmp_path / "other"]):
+        assert "own flags" in refused(capsys, [f"--resume={run.out}", *more])
     assert "args.json" in refused(capsys, ["--resume", tmp_path])
     assert "args.json" in refused(capsys, ["--resume", tmp_path / "nowhere"])
     error = refused(capsys, flags_of(world, run.out))  # a new run does not write over an old one
     assert str(run.out) in error and "--resume" in error
     before = vars(run)["weights"]
-    distill.main(["--resume", str(run.out), "--seed", "0", "--max_steps", "2"])  # flags that agree are fine
+    distill.main([f"--resume={run.out}"])
     assert all(same_tensors(before[k], v) for k, v in files_of(run.out)["weights"].items())
     args = json.loads((run.out / "args.json").read_text())
     pool = write_jsonl(tmp_path / "pool.jsonl", world.rows[:-6])

@@ -227,22 +227,6 @@ def test_ids_mean_nothing_by_their_spelling(world, tmp_path, train):  # noqa: F8
     assert plain.results["counts"][count] == odd.results["counts"][count]
 
 
-def test_damaged_embedding_cache_is_built_again(world, tmp_path, monkeypatch, train):  # noqa: F811
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from transformers import AutoTokenizer, BertConfig, BertModel
-
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=16)).save_pretrained(tmp_path / "encoder")
-    AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(tmp_path / "encoder")
-    a = train("--encoder", tmp_path / "encoder", "--max_steps", 1, name="a")
-    file, = (tmp_path / "cache").rglob("embeddings-*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    b = train("--encoder", tmp_path / "encoder", "--max_steps", 1, name="b")
-    same_run(vars(a), vars(b))
-    assert load_file(file)["h"].shape[1] == 16
-
-
 def test_accuracy_is_measured_during_training_where_asked(train):  # noqa: F811
     run = train("--eval_every", 2, "--max_steps", 4)
     assert ["accuracy" in line for line in run.log] == [False, True, False, True]

@@ -415,8 +415,6 @@ class Bench:
         self.report(f"start over {4 * n} paths / {n}", many[0] / n / 0.004, few[0] / n / 0.001, "s per 1000 paths")
         grown, held = ((x - y) / n / 0.003 for x, y in zip(many[1:], few[1:]))
         self.report("memory of a path / bytes of its tokens, segments, text, embedding", grown, held, "MB per 1000 paths")
-        first, second = (in_child(start, args, 500, file)[0] for _ in range(2))
-        self.report("second start over 500 paths with the encoder / first", second, first, "s")
 
     def trl(self, dtype):
         if not self.has_trl:
@@ -508,7 +506,7 @@ def main():
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # TRL's own
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "XDG_CACHE_HOME": temporary}  # forks; the cache of embeddings
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forks
         folder = Path(os.environ.get("QRD_MODELS") or temporary)
         real = folder != Path(temporary)
         if not real:
