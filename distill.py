@@ -647,11 +647,11 @@ def forward_paths(student, s, rows, first):
 
     first: for each row the number of its first shared segment, -1 if it is not co-routed.
     """
-    h, target, row_of, read, segment = [], [], [], [], []
+    states, target, row_of, read, segment = [], [], [], [], []
     prompts = [row["prompts"][s] for row in rows]
     responses = [row["responses"][s] for row in rows]
-    for batch, states in response_states(student, prompts, responses):
-        h.append(states)
+    for batch, its_states in response_states(student, prompts, responses):
+        states.append(its_states)
         for i in batch:
             n = len(responses[i])
             target.append(responses[i])
@@ -659,21 +659,22 @@ def forward_paths(student, s, rows, first):
             # State k has read responses[i][k - 1]; state 0 has read no text.
             read.append((np.arange(n) > 0) & (first[i] >= 0))
             segment.append(rows[i]["segments"][s] + first[i] if first[i] >= 0 else [])
-    if not h:
+    if not states:
         none = torch.zeros(0, hidden_size(student), device=student.model.device)
         return none.sum(1), none, none.sum(1).long()
-    h = torch.cat(h)  # (N, D), response positions only
-    target, row_of, segment = (put(np.concatenate(x), h.device) for x in (target, row_of, segment))
+    states = torch.cat(states)  # (N, D), response positions only
+    target, row_of, segment = (put(np.concatenate(x), states.device)
+                               for x in (target, row_of, segment))
     # Numbers and not a mask, whose size a GPU would be asked for.
-    read = put(np.flatnonzero(np.concatenate(read)), h.device)  # (T,)
-    nll = torch.zeros(len(rows), device=h.device)
-    nll = nll.index_add(0, row_of, response_nll(student, h, target))
-    return nll, h[read].float(), segment
+    read = put(np.flatnonzero(np.concatenate(read)), states.device)  # (T,)
+    nll = torch.zeros(len(rows), device=states.device)
+    nll = nll.index_add(0, row_of, response_nll(student, states, target))
+    return nll, states[read].float(), segment
 
 
 def response_states(student, prompts, responses):
-    """Yield (batch, h): numbers of rows, and the states (N, D) that predict their response tokens,
-    row after row.
+    """Yield (batch, states): numbers of rows, and the states (N, D) that predict their response
+    tokens, row after row.
 
     Sequences are padded on the right, where a causal model's real tokens cannot look: no attention
     mask is needed. The last token is predicted, never read. """
@@ -720,23 +721,23 @@ def put(array, device):
 
 
 # ---------------------------------------- next-token loss, without ever holding all logits
-def nll_chunks(h, weight, bias, target, softcap):
-    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N rows of h at a time: about 256
-    MiB of float32.
+def nll_chunks(states, weight, bias, target, softcap):
+    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N states at a time: about 256 MiB
+    of float32.
 
     Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that
     gives (n, V). The gradient is in the weight's type, and lost when the next one comes. """
-    size = min(len(h), max(16, 2**26 // len(weight)))
+    size = min(len(states), max(16, 2**26 // len(weight)))
     # Two buffers for all chunks, and in place what can be: fresh memory costs a CPU as much as the
     # arithmetic.
     product = weight.new_empty(len(weight) * size)
     exact = product
     if weight.dtype != torch.float32:
         exact = torch.empty_like(product, dtype=torch.float32)
-    for rows in torch.arange(len(h), device=h.device).split(size):
+    for rows in torch.arange(len(states), device=states.device).split(size):
         dlogits = product[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
         logits = exact[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
-        torch.mm(weight, h[rows].to(weight.dtype).T, out=dlogits)
+        torch.mm(weight, states[rows].to(weight.dtype).T, out=dlogits)
         logits.copy_(dlogits)
         if bias is not None:
             logits.add_(bias[:, None])
@@ -758,50 +759,51 @@ class ChunkedNLL(torch.autograd.Function):
     """-log p(target) at each position. A 262k-token vocabulary's logits would need gigabytes, so
     one chunk of them lives at a time.
 
-    h (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. d nll / d h is
-    computed while a chunk's logits exist, so that with a frozen head they are computed once. """
+    states (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. The states'
+    gradient is computed while a chunk's logits exist: with a frozen head they are computed once.
+    """
 
     @staticmethod
-    def forward(ctx, h, weight, bias, target, softcap):
-        nll = h.new_empty(len(h), dtype=torch.float32)
-        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        for rows, chunk_nll, dlogits in nll_chunks(h, weight, bias, target, softcap):
+    def forward(ctx, states, weight, bias, target, softcap):
+        nll = states.new_empty(len(states), dtype=torch.float32)
+        dstates = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        for rows, chunk_nll, dlogits in nll_chunks(states, weight, bias, target, softcap):
             nll[rows] = chunk_nll
-            if dh is not None:
-                dh[rows] = (dlogits.T @ weight).to(dh.dtype)
-        ctx.save_for_backward(h, weight, bias, target, dh)
+            if dstates is not None:
+                dstates[rows] = (dlogits.T @ weight).to(dstates.dtype)
+        ctx.save_for_backward(states, weight, bias, target, dstates)
         ctx.softcap = softcap
         return nll
 
     @staticmethod
     def backward(ctx, g):
-        h, weight, bias, target, dh = ctx.saved_tensors
+        states, weight, bias, target, dstates = ctx.saved_tensors
         dweight = dbias = None
-        if dh is not None:
-            dh = dh * g[:, None].to(dh.dtype)
+        if dstates is not None:
+            dstates = dstates * g[:, None].to(dstates.dtype)
         # A trained head needs each position's weight g, known only now: the logits again.
         if ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight)
             dbias = None if bias is None else torch.zeros_like(bias)
-            for rows, _, dlogits in nll_chunks(h, weight, bias, target, ctx.softcap):
+            for rows, _, dlogits in nll_chunks(states, weight, bias, target, ctx.softcap):
                 dlogits.mul_(g[rows])
-                dweight.addmm_(dlogits, h[rows].to(weight.dtype))
+                dweight.addmm_(dlogits, states[rows].to(weight.dtype))
                 if dbias is not None:
                     dbias += dlogits.sum(1)
-        return dh, dweight, dbias, None, None
+        return dstates, dweight, dbias, None, None
 
 
-def response_nll(student, h, target):
-    """The next-token losses (N,) of Eq 9, in nats, from the states h (N, D) that predict the tokens
+def response_nll(student, states, target):
+    """The next-token losses (N,) of Eq 9, in nats, from the states (N, D) that predict the tokens
     target (N,)."""
     head, config = student.model.get_output_embeddings(), student.model.config.get_text_config()
     factor = tasks.logit_factor(config)  # Cohere's, Granite's: 1 in most families
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2's
     if factor != 1:
-        h = h * factor
+        states = states * factor
     bias = head.bias if head.bias is None or factor == 1 else head.bias * factor
     with autocast(student):
-        return ChunkedNLL.apply(h, head.weight, bias, target, softcap)
+        return ChunkedNLL.apply(states, head.weight, bias, target, softcap)
 
 
 def autocast(student):
