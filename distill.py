@@ -722,8 +722,8 @@ def put(array, device):
 
 # ---------------------------------------- next-token loss, without ever holding all logits
 def nll_chunks(states, weight, bias, target, softcap):
-    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N states at a time: about 256 MiB
-    of float32.
+    """Yield (rows, nll (n,), d nll / d logits (V, n)) for n of the N states at a time: about 256
+    MiB of float32.
 
     Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that
     gives (n, V). The gradient is in the weight's type, and lost when the next one comes. """
