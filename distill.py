@@ -29,8 +29,9 @@ from pathlib import Path
 
 from eval import stop, within
 
-# What --as_printed sets: every equation as the paper prints it, but for the sign of the entropy in
-# Eq 9, which the paper's own text says is maximised.
+# What --as_printed sets: the paper's own form of what is a flag here. The entropy in Eq 9 is still
+# subtracted: the paper's text says that it is maximised. With one-hot gates a path has one student,
+# so Eq 5 to 8 never run; with --gate binary beside it they do.
 AS_PRINTED = {"style_input": False, "router_hidden": 256, "gate": "onehot", "reward": "loss",
               "probe": 0.0, "entropy": "literal", "normalize": "batch", "competence": "eq8",
               "projection": "trained", "standardize": False}
@@ -101,7 +102,8 @@ def make_parser():
                         "student (learned)")
     printed = ", ".join(f"{name} {value}" for name, value in AS_PRINTED.items())
     g.add_argument("--as_printed", action="store_true",
-                   help="every equation as the paper prints it, but for the sign of the entropy; "
+                   help="the paper's own form of what is a flag here; with its one-hot gates no "
+                        "path is shared, so Eq 5 to 8 run only with --gate binary beside it; "
                         f"sets {printed}; a flag beside it still counts")
     g.add_argument("--encoder", default="hash", metavar="MODEL",
                    help="Eq 1: 'hash' or a Hugging Face encoder; the paper's is roberta-base "
@@ -126,7 +128,8 @@ def make_parser():
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions all of whose paths are run, forward only, so "
                         "that the router hears about what it does not choose (0.125)")
-    g.add_argument("--entropy_weight", type=weight, default=0.01, help="Eq 9: l1 (0.01)")
+    g.add_argument("--entropy_weight", type=weight, default=0.01,
+                   help="Eq 9: l1; no effect with --gate categorical, whose rates are equal (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
                    help="Eq 3: a rate for each student, or one for all as printed (student)")
     g.add_argument("--normalize", default="question", choices=["question", "batch"],
@@ -355,13 +358,15 @@ def main(args=None):
         # The probe: all paths of a few questions run, without gradient, so that the router hears
         # about what it did not choose.
         probed = probed_questions(question, args)  # (P,) bool
-        heard = nll + probe(students, paths, question, probed, routed, args)
-        nll, heard = nll.cpu(), heard.cpu()  # (P, S) nats of a path, 0 where it was not run
+        others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
+        known = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
+        nll = nll.cpu()
 
-        # Eq 3, Eq 4 and Eq 9: the router learns from the students' losses.
+        # The router learns. By default from the probe alone: its choice is pulled to the student's
+        # own. With --reward sum or loss by Eq 9, through alpha. Eq 3 and 4 join in.
         entropy = None
         if args.route == "learned":
-            entropy = router_step(logits, alpha, p, weight, heard, probed, length, question, args)
+            entropy = router_step(logits, alpha, p, weight, known, probed, length, question, args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -446,26 +451,28 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
     co_routed = (routed.sum(1) > 1) & (args.mutual_weight > 0)  # (P,)
     seen = defaultdict(list)
-    for here in micro_batches(question, args):  # (p,) numbers of paths
-        co = here[co_routed[here]]  # (C,) numbers of co-routed paths
-        first = torch.full_like(question, -1)  # (P,) number of a co-routed path's first segment
-        first[co] = segments[co].cumsum(0) - segments[co]
+    for batch in micro_batches(question, args):  # (p,) numbers of paths
+        shared = batch[co_routed[batch]]  # (C,) those that several students got
+        # The segments of shared paths are numbered through the batch; -1: a path is not shared.
+        first_segment = torch.full_like(question, -1)  # (P,)
+        first_segment[shared] = segments[shared].cumsum(0) - segments[shared]
         loss = torch.zeros((), device=device)
         z, segment = [], []
         for s, student in enumerate(students):
-            mine = here[routed[here, s]]  # numbers of the paths that the student got
-            some = [paths[i] for i in mine]
+            mine = batch[routed[batch, s]]  # numbers of the paths that the student got
+            rows = [paths[i] for i in mine]
             with torch.set_grad_enabled(not student.frozen):
-                nll_s, z_s, segment_s = forward_paths(student, s, some, first[mine].tolist())
+                nll_s, z_s, segment_s = forward_paths(student, s, rows,
+                                                      first_segment[mine].tolist())
             nll[mine, s] = nll_s.detach()
             z.append(z_s)
             segment.append(segment_s)
             if not student.frozen:
                 loss = loss + (per_token[mine, s].to(device) * nll_s).sum()  # Eq 9: L_distill^(s)
-        if len(co):
-            together = collaborate(collab, z, segment, segments[co], routed[co], nll[co],
-                                   seen, args)
-            loss = loss + together / co_routed.sum()
+        if len(shared):
+            together = collaborate(collab, z, segment, segments[shared], routed[shared],
+                                   nll[shared], seen, args)
+            loss = loss + together / co_routed.sum()  # a mean over the step's shared paths
         if loss.requires_grad:
             scaler.scale(loss).backward()
     seen = {name: torch.cat(values).mean(0).tolist() for name, values in seen.items()}

@@ -685,6 +685,8 @@ def back_off(tries):
 
 
 # ---------------------------------------------------------------- asking models
+# A reply is a row: `path` is its text and `teacher` the model that wrote it, also where that is a
+# judge.
 class Calls:
     """The calls to one model for one file of replies: what came of them, and why to end. A job is
     the row so far that a reply completes; `most` are the tokens that its call can cost."""

@@ -174,8 +174,8 @@ def path_weights(alpha, question, normalize="question"):
 
     "question": the mean over a question's routed paths, then over questions, so each question
     weighs the same (open point 5). "batch": the mean over all routed paths, which lets the gate
-    starve hard questions. The gate multiplies the loss here: this is where the router feels the
-    students (open point 4). """
+    starve hard questions. With --reward sum or loss the router feels the students through this
+    product (open point 4); by default these are weights and no more. """
     if normalize == "batch":
         return alpha / alpha.sum(0).clamp(min=1)
     routed = per_question(alpha, question)  # (Q, S)
@@ -291,7 +291,8 @@ class Collaboration(nn.Module):
         if self.target:
             wanted = competence_target(nll, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
-            # Eq 7, which only teaches: student s is pulled by 1 - gamma_s.
+            # Eq 7, detached: of two students the more competent one, whose distance to it is
+            # (1 - gamma_s) (zt_s - zt_other), moves less.
             z_ens = ensemble(gamma, zt, path).detach()
         else:
             l_competence = torch.zeros_like(gamma[:, 0])
