@@ -752,7 +752,7 @@ def read_math(text, announced):
 READERS = {"number": read_number, "yesno": read_yesno, "choice": read_choice}
 
 
-def grade(task, prediction, answer, choices=None):
+def grade(task, prediction, answer):
     """True if a prediction means the same as the answer; None (unparsed) is wrong."""
     if prediction is None:
         return False

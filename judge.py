@@ -293,7 +293,7 @@ def grade_paths(rows):
             continue
         choices = row.get("choices")
         row["prediction"] = tasks.extract_answer(row["task"], row["path"], choices)
-        row["correct"] = tasks.grade(row["task"], row["prediction"], row["answer"], choices)
+        row["correct"] = tasks.grade(row["task"], row["prediction"], row["answer"])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""QR-Distill, Eq 1 to Eq 8: the path encoder, the router and the collaboration of the students.
+"""QR-Distill, Eq 1 to Eq 9: the path encoder, the router and the collaboration of the students.
 
 Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this
 file: P paths, Q questions, S students, d features; `question` (P,) holds each path's question as

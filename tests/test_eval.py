@@ -521,7 +521,7 @@ def test_no_garble_raises_and_what_is_read_is_of_the_tasks_kind():
 def graded(data_dir, name):
     for row in E.read_jsonl(data_dir / "paths" / f"{name}.jsonl", ("id", "task", "question", "answer", "path")):
         prediction = E.extract_answer(row["task"], row["path"], row.get("choices"))
-        yield row, E.grade(row["task"], prediction, row["answer"], row.get("choices"))
+        yield row, E.grade(row["task"], prediction, row["answer"])
 
 
 def accuracies(verdicts):
@@ -681,7 +681,7 @@ def test_big_bench_choices_do_not_betray_the_answer(data_dir):
 def test_real_files_are_read_whole_and_each_question_once(data_dir, name, n, task):
     rows = E.read_questions(data_dir / name)
     assert len({r["id"] for r in rows}) == len(rows) == n and {r["task"] for r in rows} == {task}
-    assert all(E.grade(task, r["answer"], r["answer"], r.get("choices")) for r in rows)
+    assert all(E.grade(task, r["answer"], r["answer"]) for r in rows)
 
 
 def test_rows_without_ids_get_stable_ones(tmp_path):

@@ -26,5 +26,5 @@ def process_results(doc, results):
     asked = tasks.ASKED[tasks.TASKS[row["task"]]].search(text)
     text = text[:asked.end()] if asked else text
     prediction = tasks.extract_answer(row["task"], text, row.get("choices"))
-    right = tasks.grade(row["task"], prediction, row["answer"], row.get("choices"))
+    right = tasks.grade(row["task"], prediction, row["answer"])
     return {"accuracy": float(right), "unparsed": float(prediction is None)}
