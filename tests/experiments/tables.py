@@ -14,7 +14,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from rows import TABLES, place
+from rows import FULL, TABLES, place
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEST = "best single style in hindsight"
@@ -150,6 +150,7 @@ def section(setting, cells):
     students = range(len(lines[0]["accuracy"]))
     before = [line["before"] for line in lines]
     zero_shot = {seed: {**line, "accuracy": line["before"]["accuracy"]} for seed, line in full.items()}
+    over_zero_shot = gain(zero_shot, full) if rows[0][0].startswith(FULL) else None
     untrained = [mean_sd([x["accuracy"][s] for x in before]) for s in students]
     untrained += [mean_sd([x[key] for x in before]) for key in ("ensemble", "upper_bound")]
     names = " | ".join(f"student {s}" for s in students)
@@ -157,7 +158,7 @@ def section(setting, cells):
         f"### {setting}\n",
         f"| | equal | {names} | ensemble | any right | tokens | seconds | gain of QR-Distill |",
         "|---" * (len(students) + 7) + "|",
-        f"| zero-shot | | {' | '.join(untrained)} | | | {gain_text(gain(zero_shot, full))} |",
+        f"| zero-shot | | {' | '.join(untrained)} | | | {gain_text(over_zero_shot)} |",
         *(row_text(*row) for row in rows),
     ]
     seeds = sorted({seed for _, _, runs, _ in rows for seed in runs})
@@ -235,13 +236,14 @@ def label_of(name, rows):
 
 
 def write(table):
-    """Write results/TABLE.md and, for the two main tables, the picture; print the table."""
+    """Write results/TABLE.md and, for the two main tables, the picture (of two seeds or more); print
+    the table."""
     if not read_lines(table):
         return
     text = markdown(table)
     (RESULTS / f"{table}.md").write_text(text)
     print(text)
-    if table in ("main", "real"):
+    if table in ("main", "real") and len({line["seed"] for line in read_lines(table)}) > 1:
         picture(table).savefig(RESULTS / f"{table}.png")
 
 
