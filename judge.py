@@ -1190,8 +1190,9 @@ def flags():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = tasks.stop  # one sentence and exit code 2
     g = p.add_argument_group("input, one of")
-    g.add_argument("--questions", metavar="FILE", help="sample paths for these questions")
-    g.add_argument("--paths", metavar="POOL", help="grade and judge this pool")
+    g.add_argument("--questions", type=tasks.nonempty, metavar="FILE",
+                   help="sample paths for these questions")
+    g.add_argument("--paths", type=tasks.nonempty, metavar="POOL", help="grade and judge this pool")
     g.add_argument("--demo", type=tasks.within(int, 1), metavar="N",
                    help="grade and judge the demo teacher's pool of N questions")
     p.add_argument("--task", choices=tasks.TASKS, metavar="TASK",
@@ -1206,7 +1207,7 @@ def flags():
     g.add_argument("--canaries", type=tasks.within(int, 0), default=0, metavar="N",
                    help="judge N paths known to be bad and N known to be good, too (0)")
     g = p.add_argument_group("output")
-    g.add_argument("--out", required=True, metavar="POOL",
+    g.add_argument("--out", type=tasks.nonempty, required=True, metavar="POOL",
                    help="the pool to write; an unfinished one is continued")
     g.add_argument("--seed", type=int, default=0, help="of the demo and of the canaries (0)")
     return p
@@ -1222,26 +1223,15 @@ def check_models(specs):
 
 
 def check_files(args):
-    """stop() at a file's name that is empty, and unless all files that a run writes can be written:
-    before anything is computed or paid for."""
-    for flag in ("questions", "paths", "out"):
-        if getattr(args, flag, None) == "":
-            tasks.stop(f"--{flag} is empty: pass the name of a file")
+    """stop() unless all files that a run writes can be written: before anything is computed or paid
+    for."""
     if args.paths and os.path.realpath(args.paths) == os.path.realpath(args.out):
         tasks.stop("--out must not be the file of --paths")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
-        tasks.stop(f"the folder of {args.out} does not exist")
     for end in ("", ".part", ".replies.jsonl", ".calls.jsonl"):
         path = args.out + end
-        is_new = not os.path.exists(path)
-        if not is_new and not os.path.isfile(path):
+        if os.path.exists(path) and not os.path.isfile(path):  # such as /dev/full
             tasks.stop(f"cannot write {path}: it is not a file")
-        try:
-            open(path, "ab").close()
-            if is_new:
-                os.remove(path)
-        except OSError as error:
-            tasks.stop(f"cannot write {path}: {error.strerror}")
+        tasks.check_output(path)
 
 
 def main(argv=None):
