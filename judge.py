@@ -239,11 +239,10 @@ def pool_rows(path):
     A graded row has all of prediction, correct, valid and verdict; a row with `correct` null or
     absent is ungraded and has none of them. Stops with FILE:LINE on the first bad row.
     """
-    questions = {}  # id -> digest of (question, answer), to stay small
+    questions = {}  # id -> hash of (question, answer), to stay small
     for where, row in tasks.numbered_rows(path):
         clean_path(row, where)
-        content = repr((row["question"], row["answer"])).encode()
-        content = hashlib.blake2b(content, digest_size=8).digest()
+        content = hash((row["question"], row["answer"]))
         if questions.setdefault(row["id"], content) != content:
             tasks.stop(f"{where}: id {row['id']!r} stood earlier with another question or answer")
         yield row
@@ -1000,12 +999,8 @@ def parse_verdict(reply):
     return (found[-1][1] or "unparsed").lower()
 
 
-def worth_judging(row):
-    """A wrong answer is out already: no call."""
-    return fate(row, "answer") == "kept"
-
-
 def too_short(row):
+    """Whether a path has no reasoning that a judge could check: no call."""
     return len(row["path"].split()) < 5
 
 
@@ -1038,7 +1033,7 @@ def add_verdicts(rows, names, verdicts, accept):
     least `accept` judges say so, None where no judge was asked."""
     for row in rows:
         row["valid"] = row["verdict"] = None
-        if not names or not worth_judging(row):
+        if not names or fate(row, "answer") != "kept":  # it is out already: no call
             continue
         row["verdict"] = {}
         for name in names:
@@ -1063,8 +1058,7 @@ def canaries(rows, n, seed):
         found = list(re.finditer(r"(?<=[=#] )\d{1,9}(?!\d)", path))
         return found or list(re.finditer(r"(?<!\d)\d{1,9}(?!\d)", path))[-1:]
 
-    base = [row for row in rows if worth_judging(row) and numbers_in(row["path"])]
-    base = base or [row for row in good if numbers_in(row["path"])]
+    base = [row for row in filter_pool(rows, "answer") if numbers_in(row["path"])] or good
     for k in range(n):
         row = rng.choice(base)
         at = rng.choice(numbers_in(row["path"]))
@@ -1103,7 +1097,7 @@ def annotate(rows, args, spent):
         for row in rows:
             rule_judge(row)  # stops at another task before anything is paid for
     planted = list(canaries(rows, args.canaries, args.seed)) if args.canaries else []
-    asked = [row for row in planted + rows if worth_judging(row) and not too_short(row)]
+    asked = [row for row in filter_pool(planted + rows, "answer") if not too_short(row)]
     for judge, name in zip(args.judge, names):
         if name in {row["teacher"] for row in rows}:
             print(f"WARNING: {name} judges paths that it wrote itself", file=sys.stderr)
