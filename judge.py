@@ -790,12 +790,20 @@ async def serve(client, url, job, prompt, calls, parameters, key):
     most = tokens_of(prompt) + calls.args.max_new_tokens
     mine, changes, tries, error = dict(parameters), [], 0, None
     while calls.begin(most):
+        body = {**mine, "messages": [{"role": "user", "content": prompt}]}
         try:
-            body = {**mine, "messages": [{"role": "user", "content": prompt}]}
             reply = await attempt(client, url, body, calls.args.timeout)
-            break
         except CallError as raised:
             error = raised
+        else:
+            for field in ("path", "finish_reason"):
+                reply[field] = without_key(reply[field], key)
+            if changes and mine != parameters:
+                parameters.clear()
+                parameters.update(mine)
+                print(f"{calls.name} wants {', '.join(changes)}", file=sys.stderr)
+            calls.save(job, reply, most)
+            return
         error.words = " ".join(without_key(error.words, key).split())[:300]
         change = adapt(mine, error.words) if error.kind == "refused" else ""
         is_final = not change and (error.kind != "again" or tries == calls.args.retries)
@@ -811,18 +819,9 @@ async def serve(client, url, job, prompt, calls, parameters, key):
         with contextlib.suppress(asyncio.TimeoutError):  # an end of the run ends the wait
             await asyncio.wait_for(calls.ending.wait(), max(error.wait, back_off(tries)))
         tries += 1
-    else:  # no further attempt may be made: if there was one, the job is lost
-        if error:
-            calls.lost += 1
-            calls.last = error.words
-        return
-    for field in ("path", "finish_reason"):
-        reply[field] = without_key(reply[field], key)
-    if changes and mine != parameters:
-        parameters.clear()
-        parameters.update(mine)
-        print(f"{calls.name} wants {', '.join(changes)}", file=sys.stderr)
-    calls.save(job, reply, most)
+    if error:  # no further attempt may be made
+        calls.lost += 1
+        calls.last = error.words
 
 
 async def ask_server(url, todo, calls, temperature):
