@@ -414,7 +414,7 @@ def open_pool(path):
         try:
             if last and json.loads(last):
                 file.write(b"\n")
-        except ValueError:
+        except (ValueError, RecursionError):
             print(f"{path}: cut off a torn last line of {len(last)} bytes", file=sys.stderr)
             file.truncate(file.tell() - len(last))
     return open(path, "ab", buffering=0)

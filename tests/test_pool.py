@@ -194,6 +194,9 @@ def test_every_torn_end_is_repaired_and_asked_again(tmp_path, server):
         server.requests.clear()
         run(*args, cwd=tmp_path)
         assert len(server.requests) == asked and out.read_bytes() == whole
+    out.write_bytes(whole + b'{"a": ' + b"[" * 100_000)
+    run(*args, cwd=tmp_path)
+    assert out.read_bytes() == whole
 
 
 def test_the_teacher_gets_the_style_and_the_pool_gets_the_question(tmp_path, server):
