@@ -600,7 +600,8 @@ def read_reply(data):
         raise CallError(kind_of(code) if is_status else "again", text, billed=True)
     try:
         choice, usage = answer["choices"][0], usage_of(answer.get("usage"))
-        path, refusal = text_of(choice["message"].get("content")), choice["message"].get("refusal")
+        message = choice["message"]
+        path, refusal = text_of(message.get("content")), message.get("refusal")
         reason = "refusal" if refusal else choice.get("finish_reason") or "unknown"
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"no choices[0].message in {text[:200]}") from None
@@ -993,7 +994,8 @@ def parse_verdict(reply):
     if len(lines) > 1 and HEADING.fullmatch(lines[-2]):
         lines[-2:] = [f"VERDICT: {lines[-1]}"]
     found = [VERDICT.match(line) for line in lines]
-    if ending(reply) != "whole" or "<think>" in text or sum(map(bool, found)) != 1 or not found[-1]:
+    is_whole = ending(reply) == "whole" and "<think>" not in text
+    if not is_whole or sum(map(bool, found)) != 1 or not found[-1]:
         return "unparsed"
     return (found[-1][1] or "unparsed").lower()
 
@@ -1037,11 +1039,12 @@ def add_verdicts(rows, names, verdicts, accept):
         row["verdict"] = {}
         for name in names:
             if too_short(row):
-                row["verdict"][name] = "invalid: too short"
+                said = "invalid: too short"
             elif name == "rule":
-                row["verdict"][name] = rule_judge(row)[1]
+                _, said = rule_judge(row)
             else:
-                row["verdict"][name] = verdicts[row_key(judged_as(row, name))]
+                said = verdicts[row_key(judged_as(row, name))]
+            row["verdict"][name] = said
         row["valid"] = sum(said == "valid" for said in row["verdict"].values()) >= accept
 
 
