@@ -126,8 +126,9 @@ def make_parser():
                    help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
                         "a style that was bad at first is found, for some accuracy (1)")
     g.add_argument("--probe", type=share, default=0.125,
-                   help="share of a step's questions all of whose paths are run, forward only, so "
-                        "that the router hears about what it does not choose (0.125)")
+                   help="share of a step's questions, at least one, all of whose paths are run, "
+                        "forward only, so that the router hears about what it does not choose "
+                        "(0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01,
                    help="Eq 9: l1; no effect with --gate categorical, whose rates are equal (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
@@ -226,16 +227,6 @@ def check_flags(args):
              "--lora_rank above 0")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
-    if args.route == "learned":
-        if args.reward == "posterior" and args.gate != "categorical":
-            stop(f"--gate {args.gate}: --reward posterior is about the choice of one path of each "
-                 "question; pass --reward sum or loss too")
-        if args.gate == "categorical" and not args.probe:
-            stop("--probe 0: a student that gets one path of a question has nothing to compare it "
-                 "with, and the router never learns; pass a share above 0, or --gate binary")
-        if args.gate == "categorical" and args.normalize == "batch":
-            stop("--normalize batch: with one path of each question all weigh the same anyway; "
-                 "pass --gate binary and --reward sum too")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -291,8 +282,7 @@ def main(args=None):
     args = args if isinstance(args, argparse.Namespace) else parse_args(args)
     out = Path(args.out_dir)
     device, amp_dtype = set_up(args)
-    if args.gate not in qr.GATES:
-        stop(f"--gate {args.gate}: router.GATES has {', '.join(qr.GATES)}")
+    check_gate(args)
 
     # The pool: filtered, split by question, tokenised and embedded once.
     kept, test, pool = load_data(args)
@@ -359,14 +349,14 @@ def main(args=None):
         # about what it did not choose.
         probed = probed_questions(question, args)  # (P,) bool
         others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
-        known = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
+        heard = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
         nll = nll.cpu()
 
         # The router learns. By default from the probe alone: its choice is pulled to the student's
         # own. With --reward sum or loss by Eq 9, through alpha. Eq 3 and 4 join in.
         entropy = None
         if args.route == "learned":
-            entropy = router_step(logits, alpha, p, weight, known, probed, length, question, args)
+            entropy = router_step(logits, alpha, p, weight, heard, probed, length, question, args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -404,6 +394,25 @@ def main(args=None):
     if board:
         board.finish()
     lock.release()
+
+
+def check_gate(args):
+    """stop() at a gate that there is none of, and at flags that contradict it. Not in check_flags:
+    a gate is added in router.py, which takes seconds to import."""
+    if args.gate not in qr.GATES:
+        stop(f"--gate {args.gate}: router.GATES has {', '.join(qr.GATES)}")
+    if args.route != "learned":
+        return
+    one_path = args.gate in qr.ONE_PATH
+    if args.reward == "posterior" and not one_path:
+        stop(f"--gate {args.gate}: --reward posterior is about the choice of one path of each "
+             "question; pass --reward sum or loss too")
+    if one_path and not args.probe:
+        stop("--probe 0: a student that gets one path of a question has nothing to compare it "
+             "with, and the router never learns; pass a share above 0, or --gate binary")
+    if one_path and args.normalize == "batch":
+        stop("--normalize batch: with one path of each question all weigh the same anyway; "
+             "pass --gate binary and --reward sum too")
 
 
 def set_up(args):
@@ -522,20 +531,20 @@ def probe(students, paths, question, probed, routed, args):
     return nll
 
 
-def router_step(logits, alpha, p, weight, nll, probed, length, question, args):
+def router_step(logits, alpha, p, weight, heard, probed, length, question, args):
     """Eq 3, Eq 4 and Eq 9 for the router, with the students' losses as constants.
 
-    logits, and alpha, p, weight (P, S) of the gates; nll (P, S), nats of a path, known where it was
+    logits, and alpha, p, weight (P, S) of the gates; heard (P, S), nats of a path where it was
     routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. With --reward sum or loss
     the gradient of L_distill reaches the router through alpha, and a pair that was not run gets the
-    mean loss of its question's known pairs, so its gate's gradient is zero. """
+    mean of those that were, so the gradient of its alpha is zero. """
     if args.reward == "posterior":  # Eq 9 departs, see posterior_loss
-        loss = qr.posterior_loss(logits[probed], nll[probed], question[probed],
+        loss = qr.posterior_loss(logits[probed], heard[probed], question[probed],
                                  args.posterior_temperature)
     else:
-        cost = nll if args.reward == "sum" else nll / length
-        known = (alpha.detach() > 0.5) | probed[:, None]
-        loss = (weight * qr.fill_skipped(cost, known, question, args.normalize)).sum()
+        cost = heard if args.reward == "sum" else heard / length
+        was_run = (alpha.detach() > 0.5) | probed[:, None]
+        loss = (weight * qr.fill_skipped(cost, was_run, question, args.normalize)).sum()
     per_student = args.entropy == "student"
     entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)
     # Eq 9 departs: Eq 4 is maximised, so subtracted.
@@ -635,15 +644,17 @@ def clip_gradients(optimizer, scaler=None):
 
 
 def stop_if_not_finite(nll, norms, step, out, scaler):
-    """stop() before a step that would leave the students without finite weights; the last
-    checkpoint stays."""
-    lost = [s for s in range(nll.shape[1]) if not nll[:, s].isfinite().all()]
+    """stop() before a step that would leave anything that trains without finite weights; the last
+    checkpoint stays. norms: of the students, the collaboration and the router."""
+    names = [f"student {s}" for s in range(nll.shape[1])]
+    lost = [name for name, losses in zip(names, nll.T) if not losses.isfinite().all()]
     if not lost and not scaler.is_enabled():  # fp16's scaler skips such steps by itself
-        lost = [s for s in range(nll.shape[1]) if not math.isfinite(norms[s])]
+        names += ["the collaboration", "the router"]
+        lost = [name for name, norm in zip(names, norms) if not math.isfinite(norm)]
     if lost:
-        stop(f"step {step + 1}: the loss or gradient of student {lost[0]} is not finite, so "
-             f"nothing good can follow; the last good checkpoint stays in {out}; start again with "
-             "a smaller --lr")
+        stop(f"step {step + 1}: the loss or gradient of {lost[0]} is not finite, so nothing good "
+             f"can follow; the last good checkpoint stays in {out}; start again with a smaller "
+             "--lr or --router_lr")
 
 
 # ---------------------------------------- one student's forward pass over the paths that it got

@@ -544,7 +544,8 @@ NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
 # After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
 # ("5 of 7").
 OPERATOR = re.compile(
-    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])|\\(?:times|cdot|div)"
+    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])"
+    r"|\\(?:times|cdot|div)"
     r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
 # Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
 INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
@@ -778,11 +779,13 @@ FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc
              "log": "log10"}
 GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho",
          "sigma", "tau", "phi", "varphi", "psi", "omega", "infty")
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "", "≤": "<=",
-                         "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ", "∞": r"\infty "})
-COMMANDS = {"cdot": "*", "times": "*", "div": "/", "cup": "∪", "approx": "≈", "lt": "<", "gt": ">",
-            "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
-            "ne": "!=", "neq": "!=", "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac"}
+UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "",
+                         "≤": "<=", "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ",
+                         "∞": r"\infty "})
+COMMANDS = {"cdot": "*", "times": "*", "div": "/", "cup": "∪", "approx": "≈", "lt": "<",
+            "gt": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=",
+            "geqslant": ">=", "ne": "!=", "neq": "!=", "dfrac": r"\frac", "tfrac": r"\frac",
+            "cfrac": r"\frac"}
 COMMAND = re.compile(rf"\\({'|'.join(COMMANDS)})(?![a-z])")
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # layout, currency and degrees

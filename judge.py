@@ -1006,7 +1006,8 @@ def too_short(row):
 
 
 def judged_as(row, judge):
-    """The row of a judge's reply about this row."""
+    """The row so far of a judge's reply about this path. It has a path's form, so that ask_all
+    resumes both alike: `sample` names the path, `path` will be the judge's words."""
     return {"id": row["id"], "style": "judge", "teacher": judge,
             "sample": row_key(row, row["path"]).hex()}
 

@@ -62,47 +62,48 @@ class Router(nn.Module):
         return self.net(h)
 
 
-# A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample,
-# and the probabilities p (P, S) behind it, which Eq 3 averages. Add your own to GATES: nothing else
-# needs to know.
-def categorical_gate(logits, question, generator=None, tau=1.0):
+# A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample (at
+# the paper's temperature of 1), and the probabilities p (P, S) behind it, which Eq 3 averages. Add
+# your own to GATES, and to ONE_PATH if a student gets one path of each question.
+def categorical_gate(logits, question, generator=None):
     """Eq 2, departs: Gumbel-softmax over a question's paths, student by student: one path each.
 
     A path is compared with the question's other paths and not with easier questions, so the gate
     cannot learn "easy", and every question is kept. A student's rate is 1 / paths: Eq 3 and 4 hold
     by construction. """
     noisy = logits + gumbel_noise(logits, generator)
-    soft = softmax_per_question(noisy / tau, question)
+    soft = softmax_per_question(noisy, question)
     alpha = straight_through(keep_best(soft.detach(), question), soft)
     return alpha, softmax_per_question(logits, question)
 
 
-def binary_gate(logits, question, generator=None, tau=1.0):
+def binary_gate(logits, question, generator=None):
     """Eq 2, departs: one gate per path and student, so a path may reach one, several or no student.
 
-    The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits) at every
-    tau. Where all of a question's gates are shut for a student, the likeliest opens: without it
-    hard questions starve (open point 5). """
+    The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits). Where all
+    of a question's gates are shut for a student, the likeliest opens: without it hard questions
+    starve (open point 5). """
     noisy = logits + uniform(logits, generator).logit()
-    soft = torch.sigmoid(noisy / tau)
+    soft = torch.sigmoid(noisy)
     hard = (soft > 0.5).to(soft)
     shut = per_question(hard, question) == 0  # (Q, S)
     hard = hard + keep_best(soft.detach(), question) * shut[question]
     return straight_through(hard, soft), torch.sigmoid(logits)
 
 
-def onehot_gate(logits, question, generator=None, tau=1.0):
+def onehot_gate(logits, question, generator=None):
     """Eq 2 to the letter: Gumbel-softmax over the students, exactly one student per path.
 
     alpha's rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient (open
     point 1). """
     noisy = logits + gumbel_noise(logits, generator)
-    soft = torch.softmax(noisy / tau, dim=1)
+    soft = torch.softmax(noisy, dim=1)
     hard = F.one_hot(soft.argmax(1), logits.shape[1])
     return straight_through(hard, soft), torch.softmax(logits, dim=1)
 
 
 GATES = {"categorical": categorical_gate, "binary": binary_gate, "onehot": onehot_gate}
+ONE_PATH = {"categorical"}
 
 
 def uniform(like, generator):
@@ -183,29 +184,29 @@ def path_weights(alpha, question, normalize="question"):
     return alpha / routed.clamp(min=1)[question] / seen
 
 
-def fill_skipped(nll, alpha, question, normalize="question"):
-    """Losses (P, S) with the skipped pairs filled in by the mean that the routed ones have.
+def fill_skipped(nll, was_run, question, normalize="question"):
+    """Losses (P, S); a pair that was not run (was_run (P, S), bool or 0 and 1) gets the mean of
+    those that were: of its question, or of the batch.
 
-    A pair that was not routed was not run, so its loss is unknown. Under this estimate its gate's
-    gradient, (nll_ij - mean_i) / n_i, is zero; and a routed path is judged against its question's
-    other routed paths. """
-    alpha = alpha.detach().to(nll)  # the sum of a mask would be a mask
+    Its own loss is unknown. Under this estimate the gradient of its alpha, (nll_ij - mean_i) / n_i,
+    is zero; and a path that was run is judged against its question's others that were. """
+    was_run = was_run.detach().to(nll)  # the sum of a mask would be a mask
     if normalize == "batch":
         question = torch.zeros_like(question)
-    mean = per_question(alpha * nll, question) / per_question(alpha, question).clamp(min=1)
-    return torch.where(alpha > 0, nll, mean[question])
+    mean = per_question(was_run * nll, question) / per_question(was_run, question).clamp(min=1)
+    return torch.where(was_run > 0, nll, mean[question])
 
 
 def posterior_loss(logits, nll, question, temperature=1.0):
-    """What the router minimises on questions all of whose paths were run: the cross-entropy of its
-    choice, a softmax over a question's paths, to the student's own, softmax_j log p_s(R_ij | Q_i),
-    at a temperature: the higher it is, the more the student also sees of its second choices.
+    """Cross-entropy of the router's choice, a softmax over a question's paths, to the student's.
 
-    logits, nll (P, S), nats of a whole path; question (P,) -> scalar, a mean over questions.
-    Eq 9 departs: with its gate as a distribution over a question's paths and the entropy of Eq 4
-    over it, sum_j p_j nll_j - temperature H(p) is least at this very softmax. Unlike that form's
-    gradient, this one does not vanish where the router is sure of a path that has become bad.
-    """
+    logits, nll (P, S), nats of a whole path, of questions all of whose paths were run; question
+    (P,) -> scalar, a mean over questions. The student's own choice is softmax_j(-nll_j /
+    temperature): how likely it would write path j and not one of the others.
+
+    Eq 9 departs. sum_j p_j nll_j - temperature H(p), with H over a question's paths, is least at
+    the same p. But its gradient has a factor p_j (1 - p_j): a router that is sure of a path hardly
+    leaves it when it turns bad. Here the gradient is p_j less the student's own. """
     wanted = softmax_per_question(-nll / temperature, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
@@ -283,7 +284,7 @@ class Collaboration(nn.Module):
         raw = torch.stack([segment_mean(proj(states), numbers, n)
                            for proj, states, numbers in zip(self.proj, z, segment)])  # Eq 5
         zt = raw
-        if self.standardized:
+        if self.standardized:  # Eq 8 departs: else shrinking zt would lower it (open point 8)
             zt = torch.stack([standardize(x, path, c) for x in raw])
 
         score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
@@ -291,8 +292,8 @@ class Collaboration(nn.Module):
         if self.target:
             wanted = competence_target(nll, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
-            # Eq 7, detached: of two students the more competent one, whose distance to it is
-            # (1 - gamma_s) (zt_s - zt_other), moves less.
+            # Eq 7 departs: detached. Of two students the more competent one moves less: its
+            # distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
             z_ens = ensemble(gamma, zt, path).detach()
         else:
             l_competence = torch.zeros_like(gamma[:, 0])
@@ -304,15 +305,15 @@ class Collaboration(nn.Module):
         l_mutual = segment_mean(distance.sum(0).unsqueeze(1), path, c).squeeze(1)  # (C,)
         return l_mutual, l_competence, gamma, raw, zt
 
-    def competence(self, zt, path, c):
-        """Eq 6 before its softmax: w_s . mean_t zt_s, from zt (S, N, d) of c paths -> (c, S).
+    def competence(self, raw, path, c):
+        """Eq 6 before its softmax: w_s . mean_t zt_s, from raw (S, N, d), which is zt before it is
+        standardised, of c paths -> (c, S).
 
-        departs: the mean is scaled to unit variance over features. It reads zt before
-        standardising, after which every mean is zero. With a target it teaches the regressor only,
-        not the students. """
+        departs: the mean is scaled to unit variance over features; after standardising every mean
+        would be zero. With a target it teaches the regressor only, not the students. """
         if self.target:
-            zt = zt.detach()
-        mean = torch.stack([segment_mean(x, path, c) for x in zt], 1)  # (c, S, d)
+            raw = raw.detach()
+        mean = torch.stack([segment_mean(x, path, c) for x in raw], 1)  # (c, S, d)
         return (F.layer_norm(mean, mean.shape[-1:]) * self.w).sum(-1)
 
 

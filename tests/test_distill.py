@@ -1027,9 +1027,10 @@ def test_gate_of_the_readme_is_added_by_its_own_lines_and_trains(monkeypatch, tr
     text = (ROOT / "README.md").read_text()
     code = text.split("```python\n# router.py\n")[1].split("```")[0]
     monkeypatch.setattr(distill.qr, "GATES", dict(distill.qr.GATES))
+    monkeypatch.setattr(distill.qr, "ONE_PATH", set(distill.qr.ONE_PATH))
     exec(code, vars(distill.qr))  # noqa: S102
     name = re.search(r"python distill.py --gate (\w+)", text)[1]
-    run = train("--gate", name, "--reward", "sum", "--filter", "none")
+    run = train("--gate", name, "--filter", "none")
     assert all(line["rate"] == [pytest.approx(1 / 6)] * 2 for line in run.log)  # one path of each question
     assert run.log[0]["router_grad_norm"] > 0
 

@@ -175,6 +175,17 @@ def test_run_that_stops_being_finite_stops_and_keeps_its_last_good_checkpoint(wo
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
+@pytest.mark.parametrize("place, name", [(1, "student 1"), (2, "the collaboration"), (3, "the router")])
+def test_gradient_that_is_not_finite_stops_whatever_it_trains(capsys, tmp_path, place, name):
+    norms, scaler = [1.0] * 4, torch.amp.GradScaler("cpu", enabled=False)  # of two students, the collaboration, the router
+    distill.stop_if_not_finite(torch.zeros(3, 2), norms, 6, tmp_path, scaler)
+    norms[place] = float("nan")
+    with pytest.raises(SystemExit):
+        distill.stop_if_not_finite(torch.zeros(3, 2), norms, 6, tmp_path, scaler)
+    error = capsys.readouterr().err
+    assert f"step 7: the loss or gradient of {name} is not finite" in error
+
+
 def test_second_run_in_the_same_folder_is_refused(world, tmp_path, capsys):  # noqa: F811
     (tmp_path / "run").mkdir()
     hold = (f"import time; from filelock import FileLock\nlock = FileLock({str(tmp_path / 'run' / '.lock')!r}); "

@@ -80,17 +80,16 @@ def test_router_starts_without_a_favourite():
         assert torch.equal(qr.Router(5, 3, hidden)(randn(7, 5).float()), torch.zeros(7, 3))
 
 
-@pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
-def test_gates_open_with_the_probability_of_their_logit_at_every_temperature(tau):
+def test_gates_open_with_the_probability_of_their_logit():
     logits = torch.tensor([-4.0, -1.0, 0.0, 0.5, 3.0])
     many, each = logits.expand(100_000, 5), torch.arange(100_000)
     p = sigmoid(logits)
-    alpha, probability = qr.binary_gate(many.T.contiguous().T, torch.arange(50_000).repeat(2), seeded(), tau)
+    alpha, probability = qr.binary_gate(many.T.contiguous().T, torch.arange(50_000).repeat(2), seeded())
     assert set(alpha.unique().tolist()) == {0.0, 1.0} and np.abs(probability[0].numpy() - p).max() < 1e-6
     # of two paths of a question one opens in any case: the likeliest, so a gate stays shut if it is shut and not that one
     shut_both = (1 - p) ** 2
     assert (np.abs(alpha.numpy().mean(0) - (p + shut_both / 2)) < 4 * np.sqrt(0.25 / 1e5)).all()
-    alpha, probability = qr.onehot_gate(many, each, seeded(), tau)
+    alpha, probability = qr.onehot_gate(many, each, seeded())
     softmax = torch.softmax(logits, 0).numpy()
     assert torch.equal(alpha.sum(1), torch.ones(100_000)) and np.abs(probability[0].numpy() - softmax).max() < 1e-6
     assert np.abs(alpha.numpy().mean(0) - softmax).max() < 0.01
@@ -102,23 +101,22 @@ def noise_of(seed, shape=(9, 2)):
 
 
 def test_straight_through_gradient_is_that_of_the_soft_sample():
-    logits, g, tau, u = randn(9, 2).requires_grad_(), randn(9, 2, seed=1), 0.7, noise_of(0)
-    alpha, _ = qr.binary_gate(logits, QUESTION, seeded(), tau)
-    soft = sigmoid((logits.detach().numpy() + np.log(u / (1 - u))) / tau)  # the binary concrete distribution
-    closed = g.numpy() * soft * (1 - soft) / tau
+    logits, g, u = randn(9, 2).requires_grad_(), randn(9, 2, seed=1), noise_of(0)
+    alpha, _ = qr.binary_gate(logits, QUESTION, seeded())
+    soft = sigmoid(logits.detach().numpy() + np.log(u / (1 - u)))  # the binary concrete distribution
+    closed = g.numpy() * soft * (1 - soft)
     assert np.abs(torch.autograd.grad((alpha * g).sum(), logits)[0].numpy() - closed).max() < 1e-6
-    alpha, _ = qr.onehot_gate(logits, QUESTION, seeded(), tau)
-    x = np.exp((logits.detach().numpy() - np.log(-np.log(u))) / tau)
+    alpha, _ = qr.onehot_gate(logits, QUESTION, seeded())
+    x = np.exp(logits.detach().numpy() - np.log(-np.log(u)))
     soft = x / x.sum(1, keepdims=True)
-    closed = soft * (g.numpy() - (soft * g.numpy()).sum(1, keepdims=True)) / tau
+    closed = soft * (g.numpy() - (soft * g.numpy()).sum(1, keepdims=True))
     assert np.abs(torch.autograd.grad((alpha * g).sum(), logits)[0].numpy() - closed).max() < 1e-6
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.2])
-def test_every_student_gets_exactly_one_path_of_a_question_whose_gates_are_all_shut(tau):
+def test_every_student_gets_exactly_one_path_of_a_question_whose_gates_are_all_shut():
     for seed in range(50):
         logits, u = torch.full((9, 2), -1.5, requires_grad=True), noise_of(seed)
-        alpha, _ = qr.binary_gate(logits, QUESTION, seeded(seed), tau)
+        alpha, _ = qr.binary_gate(logits, QUESTION, seeded(seed))
         drawn = -1.5 + np.log(u / (1 - u)) > 0
         for q, s in itertools.product(range(3), range(2)):
             mine = [p for p in range(9) if QUESTION[p] == q]
@@ -128,7 +126,7 @@ def test_every_student_gets_exactly_one_path_of_a_question_whose_gates_are_all_s
             else:
                 assert sum(after) == 1 and u[mine, s].argmax() == after.index(1)  # the likeliest
         gradient = torch.autograd.grad(alpha.sum(), logits)[0]
-        assert tau < 1 or gradient.all()  # a forced path keeps its gate's gradient
+        assert gradient.all()  # a forced path keeps its gate's gradient
 
 
 def test_printed_gate_may_leave_a_student_without_a_path_of_a_question():
@@ -218,20 +216,20 @@ def test_path_weights_are_means_over_routed_paths(normalize):
 def test_categorical_gate_draws_one_path_of_each_question_with_the_odds_of_its_softmax():
     logits, generator = randn(9, 2), seeded()
     want = torch.cat([torch.softmax(logits[QUESTION == q], 0) for q in range(3)])
-    draws = torch.stack([qr.categorical_gate(logits, QUESTION, generator, tau=0.5)[0] for _ in range(4000)])
+    draws = torch.stack([qr.categorical_gate(logits, QUESTION, generator)[0] for _ in range(4000)])
     for q in range(3):
         assert torch.equal(draws[:, QUESTION == q].sum(1), torch.ones(4000, 2, dtype=torch.float64))
     assert ((draws.mean(0) - want).abs() < 4 * (want * (1 - want) / 4000).sqrt()).all()
 
 
 def test_categorical_gate_has_the_gradient_of_the_soft_draw_within_a_question():
-    logits, g, tau, u = randn(9, 2).requires_grad_(), randn(9, 2, seed=1), 0.7, torch.from_numpy(noise_of(0))
-    alpha, p = qr.categorical_gate(logits, QUESTION, seeded(), tau)
-    noisy = ((logits - (-u.log()).log()) / tau).detach()
+    logits, g, u = randn(9, 2).requires_grad_(), randn(9, 2, seed=1), torch.from_numpy(noise_of(0))
+    alpha, p = qr.categorical_gate(logits, QUESTION, seeded())
+    noisy = (logits - (-u.log()).log()).detach()
     for q in range(3):
         mine = QUESTION == q
         soft = torch.softmax(noisy[mine], 0)
-        closed = soft * (g[mine] - (soft * g[mine]).sum(0)) / tau
+        closed = soft * (g[mine] - (soft * g[mine]).sum(0))
         gradient = torch.autograd.grad((alpha * g).sum(), logits, retain_graph=True)[0]
         assert torch.allclose(gradient[mine], closed, atol=1e-6)
         assert torch.allclose(p[mine], torch.softmax(logits[mine], 0))
