@@ -265,7 +265,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-import eval as tasks
+import eval as tasks  # "eval" is a function of Python's
 import judge
 import router as qr
 
@@ -304,13 +304,13 @@ def main(args=None):
                               target=args.competence == "target").to(device)
     optimizer, router_optimizer = make_optimizers(students, collab, router, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    gates = torch.Generator().manual_seed(args.seed)  # the gates' own random numbers
+    gate_rng = torch.Generator().manual_seed(args.seed)  # the gates' own random numbers
     per_epoch = math.ceil(len(questions) / args.batch_size)
     steps = args.max_steps or args.epochs * per_epoch
 
     # Start, or go on where a killed run stopped.
     lock = lock_run_folder(out)
-    state = State(students, router, collab, optimizer, router_optimizer, scaler, gates)
+    state = State(students, router, collab, optimizer, router_optimizer, scaler, gate_rng)
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
     if run is None:
@@ -336,7 +336,7 @@ def main(args=None):
         # Eq 2: the gates decide for the whole step before any student runs.
         logits = router(h[numbers])  # (P, S)
         choice = None if fixed is None else fixed[numbers]  # (P, S)
-        alpha, p = route(logits, question, choice, gates, args)  # (P, S) each
+        alpha, p = route(logits, question, choice, gate_rng, args)  # (P, S) each
         routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
@@ -435,17 +435,17 @@ def set_up(args):
 
 
 # ---------------------------------------- the method's steps
-def route(logits, question, fixed, gates, args):
+def route(logits, question, fixed, gate_rng, args):
     """Eq 2: which students train on which of the step's paths.
 
     logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None;
-    gates: their random numbers -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S),
+    gate_rng: of the gates' noise -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S),
     the gates' probabilities. """
     if fixed is not None:
         return fixed, fixed
     if args.route == "random":  # the same gates, all with the same odds
         logits = torch.zeros_like(logits)
-    return qr.GATES[args.gate](logits, question, gates)
+    return qr.GATES[args.gate](logits, question, gate_rng)
 
 
 def student_step(students, collab, paths, question, routed, weight, scaler, args):
@@ -1109,6 +1109,7 @@ def held_out_questions(rows, ids, args):
     fields = ("id", "task", "question", "choices", "answer", "level")
     test = {}
     for row in rows:
+        # train_only: a row that a baseline made of another one is no test question.
         if row["id"] in held_out and not row.get("train_only"):
             test[row["id"]] = {field: row[field] for field in fields if field in row}
     if not test:
@@ -1199,8 +1200,8 @@ def embed(rows, args, device):
         h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
         h = encode_pairs(pairs, args.encoder, device)
-    # / d: Adam moves all weights alike, so that d features together weigh about as much in a logit
-    # as the one style
+    # Adam moves every weight alike, so a logit moves by the sum of a path's features: divided by
+    # their number d, the whole embedding moves it about as much as the one style does.
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
@@ -1248,7 +1249,7 @@ class State:
     optimizer: torch.optim.Optimizer
     router_optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    gates: torch.Generator
+    gate_rng: torch.Generator
 
     def weights(self):
         """{name: tensor}: the weights that train, and the collaboration's frozen projections."""
@@ -1269,7 +1270,7 @@ class State:
             for i, moments in optimizer.state_dict()["state"].items():
                 for moment, tensor in moments.items():
                     tensors[f"{name}.{i}.{moment}"] = tensor
-        tensors["rng.gates"] = self.gates.get_state()
+        tensors["rng.gates"] = self.gate_rng.get_state()
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -1287,7 +1288,7 @@ class State:
             optimizer.load_state_dict(whole)
         for name, tensor in self.weights().items():
             tensor.copy_(saved[name])
-        self.gates.set_state(saved["rng.gates"])
+        self.gate_rng.set_state(saved["rng.gates"])
         torch.set_rng_state(saved["rng.cpu"])
         if "rng.cuda" in saved and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["rng.cuda"])
@@ -1426,12 +1427,12 @@ def note_ctrl_c():
     return pressed
 
 
-def step_numbers(paths, nll, routed):
+def step_numbers(paths, per_token, routed):
     """Of one step, for each student: loss (nats per response token), share of the paths that it
     got, and the same share of each style's.
 
-    paths: P rows; nll (P, S) per token, 0 where a path was not run; routed (P, S). """
-    loss = nll.sum(0) / routed.sum(0).clamp(min=1)
+    paths: P rows; per_token (P, S): nats, 0 where a path was not run; routed (P, S). """
+    loss = per_token.sum(0) / routed.sum(0).clamp(min=1)
     rate_style = {}
     for style in sorted({row["style"] for row in paths}):
         of_style = torch.tensor([row["style"] == style for row in paths])  # (P,)

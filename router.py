@@ -184,17 +184,17 @@ def path_weights(alpha, question, normalize="question"):
     return alpha / routed.clamp(min=1)[question] / seen
 
 
-def fill_skipped(nll, was_run, question, normalize="question"):
-    """Losses (P, S); a pair that was not run (was_run (P, S), bool or 0 and 1) gets the mean of
+def fill_skipped(cost, was_run, question, normalize="question"):
+    """The costs (P, S); a pair that was not run (was_run (P, S), bool or 0 and 1) gets the mean of
     those that were: of its question, or of the batch.
 
-    Its own loss is unknown. Under this estimate the gradient of its alpha, (nll_ij - mean_i) / n_i,
+    Its own cost is unknown. Under this estimate the gradient of its alpha, (cost_ij - mean_i) / n_i,
     is zero; and a path that was run is judged against its question's others that were. """
-    was_run = was_run.detach().to(nll)  # the sum of a mask would be a mask
+    was_run = was_run.detach().to(cost)  # the sum of a mask would be a mask
     if normalize == "batch":
         question = torch.zeros_like(question)
-    mean = per_question(was_run * nll, question) / per_question(was_run, question).clamp(min=1)
-    return torch.where(was_run > 0, nll, mean[question])
+    mean = per_question(was_run * cost, question) / per_question(was_run, question).clamp(min=1)
+    return torch.where(was_run > 0, cost, mean[question])
 
 
 def posterior_loss(logits, nll, question, temperature=1.0):
@@ -246,12 +246,12 @@ def standardize(x, path, n):
     return centred * (segment_mean(centred.square(), path, n) + 1e-5).rsqrt()[path]
 
 
-def competence_target(nll, routed):
+def competence_target(per_segment, routed):
     """Target of Eq 6 (C, S): softmax over the routed students of minus their loss, detached.
 
-    nll (C, S): nats per shared segment. Eq 6 departs: Eq 8 alone gives the competence no signal, or
-    one toward 1/S (open point 9). """
-    return torch.softmax((-nll.detach()).masked_fill(~routed, -math.inf), -1)
+    per_segment (C, S): nats per shared segment, a unit that all tokenizers have in common. Eq 6
+    departs: Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9). """
+    return torch.softmax((-per_segment.detach()).masked_fill(~routed, -math.inf), -1)
 
 
 class Collaboration(nn.Module):
@@ -273,13 +273,13 @@ class Collaboration(nn.Module):
         self.standardized = standardized
         self.target = target
 
-    def forward(self, z, segment, path, routed, nll):
+    def forward(self, z, segment, path, routed, per_segment):
         """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw and zt as compared
         (S, N, d).
 
         z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment:
         per student (T_s,) in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S)
-        bool; nll (C, S): nats per segment. """
+        bool; per_segment (C, S): nats per segment. """
         n, c = len(path), len(routed)
         raw = torch.stack([segment_mean(proj(states), numbers, n)
                            for proj, states, numbers in zip(self.proj, z, segment)])  # Eq 5
@@ -290,7 +290,7 @@ class Collaboration(nn.Module):
         score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
         gamma = torch.softmax(score, -1)  # Eq 6
         if self.target:
-            wanted = competence_target(nll, routed)  # (C, S)
+            wanted = competence_target(per_segment, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
             # Eq 7 departs: detached. Of two students the more competent one moves less: its
             # distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
