@@ -8,7 +8,6 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 """
 import argparse
 import contextlib
-import copy
 import importlib.util
 import inspect
 import itertools
@@ -1185,10 +1184,15 @@ def check_model(model, name="the model"):
             ids = torch.tensor([tokens[:8], tokens[:7] + tokens[8:]], device=model.device)
             whole, changed = (model(input_ids=row[None]).logits[0].float() for row in ids)  # (8, V)
             cache, reader = empty_cache(model), empty_reader(model)
-            read_prompt(model, reader, tokens[:3])
-            steps = [read_prompt(model, reader, tokens[:5])]
-            cache = join(cache, reader, 2)
-            steps += [next_logits(model, cache, [[tokens[n - 1]]], [n]) for n in (6, 7, 8)]
+            starts = [tokens[:5], tokens[:3]] if reader.can_cut else [tokens[:5]]
+            new = read_prompts(model, reader, starts)
+            cache = join(cache, new, starts, len(starts)) if can_join(cache) else new
+            steps, wanted = [], []
+            for n in range(3):
+                ids = [[tokens[len(start) + n]] for start in starts]
+                lengths = [len(start) + n + 1 for start in starts]
+                steps.append(next_logits(model, cache, ids, lengths))
+                wanted.append(whole[[length - 1 for length in lengths]])
     except Exception as e:  # noqa: BLE001 (whatever a model that is none raises)
         stop(f"{name}: does not run as a causal language model with a cache "
              f"({in_a_line(e)})")
@@ -1198,7 +1202,7 @@ def check_model(model, name="the model"):
 
     if differ(changed[:7], whole[:7]):
         stop(f"{name}: not a causal model: a token changes what is predicted before it")
-    if differ(torch.cat(steps), whole[4:]):
+    if differ(torch.cat(steps), torch.cat(wanted)):
         stop(f"{name}: its answers from a cache are not those without; its kind of model is not "
              "supported")
 
@@ -1214,6 +1218,9 @@ def logit_factor(config):
 
 
 # ---------------------------------------------------------------- generation
+READ_TOGETHER = 16  # prompts: one pass over the weights for all of them, and room for their states
+
+
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples=1,
              temperature=None, seed=0, desc=None, until=None, done=None, dtype=None):
     """Responses to prompts (lists of token ids): [prompt][sample] of {"text", "tokens": their
@@ -1303,21 +1310,20 @@ def write(model, waiting, batch_size, temperature, ended):
     # Prompts with a common beginning shall follow each other; the next one is the list's last.
     waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
     cache, reader = empty_cache(model), empty_reader(model)
-    if not can_join(cache):
+    if not can_join(cache) or not (reader.can_cut or all(row.prompt[1:] for row in waiting)):
         batch_size = 1
     rows = []  # as they lie in the cache
     while waiting or rows:
-        while waiting and len(rows) < batch_size:
-            row = waiting.pop()
-            add_tokens([row], read_prompt(model, reader, row.prompt), temperature)
-            if ended(row):
-                yield row
-            else:
-                cache = join(cache, reader, batch_size)
-                rows.append(row)
-        if not rows:
-            continue
-        last = [[row.tokens[-1]] for row in rows]
+        # Prompts are read together, so a few places may stay empty for some steps.
+        while waiting and len(rows) + max(1, batch_size // 8) <= batch_size:
+            most = batch_size - len(rows) if reader.can_cut else 1
+            group = next_group(waiting, min(most, READ_TOGETHER))
+            prompts = [row.prompt[:-1] for row in group]  # the last token is part of the first step
+            new = read_prompts(model, reader, prompts)
+            alone = batch_size == 1 and not reader.can_cut
+            cache = new if alone else join(cache, new, prompts, batch_size)
+            rows += group
+        last = [[row.tokens[-1] if row.tokens else row.prompt[-1]] for row in rows]
         logits = next_logits(model, cache, last, [row.length for row in rows])
         add_tokens(rows, logits, temperature)
         for place in reversed(range(len(rows))):
@@ -1329,6 +1335,18 @@ def write(model, waiting, batch_size, temperature, ended):
         width = max((row.length - 1 for row in rows), default=0)
         for layer in roomy(cache):  # what lies to the left belonged to longer rows
             layer.show(len(rows), layer.end - width, layer.end)
+
+
+def next_group(waiting, most):
+    """Take the next rows off the list, at most so many, whose prompts begin alike."""
+    group, alike = [waiting.pop()], 0
+    while waiting and len(group) < most:
+        common = len(os.path.commonprefix([group[-1].prompt, waiting[-1].prompt]))
+        if common < alike / 2:  # the next question's
+            break
+        alike = alike or common
+        group.append(waiting.pop())
+    return group
 
 
 def add_tokens(rows, logits, temperature):
@@ -1366,22 +1384,37 @@ def next_logits(model, cache, ids, lengths):
 
 
 def empty_reader(model):
-    """What was read last: a prompt, the logits (1, V) after it and the cache of its one row."""
-    return SimpleNamespace(prompt=[], logits=None, cache=empty_cache(model))
+    """What was read last: the common beginning of some prompts, and the cache of its one row."""
+    cache = empty_cache(model)
+    can_cut = len(roomy(cache)) == len(cache.layers)  # a recurrent state can't be cut or padded
+    return SimpleNamespace(prompt=[], cache=cache, can_cut=can_cut)
 
 
-def read_prompt(model, reader, prompt):
-    """Logits (1, V) after a prompt. Where it begins as the one before, that is not read again."""
-    if prompt == reader.prompt:
-        return reader.logits
-    known = len(os.path.commonprefix([prompt[:-1], reader.prompt]))
-    if any(is_recurrent(layer) for layer in reader.cache.layers):  # such a state can't be cut
-        known, reader.cache = 0, empty_cache(model)
+def read_prompts(model, reader, prompts):
+    """-> a cache with a row for each prompt. Their common beginning is read once, and what the
+    prompts before began with, too, is not read again."""
+    if not reader.can_cut:
+        cache = empty_cache(model)  # of one prompt
+        if prompts[0]:
+            next_logits(model, cache, prompts, [len(prompts[0])])
+        return cache
+    begin = os.path.commonprefix(prompts)
+    known = len(os.path.commonprefix([begin, reader.prompt]))
     for layer in roomy(reader.cache):
         layer.show(1, layer.first, layer.first + known)
-    reader.logits = next_logits(model, reader.cache, [prompt[known:]], [len(prompt)])
-    reader.prompt = prompt
-    return reader.logits
+    if known < len(begin):
+        next_logits(model, reader.cache, [begin[known:]], [len(begin)])
+    reader.prompt = begin
+
+    cache = empty_cache(model)
+    for layer, its in zip(roomy(cache), roomy(reader.cache)):
+        layer.repeat(its, len(prompts))
+    width = max(1, *map(len, prompts)) - len(begin)  # no state is empty
+    # Padded on the right, where a causal model's real tokens cannot look.
+    rests = [prompt[len(begin):] + [0] * (width + len(begin) - len(prompt)) for prompt in prompts]
+    if width:
+        next_logits(model, cache, rests, [len(begin) + width] * len(prompts))
+    return cache
 
 
 # ---------------------------------------------------------------- the cache of a batch
@@ -1404,22 +1437,22 @@ def can_join(cache):
     return all(type(layer) in (Roomy, LinearAttentionLayer, DummyLayer) for layer in cache.layers)
 
 
-def join(cache, reader, capacity):
-    """-> a cache, of at most `capacity` rows, whose last row is the prompt that was read last."""
+def join(cache, new, prompts, capacity):
+    """-> a cache, of at most `capacity` rows, whose last rows are those of `new`, which read these
+    prompts."""
     import torch
 
-    if not can_join(cache):
-        reader.prompt = []  # its cache is no longer the reader's
-        return reader.cache
-    for j, (layer, new) in enumerate(zip(cache.layers, reader.cache.layers)):
+    for j, (layer, its) in enumerate(zip(cache.layers, new.layers)):
         if isinstance(layer, Roomy):
-            layer.join(new, capacity)
+            for row, prompt in enumerate(prompts):
+                layer.join(its, row, len(prompt), capacity)
         elif is_recurrent(layer) and not any(layer.has_previous_state.values()):
-            cache.layers[j] = copy.deepcopy(new)
+            cache.layers[j] = its
         elif is_recurrent(layer):
-            for mine, its in ((layer.conv_states, new.conv_states),
-                              (layer.recurrent_states, new.recurrent_states)):
-                mine.update({s: torch.cat([mine[s], its[s]]) for s in its if its[s] is not None})
+            for mine, other in ((layer.conv_states, its.conv_states),
+                                (layer.recurrent_states, its.recurrent_states)):
+                mine.update({s: torch.cat([mine[s], other[s]])
+                             for s in other if other[s] is not None})
     return cache
 
 
@@ -1489,14 +1522,20 @@ class Roomy:
         self.keys[:, :, -new:], self.values[:, :, -new:] = keys, values
         return self.keys, self.values
 
-    def join(self, other, capacity):
-        """Another layer's one row becomes the last one."""
-        width = other.get_seq_length()
-        if not self.room or self.end < width:
+    def repeat(self, other, rows):
+        """So many times another layer's one row, if it has read anything."""
+        if other.get_seq_length():
+            self.update(other.keys.expand(rows, -1, -1, -1), other.values.expand(rows, -1, -1, -1))
+
+    def join(self, other, row, width, capacity):
+        """The first columns, `width` of them, of another layer's row become the last row."""
+        if not self.room or self.end < width or len(self.room[0]) == self.rows:
             left = max(0, width - self.get_seq_length())
             self.make_room((other.keys, other.values), capacity, left, 0)
         self.show(self.rows + 1, min(self.first, self.end - width), self.end)
-        self.keys[-1, :, -width:], self.values[-1, :, -width:] = other.keys[0], other.values[0]
+        start = self.get_seq_length() - width
+        self.keys[-1, :, start:] = other.keys[row, :, :width]
+        self.values[-1, :, start:] = other.values[row, :, :width]
 
     def leave(self, place):
         """The last row takes this place."""

@@ -1,5 +1,6 @@
 """Generation, the door for models and the prompt's place in a chat template."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,24 +71,43 @@ def test_rows_that_come_and_go_are_those_of_hf_generate_one_by_one(model):
             assert {key: r[key] for key in e} == e
 
 
-def test_a_short_answer_makes_room_for_the_next_prompt_at_once(monkeypatch):
+@pytest.mark.parametrize("at_once", [3, 32])
+def test_a_short_answer_makes_room_for_the_next_prompt(monkeypatch, at_once):
     torch.manual_seed(0)
     model = tiny_llama()
     model.generation_config.eos_token_id = [2, 17, 40]
-    rows, logits = [], E.next_logits
-    monkeypatch.setattr(E, "next_logits", lambda m, c, ids, n: rows.append(len(ids)) or logits(m, c, ids, n))
-    out = E.generate(model, word_tokenizer(), PROMPTS, 24, 3)
-    steps = sum(r["tokens"] - 1 for [r] in out)  # the first token comes from reading
-    assert sum(rows) - len(PROMPTS) == steps  # no row is computed that has ended
-    assert set(rows[-40:]) >= {3} and rows.count(3) >= (steps - 2 * 24) / 3
+    rows, add_tokens = [], E.add_tokens
+    monkeypatch.setattr(E, "add_tokens", lambda some, *more: rows.append(len(some)) or add_tokens(some, *more))
+    out = E.generate(model, word_tokenizer(), PROMPTS * (1 if at_once == 3 else 8), 24, at_once)
+    assert sum(rows) == sum(r["tokens"] for [r] in out)  # no row is computed that has ended
+    # until no prompt waits, at most an eighth of the places is empty
+    full = max(step for step, n in enumerate(rows) if n > at_once - max(1, at_once // 8))
+    assert min(rows[:full]) > at_once - max(1, at_once // 8)
+    assert sum(rows[:full]) > sum(rows) - 24 * at_once
+
+
+def tokens_read(monkeypatch, prompts, at_once, samples):
+    """The sizes (rows, columns) of all passes but those that write the only token of each answer."""
+    read, logits = [], E.next_logits
+    monkeypatch.setattr(E, "next_logits", lambda m, c, ids, n: read.append((len(ids), len(ids[0]))) or logits(m, c, ids, n))
+    E.generate(tiny_llama(), word_tokenizer(), prompts, 1, at_once, samples=samples)
+    monkeypatch.undo()
+    return sum(rows * columns for rows, columns in read) - len(prompts) * samples
 
 
 def test_a_common_beginning_is_read_once(monkeypatch):
-    read, logits = [], E.next_logits
-    monkeypatch.setattr(E, "next_logits", lambda m, c, ids, n: read.append(len(ids[0])) or logits(m, c, ids, n))
-    prompts = [BEGINNING * 4 + [i] for i in range(10, 16)]
-    E.generate(tiny_llama(), word_tokenizer(), prompts, 1, 6, samples=5)
-    assert sum(read) == 24 + 6  # thirty samples of six prompts
+    prompts = [BEGINNING * 4 + [i, 5] for i in range(10, 16)]
+    assert tokens_read(monkeypatch, prompts, 6, samples=1) == 24 + 6  # the last token is part of the first step
+    assert tokens_read(monkeypatch, prompts, 1, samples=5) == 24 + 6  # thirty samples of six prompts, one by one
+
+
+def test_prompts_of_another_question_are_read_apart():
+    questions = [[q] * 20 for q in (5, 9, 33)]
+    waiting = [SimpleNamespace(prompt=q + [style, 1]) for q in questions for style in range(6)][::-1]
+    groups = []
+    while waiting:
+        groups.append([row.prompt[0] for row in E.next_group(waiting, 16)])
+    assert groups == [[5] * 6, [9] * 6, [33] * 6]
 
 
 def test_done_gets_each_response_when_it_ends_and_before_longer_ones():
