@@ -6,8 +6,8 @@ them.
 
 Read main() first: it is the run, top to bottom, and its loop is the method (Lei et al., EMNLP
 2025), with the paper's equation numbers. The equations are in router.py, the path pool in judge.py,
-the tasks in eval.py. "departs" marks where we leave the paper, "open point N" refers to the list in
-tests/experiments/README.md. Shapes: P paths of the step's Q questions, S students. """
+the tasks in eval.py. "departs (Eq N)" marks where we leave the paper, "open point N" refers to
+the list in tests/experiments/README.md. Shapes: P paths of the step's Q questions, S students. """
 import argparse
 import contextlib
 import hashlib
@@ -122,13 +122,13 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
-    g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
-                   help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
-                        "a style that was bad at first is found, for some accuracy (1)")
+    g.add_argument("--posterior_temperature", type=positive, default=4.0, metavar="T",
+                   help="of --reward posterior: how soft the choice is; at 1 a student stays with "
+                        "the first style that it learns (4)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions, at least one, all of whose paths are run, "
-                        "forward only, so that the router hears about what it does not choose "
-                        "(0.125)")
+                        "forward only, so that the router hears about what it does not choose; "
+                        "by default the path trained there is drawn evenly (0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01,
                    help="Eq 9: l1; no effect with --gate categorical, whose rates are equal (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
@@ -265,9 +265,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-import eval as tasks  # "eval" is a function of Python's
+import eval as tasks  # the README's eval.X: "eval" is a function of Python's
 import judge
-import router as qr
+import router as qr  # the README's router.X: "router" is the network in main
 
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
@@ -334,20 +334,20 @@ def main(args=None):
         length = lengths[numbers]  # (P, S)
 
         # Eq 2: the gates decide for the whole step before any student runs.
+        fixed_here = None if fixed is None else fixed[numbers]  # (P, S)
         logits = router(h[numbers])  # (P, S)
-        choice = None if fixed is None else fixed[numbers]  # (P, S)
-        alpha, p = route(logits, question, choice, gate_rng, args)  # (P, S) each
-        routed = alpha.detach() > 0.5  # a pair that is not routed costs nothing from here on
+        probed = probed_questions(question, args)  # (P,) bool
+        alpha, p = route(logits, question, probed, fixed_here, gate_rng, args)  # (P, S) each
+        routed = alpha.detach() > 0.5  # a student does not train on the other pairs
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
         # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that
         # others got too.
-        nll, seen = student_step(students, collab, paths, question, routed, weight.detach(),
-                                 scaler, args)
+        nll, figures = student_step(students, collab, paths, question, routed, weight.detach(),
+                                    scaler, args)
 
         # The probe: all paths of a few questions run, without gradient, so that the router hears
         # about what it did not choose.
-        probed = probed_questions(question, args)  # (P,) bool
         others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
         heard = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
         nll = nll.cpu()
@@ -374,7 +374,7 @@ def main(args=None):
         run["seconds"] += seconds
         run["tokens"] = [a + b for a, b in zip(run["tokens"], trained)]
         line = {"step": step + 1, "epoch": epoch, "lr_scale": scale,
-                **step_numbers(paths, nll / length, routed), "entropy": entropy, **seen,
+                **step_numbers(paths, nll / length, routed), "entropy": entropy, **figures,
                 "grad_norm": norms[:len(students)], "router_grad_norm": norms[-1],
                 "tokens_per_s": round(sum(trained) / seconds, 1)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
@@ -427,24 +427,26 @@ def set_up(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
     if args.dtype == "auto":  # a small student that trains in full is faster in float32
-        frozen = device.type == "cuda" or args.lora_rank
-        args.dtype = "bf16" if frozen and tasks.has_bfloat16(device) else "float32"
+        pays = device.type == "cuda" or args.lora_rank
+        args.dtype = "bf16" if pays and tasks.has_bfloat16(device) else "float32"
     torch.manual_seed(args.seed)
     amp_dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     return device, amp_dtype
 
 
 # ---------------------------------------- the method's steps
-def route(logits, question, fixed, gate_rng, args):
+def route(logits, question, probed, fixed, gate_rng, args):
     """Eq 2: which students train on which of the step's paths.
 
-    logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None;
-    gate_rng: of the gates' noise -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S),
-    the gates' probabilities. """
+    logits (P, S); question, probed (P,); fixed (P, S): the choice of a route that doesn't learn,
+    else None; gate_rng: of the gates' noise -> alpha (P, S), 0 or 1 with the gradient of the gates;
+    p (P, S), the gates' probabilities. """
     if fixed is not None:
         return fixed, fixed
     if args.route == "random":  # the same gates, all with the same odds
         logits = torch.zeros_like(logits)
+    elif args.reward == "posterior":  # there, too: a student that never sees a style finds it hard
+        logits = logits.masked_fill(probed[:, None], 0.0)
     return qr.GATES[args.gate](logits, question, gate_rng)
 
 
@@ -452,19 +454,19 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     """Eq 5 to Eq 9 for the students: run every routed pair, and send the losses' gradients back.
 
     paths: the P rows of `encode`; question (P,); routed (P, S) bool; weight (P, S) of the losses in
-    Eq 9 -> nll (P, S), a path's nats, 0 where it was not run; seen: what the log wants to know of
-    the collaboration. """
+    Eq 9 -> nll (P, S), the nats of a whole path, 0 where it was not run; figures of the
+    collaboration for the log. """
     device = students[0].model.device
     nll = torch.zeros(routed.shape, device=device)
-    per_token = weight / response_lengths(paths)  # (P, S), Eq 9 takes a path's mean over its tokens
+    token_weight = weight / response_lengths(paths)  # (P, S): Eq 9 has a path's mean over tokens
     segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
     co_routed = (routed.sum(1) > 1) & (args.mutual_weight > 0)  # (P,)
-    seen = defaultdict(list)
+    figures = defaultdict(list)
     for batch in micro_batches(question, args):  # (p,) numbers of paths
         shared = batch[co_routed[batch]]  # (C,) those that several students got
         # The segments of shared paths are numbered through the batch; -1: a path is not shared.
         first_segment = torch.full_like(question, -1)  # (P,)
-        first_segment[shared] = segments[shared].cumsum(0) - segments[shared]
+        first_segment[shared] = segments[shared].cumsum(0) - segments[shared]  # those before it
         loss = torch.zeros((), device=device)
         z, segment = [], []
         for s, student in enumerate(students):
@@ -476,39 +478,40 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
             nll[mine, s] = nll_s.detach()
             z.append(z_s)
             segment.append(segment_s)
-            if not student.frozen:
-                loss = loss + (per_token[mine, s].to(device) * nll_s).sum()  # Eq 9: L_distill^(s)
+            if not student.frozen:  # Eq 9: L_distill^(s)
+                loss = loss + (token_weight[mine, s].to(device) * nll_s).sum()
         if len(shared):
             together = collaborate(collab, z, segment, segments[shared], routed[shared],
-                                   nll[shared], seen, args)
-            loss = loss + together / co_routed.sum()  # a mean over the step's shared paths
+                                   nll[shared], figures, args)
+            # departs (Eq 9): a mean over the step's shared paths.
+            loss = loss + together / co_routed.sum()
         if loss.requires_grad:
             scaler.scale(loss).backward()
-    seen = {name: torch.cat(values).mean(0).tolist() for name, values in seen.items()}
-    return nll, {"co_routed": float(co_routed.float().mean()), **seen}
+    figures = {name: torch.cat(values).mean(0).tolist() for name, values in figures.items()}
+    return nll, {"co_routed": float(co_routed.float().mean()), **figures}
 
 
-def collaborate(collab, z, segment, segments, routed, nll, seen, args):
+def collaborate(collab, z, segment, segments, routed, nll, figures, args):
     """Eq 5 to Eq 8 on C co-routed paths -> l2 L_mutual + L_competence, summed over them.
 
     z, segment: see Collaboration; segments (C,): a path's number of shared segments; routed, nll
-    (C, S). Puts the figures of the log into `seen`. """
+    (C, S). Adds to the figures of the log. """
     device = nll.device
     path = torch.arange(len(segments)).repeat_interleave(segments).to(device)  # (N,) 0..C-1
     routed = routed.to(device)
     # Nats per segment can be compared across tokenizers, nats per token can't.
     per_segment = nll / segments[:, None].to(device)
     l_mutual, l_competence, gamma, raw, zt = collab(z, segment, path, routed, per_segment)
-    seen["mutual"].append(l_mutual.detach())
-    seen["gamma"].append(gamma.detach())
-    if "spread" not in seen:  # once a step, so that neither collapse goes unseen (open point 8)
+    figures["mutual"].append(l_mutual.detach())
+    figures["gamma"].append(gamma.detach())
+    if "spread" not in figures:  # once a step, so that neither collapse goes unseen (open point 8)
         spread, rank = [], []
         for s in range(len(z)):
             mine = routed[path, s]  # (N,) bool
             spread.append(raw[s, mine].detach().std(0, correction=0).nan_to_num().mean())
             rank.append(qr.effective_rank(zt[s, mine].detach()))
-        seen["spread"].append(torch.stack(spread)[None])
-        seen["rank"].append(torch.stack(rank)[None])
+        figures["spread"].append(torch.stack(spread)[None])
+        figures["rank"].append(torch.stack(rank)[None])
     return args.mutual_weight * l_mutual.sum() + l_competence.sum()
 
 
@@ -527,7 +530,7 @@ def probe(students, paths, question, probed, routed, args):
         for s, student in enumerate(students):
             rest = here[probed[here] & ~routed[here, s]]
             some = [paths[i] for i in rest]
-            nll[rest, s] = forward_paths(student, s, some, [-1] * len(some))[0]
+            nll[rest, s], _, _ = forward_paths(student, s, some)
     return nll
 
 
@@ -535,19 +538,21 @@ def router_step(logits, alpha, p, weight, heard, probed, length, question, args)
     """Eq 3, Eq 4 and Eq 9 for the router, with the students' losses as constants.
 
     logits, and alpha, p, weight (P, S) of the gates; heard (P, S), nats of a path where it was
-    routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. With --reward sum or loss
-    the gradient of L_distill reaches the router through alpha, and a pair that was not run gets the
-    mean of those that were, so the gradient of its alpha is zero. """
-    if args.reward == "posterior":  # Eq 9 departs, see posterior_loss
+    routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
+    questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches the
+    router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
+    L_distill gives its alpha no gradient. """
+    if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
         loss = qr.posterior_loss(logits[probed], heard[probed], question[probed],
                                  args.posterior_temperature)
     else:
         cost = heard if args.reward == "sum" else heard / length
-        was_run = (alpha.detach() > 0.5) | probed[:, None]
-        loss = (weight * qr.fill_skipped(cost, was_run, question, args.normalize)).sum()
+        routed = alpha.detach() > 0.5
+        cost = qr.fill_skipped(cost, routed, question, args.normalize, probed[:, None])
+        loss = (weight * cost).sum()
     per_student = args.entropy == "student"
     entropy = qr.balance_entropy(p if per_student else alpha, question, per_student)
-    # Eq 9 departs: Eq 4 is maximised, so subtracted.
+    # departs (Eq 9): Eq 4 is maximised, so subtracted.
     (loss - args.entropy_weight * entropy).backward()
     return float(entropy.detach())
 
@@ -598,7 +603,7 @@ def path_losses(rows, students):
     for s, student in enumerate(students):
         for start in tqdm(range(0, len(rows), 64), desc=f"score paths, student {s}", leave=False):
             part = rows[start:start + 64]
-            nll[start:start + 64, s] = forward_paths(student, s, part, [-1] * len(part))[0].cpu()
+            nll[start:start + 64, s] = forward_paths(student, s, part)[0].cpu()
     return nll
 
 
@@ -658,13 +663,14 @@ def stop_if_not_finite(nll, norms, step, out, scaler):
 
 
 # ---------------------------------------- one student's forward pass over the paths that it got
-def forward_paths(student, s, rows, first):
+def forward_paths(student, s, rows, first_segment=None):
     """Run student number s over its rows -> nll (rows,), each one's summed loss in nats; z (T, D)
     and segment (T,), the states on the text tokens of the co-routed rows and the shared segments
     that these tokens lie in.
 
-    first: for each row the number of its first shared segment, -1 if it is not co-routed.
-    """
+    first_segment: for each row the number of its first shared segment, -1 if it is not co-routed;
+    None: no row is. """
+    first_segment = first_segment or [-1] * len(rows)
     states, target, row_of, read, segment = [], [], [], [], []
     prompts = [row["prompts"][s] for row in rows]
     responses = [row["responses"][s] for row in rows]
@@ -674,12 +680,13 @@ def forward_paths(student, s, rows, first):
             n = len(responses[i])
             target.append(responses[i])
             row_of.append(np.full(n, i))
+            shared = first_segment[i] >= 0
             # State k has read responses[i][k - 1]; state 0 has read no text.
-            read.append((np.arange(n) > 0) & (first[i] >= 0))
-            segment.append(rows[i]["segments"][s] + first[i] if first[i] >= 0 else [])
+            read.append((np.arange(n) > 0) & shared)
+            segment.append(rows[i]["segments"][s] + first_segment[i] if shared else [])
     if not states:
-        none = torch.zeros(0, hidden_size(student), device=student.model.device)
-        return none.sum(1), none, none.sum(1).long()
+        none = torch.zeros(0, device=student.model.device)
+        return none, none.view(0, hidden_size(student)), none.long()
     states = torch.cat(states)  # (N, D), response positions only
     target, row_of, segment = (put(np.concatenate(x), states.device)
                                for x in (target, row_of, segment))
@@ -746,17 +753,17 @@ def nll_chunks(states, weight, bias, target, softcap):
     Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that
     gives (n, V). The gradient is in the weight's type, and lost when the next one comes. """
     size = min(len(states), max(16, 2**26 // len(weight)))
-    # Two buffers for all chunks, and in place what can be: fresh memory costs a CPU as much as the
-    # arithmetic.
-    product = weight.new_empty(len(weight) * size)
-    exact = product
+    # Two buffers for all chunks, one in the weight's type and one in float32 (the same one if that
+    # is its type), and in place what can be: fresh memory costs a CPU as much as the arithmetic.
+    low = weight.new_empty(len(weight) * size)
+    exact = low
     if weight.dtype != torch.float32:
-        exact = torch.empty_like(product, dtype=torch.float32)
+        exact = torch.empty_like(low, dtype=torch.float32)
     for rows in torch.arange(len(states), device=states.device).split(size):
-        dlogits = product[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
+        low_here = low[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
         logits = exact[:len(weight) * len(rows)].view(len(weight), -1)  # (V, n)
-        torch.mm(weight, states[rows].to(weight.dtype).T, out=dlogits)
-        logits.copy_(dlogits)
+        torch.mm(weight, states[rows].to(weight.dtype).T, out=low_here)
+        logits.copy_(low_here)
         if bias is not None:
             logits.add_(bias[:, None])
         if softcap:
@@ -765,12 +772,14 @@ def nll_chunks(states, weight, bias, target, softcap):
             logits.mul_(softcap)
         of_target = logits.gather(0, target[None, rows])  # (1, n)
         top = logits.amax(0)  # (n,)
-        p = logits.sub_(top).exp_()
+        p = logits.sub_(top).exp_()  # in place: logits, then softmax, then softmax less the one-hot
         total = p.sum(0)
         p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(of_target))
         if softcap:
             p.mul_(slope)
-        yield rows, total.log() + top - of_target[0], dlogits.copy_(p)
+        nll = total.log() + top - of_target[0]
+        low_here.copy_(p)
+        yield rows, nll, low_here
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -922,7 +931,7 @@ def check_student(student):
         with torch.random.fork_rng():  # dropout draws no number of the run's
             student.model.train()
             row = {"prompts": [np.array([student.end])], "responses": [np.array([1, 2, 3])]}
-            nll, _, _ = forward_paths(student, 0, [row], [-1])
+            nll, _, _ = forward_paths(student, 0, [row])
             nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         stop(f"student {student.source}: it can't be trained here ({tasks.in_a_line(e)}); "
@@ -1097,8 +1106,8 @@ def graded_pool(args):
         row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
         row["verdict"] = verdict and {"rule": verdict}
     if args.filter == "full" and any(row["valid"] is None for row in rows):
-        print("filter: step 2 was not run on this pool; judge.py --judge drops right answers with "
-              "wrong steps")
+        print("filter: no judge has read this pool, so right answers with wrong steps stay; "
+              "judge.py --judge finds them")
     return rows
 
 
@@ -1137,7 +1146,7 @@ def encode(rows, students):
 
     Prompt and response are tokenised apart and joined, so that generation starts from the very
     tokens trained on (open point 11). The response ends with the student's end token, which is
-    trained (10). """
+    trained (open point 10). """
     encoded = []
     known = [{} for _ in students]  # a student's prompts, which many paths share
     for start in tqdm(range(0, len(rows), 256), desc="tokenise", leave=False):
@@ -1191,7 +1200,7 @@ def response_lengths(rows):
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised
-    and divided by its size, and its style, one-hot."""
+    and divided by the number of features, and its style, one-hot."""
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -1614,7 +1623,7 @@ def warm_start(model, tokenizer, sentences, label):
         optimizer.zero_grad()
 
 
-def run():
+def command():
     """main() as a command: Ctrl-C says how to go on."""
     try:
         main(FLAGS)
@@ -1626,4 +1635,4 @@ def run():
 
 
 if __name__ == "__main__":
-    tasks.run_command(run)
+    tasks.run_command(command)

@@ -2,8 +2,8 @@
 
 Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this
 file: P paths, Q questions, S students, d features; `question` (P,) holds each path's question as
-0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs" marks where its equations
-are open or degenerate, "open point N" the list of them in tests/experiments/README.md. """
+0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs (Eq N)" marks where we
+leave it, "open point N" refers to the list of reasons in tests/experiments/README.md. """
 import itertools
 import math
 import re
@@ -66,11 +66,11 @@ class Router(nn.Module):
 # the paper's temperature of 1), and the probabilities p (P, S) behind it, which Eq 3 averages. Add
 # your own to GATES, and to ONE_PATH if a student gets one path of each question.
 def categorical_gate(logits, question, generator=None):
-    """Eq 2, departs: Gumbel-softmax over a question's paths, student by student: one path each.
+    """Eq 2: Gumbel-softmax over a question's paths, student by student: one path each.
 
-    A path is compared with the question's other paths and not with easier questions, so the gate
-    cannot learn "easy", and every question is kept. A student's rate is 1 / paths: Eq 3 and 4 hold
-    by construction. """
+    departs (Eq 2): over paths, not over students. A path is compared with the question's other
+    paths and not with easier questions, so the gate cannot learn "easy", and every question is
+    kept. A student's rate (Eq 3) is always 1 / paths, so Eq 4 has no gradient. """
     noisy = logits + gumbel_noise(logits, generator)
     soft = softmax_per_question(noisy, question)
     alpha = straight_through(keep_best(soft.detach(), question), soft)
@@ -78,11 +78,11 @@ def categorical_gate(logits, question, generator=None):
 
 
 def binary_gate(logits, question, generator=None):
-    """Eq 2, departs: one gate per path and student, so a path may reach one, several or no student.
+    """Eq 2: one gate per path and student, so a path may reach one, several or no student.
 
-    The difference of two Gumbels is logistic noise, hence P(alpha = 1) = sigmoid(logits). Where all
-    of a question's gates are shut for a student, the likeliest opens: without it hard questions
-    starve (open point 5). """
+    departs (Eq 2): no softmax over students. The difference of two Gumbels is logistic noise, hence
+    P(alpha = 1) = sigmoid(logits). Where all of a question's gates are shut for a student, the
+    likeliest opens: without it hard questions starve (open point 5). """
     noisy = logits + uniform(logits, generator).logit()
     soft = torch.sigmoid(noisy)
     hard = (soft > 0.5).to(soft)
@@ -157,7 +157,7 @@ def balance_entropy(p, question, per_student=True):
     """Eq 3 and Eq 4: binary entropy (nats, at most ln 2) of a question's selection rate, averaged.
 
     p (P, S): gate probabilities, or the sampled alpha for the printed form; question (P,) ->
-    scalar. It is MAXIMISED: Eq 9 departs and subtracts it (open point 2). Eq 3 departs: each
+    scalar. It is MAXIMISED: departs (Eq 9), which adds it (open point 2). departs (Eq 3): each
     student has its own rate, else "everything to one student, nothing to the other" would be the
     optimum (open point 3). per_student=False is Eq 3 as printed. """
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
@@ -170,8 +170,8 @@ def balance_entropy(p, question, per_student=True):
 
 # ---------------------------------------- Eq 9: how a path's loss enters L_distill
 def path_weights(alpha, question, normalize="question"):
-    """Weights (P, S) of the path losses in L_distill^(s) = sum_ij weight_ij nll_ij; each student's
-    add up to 1.
+    """Weights (P, S) in L_distill^(s) = sum_ij weight_ij nll_ij / length_ij; each student's add up
+    to 1, or to 0 if it got no path.
 
     "question": the mean over a question's routed paths, then over questions, so each question
     weighs the same (open point 5). "batch": the mean over all routed paths, which lets the gate
@@ -184,29 +184,31 @@ def path_weights(alpha, question, normalize="question"):
     return alpha / routed.clamp(min=1)[question] / seen
 
 
-def fill_skipped(cost, was_run, question, normalize="question"):
-    """The costs (P, S); a pair that was not run (was_run (P, S), bool or 0 and 1) gets the mean of
-    those that were: of its question, or of the batch.
+def fill_skipped(cost, routed, question, normalize="question", probed=False):
+    """The costs (P, S); a pair that was not run gets the mean of the routed ones of its question,
+    or of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
 
-    Its own cost is unknown. Under this estimate the gradient of its alpha, (cost_ij - mean_i) / n_i,
-    is zero; and a path that was run is judged against its question's others that were. """
-    was_run = was_run.detach().to(cost)  # the sum of a mask would be a mask
+    Its own cost is unknown. Under this estimate the gradient of its alpha, (cost_ij - mean_i) /
+    n_i, is zero; and a path that was run is judged against its question's routed ones. """
+    was_run = (routed.detach() > 0) | probed
+    routed = routed.detach().to(cost)  # the sum of a mask would be a mask
     if normalize == "batch":
         question = torch.zeros_like(question)
-    mean = per_question(was_run * cost, question) / per_question(was_run, question).clamp(min=1)
-    return torch.where(was_run > 0, cost, mean[question])
+    mean = per_question(routed * cost, question) / per_question(routed, question).clamp(min=1)
+    return torch.where(was_run, cost, mean[question])
 
 
 def posterior_loss(logits, nll, question, temperature=1.0):
-    """Cross-entropy of the router's choice, a softmax over a question's paths, to the student's.
+    """Cross-entropy of the router's softmax over a question's paths to the student's own,
+    softmax_j(-nll_j / temperature): how likely it would write path j and not one of the others.
 
     logits, nll (P, S), nats of a whole path, of questions all of whose paths were run; question
-    (P,) -> scalar, a mean over questions. The student's own choice is softmax_j(-nll_j /
-    temperature): how likely it would write path j and not one of the others.
+    (P,) -> scalar: a mean over questions, a sum over students.
 
-    Eq 9 departs. sum_j p_j nll_j - temperature H(p), with H over a question's paths, is least at
-    the same p. But its gradient has a factor p_j (1 - p_j): a router that is sure of a path hardly
-    leaves it when it turns bad. Here the gradient is p_j less the student's own. """
+    departs (Eq 9). The gradient of a logit is p_j less the student's own. Eq 9 with an entropy over
+    a question's paths, sum_j p_j nll_j - temperature H(p), is least at the same p, but its gradient
+    is p_j (c_j - sum_k p_k c_k), c_j = nll_j + temperature log p_j: a router that is sure of a path
+    hardly leaves it when it turns bad. """
     wanted = softmax_per_question(-nll / temperature, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
@@ -249,18 +251,27 @@ def standardize(x, path, n):
 def competence_target(per_segment, routed):
     """Target of Eq 6 (C, S): softmax over the routed students of minus their loss, detached.
 
-    per_segment (C, S): nats per shared segment, a unit that all tokenizers have in common. Eq 6
-    departs: Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9). """
+    per_segment (C, S): nats per shared segment, a unit that all tokenizers have in common. departs
+    (Eq 6): Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9). """
     return torch.softmax((-per_segment.detach()).masked_fill(~routed, -math.inf), -1)
 
 
 class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
-    dims: hidden size of each student; d: the shared size. Frozen random projections by default:
-    trained ones reach a low loss by losing rank (open point 8), with plain MSE by vanishing.
-    target: Eq 6 departs and learns from the students' losses; False: from Eq 8 alone, as printed.
-    """
+    dims: hidden size of each student; d: the shared size. target: learn Eq 6 from the students'
+    losses; False: from Eq 8 alone, as printed.
+
+    departs (Eq 5): frozen random projections by default. Trained ones reach a low loss by losing
+    rank (open point 8), with plain MSE by vanishing.
+    departs (Eq 6): w is fitted to the students' losses (competence_target), which teaches w alone;
+    the mean is that of segments, before they are standardised, and layer-normed over features;
+    only students that got the path compete.
+    departs (Eq 7): with a target z_ens is a constant. Of two students the more competent one moves
+    less: its distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
+    departs (Eq 8): states are standardised, else shrinking them would lower it (open point 8), and
+    compared by segment; a mean over features and segments, so that its weight does not depend on d
+    and length. """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, target=True):
         super().__init__()
@@ -283,34 +294,27 @@ class Collaboration(nn.Module):
         n, c = len(path), len(routed)
         raw = torch.stack([segment_mean(proj(states), numbers, n)
                            for proj, states, numbers in zip(self.proj, z, segment)])  # Eq 5
-        zt = raw
-        if self.standardized:  # Eq 8 departs: else shrinking zt would lower it (open point 8)
-            zt = torch.stack([standardize(x, path, c) for x in raw])
-
         score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
         gamma = torch.softmax(score, -1)  # Eq 6
+        l_competence = torch.zeros_like(gamma[:, 0])  # (C,)
         if self.target:
             wanted = competence_target(per_segment, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
-            # Eq 7 departs: detached. Of two students the more competent one moves less: its
-            # distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
-            z_ens = ensemble(gamma, zt, path).detach()
-        else:
-            l_competence = torch.zeros_like(gamma[:, 0])
-            z_ens = ensemble(gamma, zt, path)  # Eq 7
 
-        # Eq 8 departs: a mean over features and segments, so that its weight does not depend on d
-        # and length.
+        zt = raw
+        if self.standardized:
+            zt = torch.stack([standardize(x, path, c) for x in raw])
+        z_ens = ensemble(gamma, zt, path)  # Eq 7
+        if self.target:
+            z_ens = z_ens.detach()
         distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N), Eq 8
-        l_mutual = segment_mean(distance.sum(0).unsqueeze(1), path, c).squeeze(1)  # (C,)
+        of_segment = distance.sum(0)  # (N,), over the students that got the path
+        l_mutual = segment_mean(of_segment.unsqueeze(1), path, c).squeeze(1)  # (C,)
         return l_mutual, l_competence, gamma, raw, zt
 
     def competence(self, raw, path, c):
         """Eq 6 before its softmax: w_s . mean_t zt_s, from raw (S, N, d), which is zt before it is
-        standardised, of c paths -> (c, S).
-
-        departs: the mean is scaled to unit variance over features; after standardising every mean
-        would be zero. With a target it teaches the regressor only, not the students. """
+        standardised (then every mean would be zero), of c paths -> (c, S). """
         if self.target:
             raw = raw.detach()
         mean = torch.stack([segment_mean(x, path, c) for x in raw], 1)  # (c, S, d)

@@ -830,7 +830,7 @@ def test_ctrl_c_in_a_test_names_the_command_that_goes_on_where_there_is_a_checkp
     monkeypatch.setattr(distill.tasks, "evaluate", interrupted)
     monkeypatch.setattr(distill, "FLAGS", distill.parse_args(flags_of(world, tmp_path / "run")), raising=False)
     with pytest.raises(KeyboardInterrupt):
-        distill.run()
+        distill.command()
     assert (f"python distill.py --resume {tmp_path / 'run'}" in capsys.readouterr().err) == goes_on
 
 
@@ -948,7 +948,7 @@ def test_learned_router_comes_to_prefer_cheap_paths_and_the_entropy_holds_it_bac
     """An oracle that we plant: paths of one style cost next to nothing."""
     plain = distill.forward_paths
 
-    def planted(student, s, rows, first):
+    def planted(student, s, rows, first=None):
         nll, z, segment = plain(student, s, rows, first)
         return nll * torch.tensor([0.01 if row.get("style") == "program" else 1.0 for row in rows]), z, segment
 
@@ -1065,7 +1065,7 @@ def test_likeliest_route_trains_the_path_with_the_lowest_loss_per_token_before_t
 def test_competence_comes_to_prefer_the_student_with_the_lower_loss(monkeypatch, train, better):
     plain = distill.forward_paths
 
-    def planted(student, s, rows, first):
+    def planted(student, s, rows, first=None):
         nll, z, segment = plain(student, s, rows, first)
         return nll * (0.1 if s == better else 1), z, segment
 
@@ -1089,7 +1089,7 @@ def test_learning_rates_are_one_per_student(world, train):
 def test_student_trains_one_path_of_each_question_and_the_probe_runs_the_others_without_gradient(monkeypatch, world, train):
     gradient, plain = [], distill.forward_paths
 
-    def watch(student, s, rows, first):
+    def watch(student, s, rows, first=None):
         if rows and student.model.training:
             gradient.append((s, torch.is_grad_enabled(), len(rows)))
         return plain(student, s, rows, first)
@@ -1103,6 +1103,20 @@ def test_student_trains_one_path_of_each_question_and_the_probe_runs_the_others_
         assert [(g, n) for k, g, n in gradient if k == s and n > 1] == [(True, 4), (False, 5)] * 4
         assert run.results["tokens_trained"][s] < sum(len(r["path"]) for r in world.rows)
     assert all(line["router_grad_norm"] > 0 for line in run.log)  # to the end
+
+
+def test_on_probed_questions_a_student_draws_evenly_and_elsewhere_as_the_router_says():
+    question = torch.arange(400).repeat_interleave(3)
+    logits = torch.tensor([[9.0, 0], [0, 0], [0, 9]]).repeat(400, 1)  # student 0: the first path, 1: the last
+    probed, rng = question < 200, torch.Generator().manual_seed(0)
+    args = distill.parse_args(["--out_dir", "unused"])
+    alpha, _ = distill.route(logits, question, probed, None, rng, args)
+    rates = [alpha[where].view(200, 3, 2).mean(0) for where in (probed, ~probed)]
+    assert (rates[0] - 1 / 3).abs().max() < 0.12
+    assert rates[1][0, 0] > 0.98 and rates[1][2, 1] > 0.98
+    args.reward = "sum"  # there the router learns through these gates
+    alpha, _ = distill.route(logits, question, probed, None, rng, args)
+    assert alpha[probed].view(200, 3, 2).mean(0)[0, 0] > 0.98
 
 
 # ---------------------------------------------------------------- ablations of the data
@@ -1223,9 +1237,9 @@ def test_partly_annotated_pool_keeps_the_verdicts_that_were_paid_for(world, tmp_
 def test_run_says_once_that_no_judge_has_seen_the_pool(world, tmp_path, data_of, capsys):
     pool = write_jsonl(tmp_path / "gsm.jsonl", [{**r, "task": "gsm8k"} for r in world.rows])
     data_of(pool=pool)
-    assert capsys.readouterr().out.count("step 2 was not run") == 1
+    assert capsys.readouterr().out.count("no judge has read this pool") == 1
     data_of("--filter", "answer", pool=pool)
-    assert "step 2" not in capsys.readouterr().out
+    assert "no judge" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the default: python distill.py

@@ -373,6 +373,16 @@ def test_skipped_pairs_get_no_gradient_and_a_path_above_its_peers_loses_rate(nor
         assert pull * above > 0 if len(peers) > 1 else abs(pull) < 1e-12
 
 
+@pytest.mark.parametrize("normalize", ["question", "batch"])
+def test_skipped_pairs_get_no_gradient_beside_a_probe_either(normalize):
+    nll, alpha = randn(9, 2).exp(), (randn(9, 2, seed=1) < 0).double().requires_grad_()
+    probed = (QUESTION == 0)[:, None]  # all of its paths are run
+    losses = qr.fill_skipped(torch.where((alpha > 0) | probed, nll, 1e9), alpha, QUESTION, normalize, probed)
+    (qr.path_weights(alpha, QUESTION, normalize) * losses).sum().backward()
+    skipped = ~((alpha.detach() > 0) | probed)
+    assert skipped.any() and alpha.grad[skipped].abs().max() < 1e-15
+
+
 def test_batch_normalisation_starves_hard_questions_and_question_normalisation_does_not():
     question = torch.tensor([0] * 6 + [1] * 6)
     nll = torch.tensor([1.0] * 6 + [3.0] * 6).unsqueeze(1).repeat(1, 2)  # an easy and a hard question
