@@ -1,10 +1,16 @@
 """Does the router follow its students? Runs of the demo in which a style turns bad, or good, halfway.
 
-    python tests/experiments/turn.py --seeds 20 21 22        # two minutes a seed and core
+    python tests/experiments/turn.py --seeds 20 21 22        # three minutes a seed and core
 
 leave: from step 75 of 150 on, the paths of the style that a student is on are scrambled for it; how
-often is it still given them, 15 to 25 steps later? find: the paths of the shortest style, vanilla,
-are scrambled for both students in the first 30 steps; how often are they given it in the last 30?
+often is it still given them, 15 to 25 steps later? find: the paths of one style, by default vanilla,
+the shortest, are scrambled for both students in the first 30 steps; how often are they given it in
+the last 30? harm: they are scrambled for student 1 alone, in the whole run; how often is each student
+given them in the first tenth and in the last fifth? This one can be run on real students, too:
+
+    python tests/experiments/turn.py --kinds harm --style fact_retrieval --steps 30 --seeds 0 1 2 \
+        --more --students A B --paths POOL.jsonl --batch_size 4 --encoder MINILM
+
 A line for each run is added to results/turn.jsonl.
 """
 import argparse
@@ -26,16 +32,17 @@ STEPS, LEAVE_AT, FIND_AT = 150, 75, 30
 class Stage:
     """The paths of a run: it scrambles and restores them, and notes what each student is given."""
 
-    def __init__(self, distill, kind):
-        self.kind, self.step, self.rates, self.rows, self.whole = kind, 0, [], [], []
+    def __init__(self, distill, kind, style):
+        self.kind, self.style, self.rates, self.rows, self.whole = kind, style, [], [], []
         self.plain = {name: getattr(distill, name) for name in ("encode", "step_paths", "step_numbers")}
 
     def encode(self, *args):
         self.rows = self.plain["encode"](*args)
         self.whole = [[tokens.copy() for tokens in row["responses"]] for row in self.rows]
         if self.kind == "find":
-            self.scramble(0, "vanilla")
-            self.scramble(1, "vanilla")
+            self.scramble(0, self.style)
+        if self.kind in ("find", "harm"):
+            self.scramble(1, self.style)
         return self.rows
 
     def scramble(self, s, style):
@@ -76,14 +83,15 @@ def run(job):
     """One run -> its line."""
     import distill
 
-    kind, seed, more, out = job
-    stage, folder = Stage(distill, kind), out / "_".join(["turn", kind, str(seed), *more])
+    kind, style, steps, seed, more, out = job
+    names = [Path(word).name for word in more]
+    stage, folder = Stage(distill, kind, style), out / "_".join(["turn", kind, style, str(seed), *names])
     for name in stage.plain:
         setattr(distill, name, getattr(stage, name))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
                 contextlib.redirect_stderr(nowhere):
-            distill.main(["--seed", str(seed), "--max_steps", str(STEPS), "--eval_limit", "1",
+            distill.main(["--seed", str(seed), "--max_steps", str(steps), "--eval_limit", "1",
                           "--out_dir", str(folder), *more])
     finally:
         for name, function in stage.plain.items():
@@ -91,24 +99,32 @@ def run(job):
     if kind == "leave":
         rates = [stage.rate(style, s, LEAVE_AT + 15, LEAVE_AT + 25) for s, style in enumerate(stage.styles)]
         before = [stage.rate(style, s, LEAVE_AT - 10, LEAVE_AT) for s, style in enumerate(stage.styles)]
+    elif kind == "find":
+        before = [stage.rate(style, s, FIND_AT - 10, FIND_AT) for s in range(2)]
+        rates = [stage.rate(style, s, -30, None) for s in range(2)]
     else:
-        before = [stage.rate("vanilla", s, FIND_AT - 10, FIND_AT) for s in range(2)]
-        rates = [stage.rate("vanilla", s, -30, None) for s in range(2)]
+        before = [stage.rate(style, s, 0, steps // 10) for s in range(2)]
+        rates = [stage.rate(style, s, -(steps // 5), None) for s in range(2)]
     versions = json.loads((folder / "results.json").read_text())["versions"]
-    return {"kind": kind, "seed": seed, "more": " ".join(more), "before": [round(x, 3) for x in before],
+    return {"kind": kind, "style": style if kind != "leave" else stage.styles, "steps": steps,
+            "seed": seed, "more": " ".join(names), "before": [round(x, 3) for x in before],
             "after": [round(x, 3) for x in rates], "versions": versions}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22], help="(20 to 22)")
-    p.add_argument("--kinds", nargs="+", choices=["leave", "find"], default=["leave", "find"], help="(both)")
+    p.add_argument("--kinds", nargs="+", choices=["leave", "find", "harm"],
+                   default=["leave", "find"], help="(leave and find)")
+    p.add_argument("--style", default="vanilla", help="of find and harm (vanilla)")
+    p.add_argument("--steps", type=int, default=STEPS, help="of harm (150)")
     p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders (out/experiments)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
     p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further flags of every run")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
-    jobs = [(kind, seed, args.more, args.out) for seed in args.seeds for kind in args.kinds]
+    jobs = [(kind, args.style, args.steps if kind == "harm" else STEPS, seed, args.more, args.out)
+            for seed in args.seeds for kind in args.kinds]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool, \
             open(HERE / "results" / "turn.jsonl", "a") as file:
         for line in pool.map(run, jobs):
