@@ -55,6 +55,7 @@ TABLES = {
         Row("no style input", "--no-style_input"),
         Row("MLP router", "--router_hidden 256 --router_lr 0.01"),
         Row("probe half of the questions", "--probe 0.5"),
+        Row("products in bfloat16", "--dtype bf16"),
     ],
     "competence": [
         Row(FULL),
