@@ -122,13 +122,13 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
-    g.add_argument("--posterior_temperature", type=positive, default=4.0, metavar="T",
-                   help="of --reward posterior: how soft the choice is; at 1 a student stays with "
-                        "the first style that it learns (4)")
+    g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
+                   help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
+                        "a style that was bad at first is found, for some accuracy (1)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions, at least one, all of whose paths are run, "
-                        "forward only, so that the router hears about what it does not choose; "
-                        "by default the path trained there is drawn evenly (0.125)")
+                        "forward only, so that the router hears about what it does not choose "
+                        "(0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01,
                    help="Eq 9: l1; no effect with --gate categorical, whose rates are equal (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
@@ -336,8 +336,7 @@ def main(args=None):
         # Eq 2: the gates decide for the whole step before any student runs.
         fixed_here = None if fixed is None else fixed[numbers]  # (P, S)
         logits = router(h[numbers])  # (P, S)
-        probed = probed_questions(question, args)  # (P,) bool
-        alpha, p = route(logits, question, probed, fixed_here, gate_rng, args)  # (P, S) each
+        alpha, p = route(logits, question, fixed_here, gate_rng, args)  # (P, S) each
         routed = alpha.detach() > 0.5  # a student does not train on the other pairs
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
@@ -348,6 +347,7 @@ def main(args=None):
 
         # The probe: all paths of a few questions run, without gradient, so that the router hears
         # about what it did not choose.
+        probed = probed_questions(question, args)  # (P,) bool
         others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
         heard = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
         nll = nll.cpu()
@@ -435,18 +435,16 @@ def set_up(args):
 
 
 # ---------------------------------------- the method's steps
-def route(logits, question, probed, fixed, gate_rng, args):
+def route(logits, question, fixed, gate_rng, args):
     """Eq 2: which students train on which of the step's paths.
 
-    logits (P, S); question, probed (P,); fixed (P, S): the choice of a route that doesn't learn,
-    else None; gate_rng: of the gates' noise -> alpha (P, S), 0 or 1 with the gradient of the gates;
-    p (P, S), the gates' probabilities. """
+    logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None;
+    gate_rng: of the gates' noise -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S),
+    the gates' probabilities. """
     if fixed is not None:
         return fixed, fixed
     if args.route == "random":  # the same gates, all with the same odds
         logits = torch.zeros_like(logits)
-    elif args.reward == "posterior":  # there, too: a student that never sees a style finds it hard
-        logits = logits.masked_fill(probed[:, None], 0.0)
     return qr.GATES[args.gate](logits, question, gate_rng)
 
 

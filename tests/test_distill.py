@@ -1105,20 +1105,6 @@ def test_student_trains_one_path_of_each_question_and_the_probe_runs_the_others_
     assert all(line["router_grad_norm"] > 0 for line in run.log)  # to the end
 
 
-def test_on_probed_questions_a_student_draws_evenly_and_elsewhere_as_the_router_says():
-    question = torch.arange(400).repeat_interleave(3)
-    logits = torch.tensor([[9.0, 0], [0, 0], [0, 9]]).repeat(400, 1)  # student 0: the first path, 1: the last
-    probed, rng = question < 200, torch.Generator().manual_seed(0)
-    args = distill.parse_args(["--out_dir", "unused"])
-    alpha, _ = distill.route(logits, question, probed, None, rng, args)
-    rates = [alpha[where].view(200, 3, 2).mean(0) for where in (probed, ~probed)]
-    assert (rates[0] - 1 / 3).abs().max() < 0.12
-    assert rates[1][0, 0] > 0.98 and rates[1][2, 1] > 0.98
-    args.reward = "sum"  # there the router learns through these gates
-    alpha, _ = distill.route(logits, question, probed, None, rng, args)
-    assert alpha[probed].view(200, 3, 2).mean(0)[0, 0] > 0.98
-
-
 # ---------------------------------------------------------------- ablations of the data
 @pytest.fixture
 def data_of(world, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ TABLES = {
         Row("binary gates", "--gate binary --reward sum --router_lr 0.1"),
         Row("reward: total loss through the gates (Eq 9)", "--reward sum --router_lr 0.1"),
         Row("reward: mean loss through the gates (Eq 9)", "--reward loss --router_lr 0.1"),
-        Row("the student's choice at temperature 1", "--posterior_temperature 1"),
+        Row("the student's choice at temperature 4", "--posterior_temperature 4"),
         Row("no style input", "--no-style_input"),
         Row("MLP router", "--router_hidden 256 --router_lr 0.01"),
         Row("probe half of the questions", "--probe 0.5"),
