@@ -1310,6 +1310,7 @@ def write(model, waiting, batch_size, temperature, ended):
     # Prompts with a common beginning shall follow each other; the next one is the list's last.
     waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
     cache, reader = empty_cache(model), empty_reader(model)
+    # A prompt of one token leaves a recurrent layer without a state that could join others.
     if not can_join(cache) or not (reader.can_cut or all(row.prompt[1:] for row in waiting)):
         batch_size = 1
     rows = []  # as they lie in the cache
