@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -220,13 +221,14 @@ def picture(table):
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(names)), [label_of(name, rows) for name in names])
     ax.invert_yaxis()
-    ax.set_xlabel("gain of QR-Distill in points of test accuracy (right of zero: QR-Distill is better)")
+    ax.set_xlabel("gain of QR-Distill in points of test accuracy\n(right of zero: QR-Distill is better)")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
     seeds = {seed for _, _, runs, _ in rows for seed in runs}
-    ax.set_title(f"QR-Distill against each control: {setting},\n"
-                 f"mean over students, up to {len(seeds)} seeds, 95 % intervals", fontsize=10)
+    title = (f"QR-Distill against each control: {setting}, mean over students, up to {len(seeds)} seeds, "
+             "95 % intervals")
+    figure.suptitle(textwrap.fill(title, 80), fontsize=10)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -240,11 +242,11 @@ def largest(table):
 
 def label_of(name, rows):
     """A control's name on the axis; the best single style with the styles that were best."""
-    if HARMED in name:
-        return name.replace(", ", ",\n")
+    if name != BEST:
+        return textwrap.fill(name, 26)
     styles = dict.fromkeys(row[0].partition(" (")[2].rstrip(")") for row in rows
                            if row[0].startswith(name))
-    return f"{name}\n({', '.join(styles)})" if name == BEST else name
+    return f"{name}\n({', '.join(styles)})"
 
 
 def write(table):
