@@ -127,8 +127,8 @@ def make_parser():
                         "a style that was bad at first is found, for some accuracy (1)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions, at least one, all of whose paths are run, "
-                        "forward only, so that the router hears about what it does not choose "
-                        "(0.125)")
+                        "those not drawn forward only, so that the router hears about what it "
+                        "does not choose (0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01,
                    help="Eq 9: l1; no effect with --gate categorical, whose rates are equal (0.01)")
     g.add_argument("--entropy", default="student", choices=["student", "literal"],
@@ -533,7 +533,8 @@ def probe(students, paths, question, probed, routed, args):
 
 
 def router_step(logits, alpha, p, weight, heard, probed, length, question, args):
-    """Eq 3, Eq 4 and Eq 9 for the router, with the students' losses as constants.
+    """The router learns, with the students' losses as constants: by default from posterior_loss,
+    with --reward sum or loss by Eq 9; Eq 3 and 4 join in.
 
     logits, and alpha, p, weight (P, S) of the gates; heard (P, S), nats of a path where it was
     routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
@@ -1198,7 +1199,7 @@ def response_lengths(rows):
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised
-    and divided by the number of features, and its style, one-hot."""
+    and divided by the number of features, and its style, one-hot times sqrt(styles)."""
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]

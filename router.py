@@ -81,8 +81,8 @@ def binary_gate(logits, question, generator=None):
     """Eq 2: one gate per path and student, so a path may reach one, several or no student.
 
     departs (Eq 2): no softmax over students. The difference of two Gumbels is logistic noise, hence
-    P(alpha = 1) = sigmoid(logits). Where all of a question's gates are shut for a student, the
-    likeliest opens: without it hard questions starve (open point 5). """
+    P(alpha = 1) = sigmoid(logits). Where all of a question's gates are shut for a student, the one
+    nearest to opening opens: without it hard questions starve (open point 5). """
     noisy = logits + uniform(logits, generator).logit()
     soft = torch.sigmoid(noisy)
     hard = (soft > 0.5).to(soft)
@@ -147,9 +147,10 @@ def softmax_per_question(x, question):
 def keep_best(score, question):
     """alpha (P, S): 1 for a question's path with the highest score (P, S), the first of equals,
     student by student."""
-    place = -torch.arange(len(score)).to(score).unsqueeze(1)
-    place = torch.where(score == max_per_question(score, question)[question], place, -math.inf)
-    return (place == max_per_question(place, question)[question]).to(score)
+    is_top = score == max_per_question(score, question)[question]
+    number = torch.arange(len(score)).to(score).unsqueeze(1)
+    earliest = torch.where(is_top, -number, -math.inf)
+    return (earliest == max_per_question(earliest, question)[question]).to(score)
 
 
 # ---------------------------------------- Eq 3 and Eq 4: balance
