@@ -1410,11 +1410,11 @@ def read_prompts(model, reader, prompts):
     cache = empty_cache(model)
     for layer, its in zip(roomy(cache), roomy(reader.cache)):
         layer.repeat(its, len(prompts))
-    width = max(1, *map(len, prompts)) - len(begin)  # no state is empty
-    # Padded on the right, where a causal model's real tokens cannot look.
-    rests = [prompt[len(begin):] + [0] * (width + len(begin) - len(prompt)) for prompt in prompts]
-    if width:
-        next_logits(model, cache, rests, [len(begin) + width] * len(prompts))
+    longest = max(1, *map(len, prompts))  # no state is empty
+    if longest > len(begin):
+        # Padded on the right, where a causal model's real tokens cannot look.
+        rests = [prompt[len(begin):] + [0] * (longest - len(prompt)) for prompt in prompts]
+        next_logits(model, cache, rests, [longest] * len(prompts))
     return cache
 
 

@@ -205,7 +205,7 @@ def picture(table):
 
     setting, rows = largest(table)
     rows = [row for row in rows if not row[0].startswith("only ")]
-    if table == "main":
+    if table == "main" and read_lines("harmful"):
         rows += [row for row in largest("harmful")[1] if HARMED in row[0]]
     names = list(dict.fromkeys(row[0].split(" (")[0] for row in rows))
     figure = Figure((7.6, 1.5 + 0.5 * len(names)), dpi=150, layout="constrained")
