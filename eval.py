@@ -1269,7 +1269,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples
     was_training = model.training
     bar = tqdm(total=len(rows), desc=desc, disable=desc is None, leave=False)
     with torch.no_grad(), laid_out(model.eval(), dtype), bar:
-        at_once = batch_size or rows_at_once(model.device)
+        at_once = batch_size or rows_at_once(model, longest + max_new_tokens)
         for row in write(model, rows, at_once, temperature, ended):
             results[row.i][row.k] = response(row)
             bar.update()
@@ -1279,10 +1279,22 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples
     return results
 
 
-def rows_at_once(device):
-    """How many responses are written at a time: a CPU reads all weights once for all of them, a GPU
-    has little room for the caches of a 7B model."""
-    return 96 if device.type == "cpu" else 32
+def rows_at_once(model, length):
+    """How many responses of at most `length` tokens, prompts included, are written at a time: a CPU
+    reads all weights once for all of them; a GPU has room for their keys and values."""
+    import torch
+
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if model.device.type == "cpu":
+        return 96
+    if model.device.type != "cuda" or not heads:
+        return 32
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    states = 2 * config.num_hidden_layers * heads * width * length  # keys and values of a row
+    half_free = torch.cuda.mem_get_info(model.device)[0] / 2
+    return int(min(256, max(8, half_free // (states * model.dtype.itemsize))))
 
 
 def end_tokens(model, tokenizer):
@@ -1560,29 +1572,32 @@ def has_bfloat16(device="cpu"):
 def laid_out(model, dtype=None):
     """Inside, LoRA is merged and the weights are of type `dtype` (None: bfloat16 where has_bfloat16
     and the model is no toy); afterwards the model is what it was, bit for bit. For models in
-    floating point on the CPU; others stay as they are."""
+    floating point on a CPU or a GPU, which then holds the weights twice; others stay as they are.
+    """
     import torch
 
+    device = model.device.type
     weights = [(weight, weight.data) for weight in model.parameters()]
-    if model.device.type != "cpu" or not all(weight.is_floating_point() for weight, _ in weights):
+    floating = all(weight.is_floating_point() for weight, _ in weights)
+    if device not in ("cpu", "cuda") or not floating:
         yield
         return
     if dtype is None:
         large = sum(weight.numel() for weight, _ in weights) > 10**7
-        dtype = torch.bfloat16 if large and has_bfloat16() else model.dtype
+        dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
     replaced = []  # modules whose forward is another one inside
     try:
         for module in model.modules():
             if hasattr(module, "base") and hasattr(module, "A"):  # distill.LoRA
-                merge_lora(module)
+                merge_lora(module, dtype)
                 module.forward = module.base.__call__
                 replaced.append(module)
-            elif type(module) is torch.nn.Linear and dtype == torch.bfloat16:
+            elif type(module) is torch.nn.Linear and (device, dtype) == ("cpu", torch.bfloat16):
                 module.forward = partial(weight_first, module)
                 replaced.append(module)
         for weight, _ in weights:
             weight.data = weight.data.to(dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             yield
     finally:
         for weight, data in weights:
@@ -1591,13 +1606,14 @@ def laid_out(model, dtype=None):
             del module.forward
 
 
-def merge_lora(module):
-    """W += alpha / rank * B A in a LoRA of distill.py, W in float32 in place of its own tensor."""
+def merge_lora(module, dtype):
+    """W + alpha / rank * B A in a LoRA of distill.py, as a new tensor in place of W's own."""
     from torch.nn import Linear
 
     delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
     weight = module.base.weight
-    weight.data = weight.data.float() + (delta if isinstance(module.base, Linear) else delta.T)
+    merged = weight.data.float() + (delta if isinstance(module.base, Linear) else delta.T)
+    weight.data = merged.to(dtype)
 
 
 def weight_first(module, x):
