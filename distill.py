@@ -77,7 +77,7 @@ def make_parser():
     g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0,
                    help="share of the training questions that is used (1)")
     g.add_argument("--test_frac", type=within(float, 1e-6, 1), default=0.2,
-                   help="share of the questions that is held out (0.2)")
+                   help="share of the pool's questions that is held out (0.2)")
     g.add_argument("--max_len", type=count, default=1024,
                    help="longest prompt and path in tokens; longer ones are left out (1024)")
 
@@ -301,7 +301,7 @@ def main(args=None):
     router = qr.Router(h.shape[1], len(students), args.router_hidden)
     collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
                               trained=args.projection == "trained", standardized=args.standardize,
-                              target=args.competence == "target").to(device)
+                              fit_competence=args.competence == "target").to(device)
     optimizer, router_optimizer = make_optimizers(students, collab, router, args)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     gate_rng = torch.Generator().manual_seed(args.seed)  # the gates' own random numbers
@@ -502,7 +502,7 @@ def collaborate(collab, z, segment, segments, routed, nll, figures, args):
     l_mutual, l_competence, gamma, raw, zt = collab(z, segment, path, routed, per_segment)
     figures["mutual"].append(l_mutual.detach())
     figures["gamma"].append(gamma.detach())
-    if "spread" not in figures:  # once a step, so that neither collapse goes unseen (open point 8)
+    if "spread" not in figures:  # on a step's first micro-batch, to see a collapse (open point 8)
         spread, rank = [], []
         for s in range(len(z)):
             mine = routed[path, s]  # (N,) bool
@@ -670,7 +670,7 @@ def forward_paths(student, s, rows, first_segment=None):
     first_segment: for each row the number of its first shared segment, -1 if it is not co-routed;
     None: no row is. """
     first_segment = first_segment or [-1] * len(rows)
-    states, target, row_of, read, segment = [], [], [], [], []
+    states, target, row_of, read_text, segment = [], [], [], [], []
     prompts = [row["prompts"][s] for row in rows]
     responses = [row["responses"][s] for row in rows]
     for batch, its_states in response_states(student, prompts, responses):
@@ -680,8 +680,9 @@ def forward_paths(student, s, rows, first_segment=None):
             target.append(responses[i])
             row_of.append(np.full(n, i))
             shared = first_segment[i] >= 0
-            # State k has read responses[i][k - 1]; state 0 has read no text.
-            read.append((np.arange(n) > 0) & shared)
+            # State k has read token k - 1 of the response, so state 0 has read none of its text;
+            # the end token is predicted, not read. So the rest are the text's own tokens, in order.
+            read_text.append((np.arange(n) > 0) & shared)
             segment.append(rows[i]["segments"][s] + first_segment[i] if shared else [])
     if not states:
         none = torch.zeros(0, device=student.model.device)
@@ -690,10 +691,10 @@ def forward_paths(student, s, rows, first_segment=None):
     target, row_of, segment = (put(np.concatenate(x), states.device)
                                for x in (target, row_of, segment))
     # Numbers and not a mask, whose size a GPU would be asked for.
-    read = put(np.flatnonzero(np.concatenate(read)), states.device)  # (T,)
+    read_text = put(np.flatnonzero(np.concatenate(read_text)), states.device)  # (T,)
     nll = torch.zeros(len(rows), device=states.device)
     nll = nll.index_add(0, row_of, response_nll(student, states, target))
-    return nll, states[read].float(), segment
+    return nll, states[read_text].float(), segment
 
 
 def response_states(student, prompts, responses):
@@ -1198,8 +1199,8 @@ def response_lengths(rows):
 
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
-    """What the router sees of every path, (all paths, d) on the CPU: its embedding, standardised
-    and divided by the number of features, and its style, one-hot times sqrt(styles)."""
+    """What the router sees of every path, (all paths, d) on the CPU: the embedding of question and
+    path, and departs (Eq 1): standardised, and its style beside it."""
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -1215,6 +1216,7 @@ def embed(rows, args, device):
         styles = sorted({row["style"] for row in rows})
         number = torch.tensor([styles.index(row["style"]) for row in rows])
         one_hot = F.one_hot(number, len(styles)).float()
+        # Times the root: a one-hot's column has a variance of about 1 / styles.
         h = torch.cat([h, one_hot * len(styles) ** 0.5], 1)
     return h
 

@@ -1,9 +1,9 @@
 """QR-Distill, Eq 1 to Eq 9: the path encoder, the router and the collaboration of the students.
 
-Pure functions and tiny modules, tensors in and tensors out: no files, no flags. Shapes in this
-file: P paths, Q questions, S students, d features; `question` (P,) holds each path's question as
-0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861); "departs (Eq N)" marks where we
-leave it, "open point N" refers to the list of reasons in tests/experiments/README.md. """
+Pure functions and tiny modules without files or flags. Shapes in this file: P paths, Q questions,
+S students, d features, T tokens, N shared segments, C co-routed paths; `question` (P,) holds each
+path's question as 0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861). "departs (Eq N)"
+marks where we leave it, "open point N" refers to the reasons in tests/experiments/README.md. """
 import itertools
 import math
 import re
@@ -17,8 +17,8 @@ from torch import nn
 
 # ---------------------------------------- Eq 1: h_ij = Enc(Q_i, R_ij), frozen
 def hash_embed(texts, d=512):
-    """Offline stand-in for a text encoder: signed feature hashing (Weinberger et al., 2009) of word
-    1- and 2-grams.
+    """departs (Eq 1): the default's stand-in for a text encoder, which needs no model: signed
+    feature hashing (Weinberger et al., 2009) of word 1- and 2-grams.
 
     texts: P strings -> (P, d) float32 rows of unit length (zero for an empty text). The same on
     every machine. """
@@ -29,6 +29,7 @@ def hash_embed(texts, d=512):
         # crc32 and not hash(): that one changes with every process
         code = np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32, len(grams))
         row += np.bincount(code % d, np.where(code >> 31, 1.0, -1.0), d)
+    # The logarithm: a word that stands there ten times says little more than one.
     return F.normalize(h.abs().log1p_().copysign_(h), dim=-1)
 
 
@@ -174,10 +175,11 @@ def path_weights(alpha, question, normalize="question"):
     """Weights (P, S) in L_distill^(s) = sum_ij weight_ij nll_ij / length_ij; each student's add up
     to 1, or to 0 if it got no path.
 
-    "question": the mean over a question's routed paths, then over questions, so each question
-    weighs the same (open point 5). "batch": the mean over all routed paths, which lets the gate
-    starve hard questions. With --reward sum or loss the router feels the students through this
-    product (open point 4); by default these are weights and no more. """
+    departs (Eq 9) with "question": the mean over a question's routed paths, then over questions,
+    so that each question weighs the same (open point 5). "batch", as printed: the mean over all
+    routed paths, which lets the gate starve hard questions. With --reward sum or loss the router
+    feels the students through this product (open point 4); by default these are weights and no
+    more. """
     if normalize == "batch":
         return alpha / alpha.sum(0).clamp(min=1)
     routed = per_question(alpha, question)  # (Q, S)
@@ -189,8 +191,10 @@ def fill_skipped(cost, routed, question, normalize="question", probed=False):
     """The costs (P, S); a pair that was not run gets the mean of the routed ones of its question,
     or of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
 
-    Its own cost is unknown. Under this estimate the gradient of its alpha, (cost_ij - mean_i) /
-    n_i, is zero; and a path that was run is judged against its question's routed ones. """
+    Its own cost is unknown. Eq 9's gradient of an alpha is its cost less this mean, times a
+    constant of the question: so it is zero for a pair that was not run, whose logit moves only
+    where a softmax ties it to others; and a path that was run is judged against the routed ones of
+    its question. """
     was_run = (routed.detach() > 0) | probed
     routed = routed.detach().to(cost)  # the sum of a mask would be a mask
     if normalize == "batch":
@@ -206,10 +210,9 @@ def posterior_loss(logits, nll, question, temperature=1.0):
     logits, nll (P, S), nats of a whole path, of questions all of whose paths were run; question
     (P,) -> scalar: a mean over questions, a sum over students.
 
-    departs (Eq 9). The gradient of a logit is p_j less the student's own. Eq 9 with an entropy over
-    a question's paths, sum_j p_j nll_j - temperature H(p), is least at the same p, but its gradient
-    is p_j (c_j - sum_k p_k c_k), c_j = nll_j + temperature log p_j: a router that is sure of a path
-    hardly leaves it when it turns bad. """
+    departs (Eq 9): the gradient of a logit is the router's probability p_j less the student's own.
+    That of an expected loss is p_j (nll_j - sum_k p_k nll_k): almost zero for every path once the
+    router is sure of one, so that it would hardly leave a path that turns bad. """
     wanted = softmax_per_question(-nll / temperature, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
@@ -220,18 +223,19 @@ def shared_segments(offsets):
     """Cut one path where all tokenizers end a token, so that their states can be compared.
 
     offsets: for each student the (start, end) characters of its T_s tokens -> (segments, n): for
-    each student the segment numbers 0..n-1 of its tokens (T_s,). Equal tokenizers give a segment
-    per token, and Eq 8 is token by token. A token is a cut only if the next one starts at or after
-    its end: byte pieces of a character stay together. """
+    each student the segment numbers 0..n-1 of its tokens (T_s,). "ab|c" and "a|b|c" have n = 2
+    segments, "ab" and "c", and the numbers [0, 1] and [0, 0, 1]. Equal tokenizers give a segment
+    per token. A text is cut only where the next token starts at or after the end of the one before:
+    byte pieces of a character stay together. """
     spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
-    cut = np.ones(1 + max(x.max() for x in spans), bool)  # by character
+    cut = np.ones(1 + max(x.max() for x in spans), bool)  # by character: every student cuts here
     for x in spans:
-        start, end = x[1:, 0], x[:-1, 1]  # of a next token, of the one before it
-        clean = np.zeros_like(cut)
-        clean[end[start >= end]] = True
-        cut &= clean
-    before = np.cumsum(cut, dtype=np.int32) - cut  # cuts before a token's end
-    return [before[x[:, 1]] for x in spans], int(cut.sum()) + 1
+        next_start, end = x[1:, 0], x[:-1, 1]
+        cut_here = np.zeros_like(cut)
+        cut_here[end[next_start >= end]] = True
+        cut &= cut_here
+    cuts_before = np.cumsum(cut, dtype=np.int32) - cut  # by character
+    return [cuts_before[x[:, 1]] for x in spans], int(cut.sum()) + 1
 
 
 def segment_mean(x, segment, n):
@@ -250,40 +254,30 @@ def standardize(x, path, n):
 
 
 def competence_target(per_segment, routed):
-    """Target of Eq 6 (C, S): softmax over the routed students of minus their loss, detached.
-
-    per_segment (C, S): nats per shared segment, a unit that all tokenizers have in common. departs
-    (Eq 6): Eq 8 alone gives the competence no signal, or one toward 1/S (open point 9). """
+    """What gamma of Eq 6 is fitted to, (C, S): softmax over the routed students of minus their
+    loss, detached. per_segment (C, S): nats per shared segment, a unit that all tokenizers have in
+    common. """
     return torch.softmax((-per_segment.detach()).masked_fill(~routed, -math.inf), -1)
 
 
 class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
-    dims: hidden size of each student; d: the shared size. target: learn Eq 6 from the students'
-    losses; False: from Eq 8 alone, as printed.
+    dims: hidden size of each student; d: the shared size. As printed: trained=True,
+    standardized=False, fit_competence=False. """
 
-    departs (Eq 5): frozen random projections by default. Trained ones reach a low loss by losing
-    rank (open point 8), with plain MSE by vanishing.
-    departs (Eq 6): w is fitted to the students' losses (competence_target), which teaches w alone;
-    the mean is that of segments, before they are standardised, and layer-normed over features;
-    only students that got the path compete.
-    departs (Eq 7): with a target z_ens is a constant. Of two students the more competent one moves
-    less: its distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
-    departs (Eq 8): states are standardised, else shrinking them would lower it (open point 8), and
-    compared by segment; a mean over features and segments, so that its weight does not depend on d
-    and length. """
-
-    def __init__(self, dims, d=64, trained=False, standardized=True, target=True):
+    def __init__(self, dims, d=64, trained=False, standardized=True, fit_competence=True):
         super().__init__()
         self.proj = nn.ModuleList(nn.Linear(k, d, bias=False) for k in dims)
         for layer in self.proj:
             # Keeps the scale of a feature.
             nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
+            # departs (Eq 5): frozen and random. Trained projections reach a low Eq 8 by losing
+            # rank (open point 8), with plain MSE by vanishing.
             layer.requires_grad_(trained)
         self.w = nn.Parameter(torch.zeros(len(dims), d))  # Eq 6 regressor, one row per student
         self.standardized = standardized
-        self.target = target
+        self.fit_competence = fit_competence
 
     def forward(self, z, segment, path, routed, per_segment):
         """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw and zt as compared
@@ -293,30 +287,41 @@ class Collaboration(nn.Module):
         per student (T_s,) in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S)
         bool; per_segment (C, S): nats per segment. """
         n, c = len(path), len(routed)
+        # Eq 5, and departs (Eq 8): tokenizers share segments, not tokens.
         raw = torch.stack([segment_mean(proj(states), numbers, n)
-                           for proj, states, numbers in zip(self.proj, z, segment)])  # Eq 5
+                           for proj, states, numbers in zip(self.proj, z, segment)])
+        # departs (Eq 6): only the students that got a path compete.
         score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
         gamma = torch.softmax(score, -1)  # Eq 6
         l_competence = torch.zeros_like(gamma[:, 0])  # (C,)
-        if self.target:
+        if self.fit_competence:
+            # departs (Eq 6): fitted to the students' losses, which teaches w alone. Eq 8 gives the
+            # competence no signal, or one toward 1/S (open point 9).
             wanted = competence_target(per_segment, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
 
         zt = raw
         if self.standardized:
+            # departs (Eq 8): else shrinking the states would lower it (open point 8).
             zt = torch.stack([standardize(x, path, c) for x in raw])
         z_ens = ensemble(gamma, zt, path)  # Eq 7
-        if self.target:
+        if self.fit_competence:
+            # departs (Eq 7): a constant. Of two students the more competent one moves less: its
+            # distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
             z_ens = z_ens.detach()
-        distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N), Eq 8
+        # Eq 8, and departs (Eq 8): a mean over features and segments, so that its weight does not
+        # depend on d and length.
+        distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N)
         of_segment = distance.sum(0)  # (N,), over the students that got the path
         l_mutual = segment_mean(of_segment.unsqueeze(1), path, c).squeeze(1)  # (C,)
         return l_mutual, l_competence, gamma, raw, zt
 
     def competence(self, raw, path, c):
-        """Eq 6 before its softmax: w_s . mean_t zt_s, from raw (S, N, d), which is zt before it is
-        standardised (then every mean would be zero), of c paths -> (c, S). """
-        if self.target:
+        """Eq 6 before its softmax, w_s . mean_t zt_s, from raw (S, N, d) of c paths -> (c, S).
+
+        departs (Eq 6): the mean is over segments, and layer-normed; raw is zt before it is
+        standardised, after which every mean is zero. """
+        if self.fit_competence:
             raw = raw.detach()
         mean = torch.stack([segment_mean(x, path, c) for x in raw], 1)  # (c, S, d)
         return (F.layer_norm(mean, mean.shape[-1:]) * self.w).sum(-1)

@@ -522,7 +522,7 @@ def collaborate_by_hand(collab, z, segment, path, routed, nll):
 @pytest.mark.parametrize("students", [1, 2, 3])
 def test_collaboration_matches_brute_force(students, standardized):
     for target in (True, False):
-        collab = collaboration(students, standardized=standardized, target=target)
+        collab = collaboration(students, standardized=standardized, fit_competence=target)
         inputs = example(students)
         mutual, l_competence, gamma, _, _ = collab(*inputs)
         expected = collaborate_by_hand(collab, *inputs)
@@ -540,7 +540,7 @@ def test_equal_tokenizers_give_eq_8_token_by_token():
 
 @pytest.mark.parametrize("target", [True, False])
 def test_unrouted_students_contribute_nothing_and_get_no_gradient(target):
-    collab, (z, segment, path, routed, nll) = collaboration(3, trained=True, target=target), example(3)
+    collab, (z, segment, path, routed, nll) = collaboration(3, trained=True, fit_competence=target), example(3)
     results = []
     for factor in (1.0, -50.0):  # whatever the states of the unrouted pairs are
         on = [routed[path[s], k] for k, s in enumerate(segment)]
@@ -558,7 +558,7 @@ def test_unrouted_students_contribute_nothing_and_get_no_gradient(target):
 
 def test_pull_towards_the_ensemble_has_its_closed_form_for_two_students():
     for target in (True, False):
-        collab, inputs = collaboration(2, target=target), example(2)
+        collab, inputs = collaboration(2, fit_competence=target), example(2)
         mutual, l_competence, gamma, _, zt = collab(*inputs)
         if target:  # the target teaches the regressor, not the students
             assert set(torch.autograd.grad(l_competence.sum(), inputs[0], allow_unused=True)) == {None}
@@ -575,7 +575,7 @@ def test_pull_towards_the_ensemble_has_its_closed_form_for_two_students():
 def test_competence_follows_the_better_student_with_a_target_and_only_evens_out_with_eq_8(target, end):
     z, token, routed = [randn(10, 6), randn(10, 7, seed=1)], torch.arange(10), torch.ones(1, 2, dtype=torch.bool)
     inputs = (z, [token, token], token * 0, routed, torch.tensor([[0.5, 1.5]]))  # student 0 is better by one nat
-    collab = collaboration(2, standardized=False, target=target)
+    collab = collaboration(2, standardized=False, fit_competence=target)
     mean = F.layer_norm(collab(*inputs)[3][1].mean(0), (8,))
     with torch.no_grad():
         collab.w.copy_(torch.stack([0 * mean, 1.5 * mean / mean.square().sum()]))
