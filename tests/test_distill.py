@@ -1011,7 +1011,7 @@ def test_as_printed_is_every_equation_as_the_paper_prints_it(monkeypatch, train)
     assert [type(layer) for layer in router.net] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
     assert router.net[0].in_features == 512  # the embedding and no style
     assert all(p.requires_grad for p in collab.proj.parameters())  # Eq 5
-    assert not collab.standardized and not collab.target  # Eq 8, Eq 6
+    assert not collab.standardized and not collab.fit_competence  # Eq 8, Eq 6
     assert all(a[2] == "batch" for a, _ in made["path_weights"])  # Eq 9: every path weighs the same
     assert all(a[2] is False for a, _ in made["balance_entropy"])  # Eq 3: over students, too
     nll = torch.stack([torch.tensor(line["loss"]) for line in run.log])

@@ -35,7 +35,11 @@ for share in (0.5, 0.25, 0.1):
                 Row(ALL.name + fewer, f"{ALL.flags} --train_frac {share}", FULL + fewer)]
 TABLES = {
     "main": MAIN,
-    "real": [*MAIN, Row("the student's choice at temperature 30", "--posterior_temperature 30")],
+    "real": [
+        *MAIN,
+        Row("the student's choice at temperature 30", "--posterior_temperature 30"),
+        Row("products in float32", "--dtype float32"),
+    ],
     "paper": [
         Row(FULL),
         Row("one path of a question (SKD)", "--route all --mutual_weight 0 --styles chain_of_thought"),
