@@ -1482,10 +1482,16 @@ def write_results(out, args, run, after, students, per_epoch, pool, rows, questi
                    "training_paths": len(rows),
                    "filter": dict(Counter(judge.fate(row, args.filter) for row in pool))},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__, "commit": commit()}}
+                     "transformers": transformers.__version__, "commit": commit(),
+                     "device": device_name(students[0].model.device)}}
     write_atomic(json.dumps(results, indent=1), out / "results.json")
     print_samples(after["predictions"])
     print_results(results, out)
+
+
+def device_name(device):
+    """A GPU's name, or the kind of device, such as cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def commit():
