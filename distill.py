@@ -438,12 +438,12 @@ def set_up(args):
 def route(logits, question, fixed, gate_rng, args):
     """Eq 2: which students train on which of the step's paths.
 
-    logits (P, S); question (P,); fixed (P, S): the choice of a route that doesn't learn, else None;
+    logits (P, S); question (P,); fixed (P, S): see fixed_route, None where the gates draw;
     gate_rng: of the gates' noise -> alpha (P, S), 0 or 1 with the gradient of the gates; p (P, S),
     the gates' probabilities. """
     if fixed is not None:
         return fixed, fixed
-    if args.route == "random":  # the same gates, all with the same odds
+    if args.route == "random":  # the same gates, with the same odds for all paths
         logits = torch.zeros_like(logits)
     return qr.GATES[args.gate](logits, question, gate_rng)
 
@@ -522,7 +522,7 @@ def probed_questions(question, args):
 @torch.no_grad()
 def probe(students, paths, question, probed, routed, args):
     """Run the paths of probed questions (P,) that a student did not get (routed (P, S) bool) ->
-    their nats (P, S), 0 elsewhere."""
+    their nats (P, S), 0 elsewhere. departs (Eq 9): the paper has no such forward passes."""
     nll = torch.zeros(routed.shape, device=students[0].model.device)
     for here in micro_batches(question, args):
         for s, student in enumerate(students):
@@ -652,9 +652,11 @@ def stop_if_not_finite(nll, norms, step, out, scaler):
     checkpoint stays. norms: of the students, the collaboration and the router."""
     names = [f"student {s}" for s in range(nll.shape[1])]
     lost = [name for name, losses in zip(names, nll.T) if not losses.isfinite().all()]
-    if not lost and not scaler.is_enabled():  # fp16's scaler skips such steps by itself
-        names += ["the collaboration", "the router"]
-        lost = [name for name, norm in zip(names, norms) if not math.isfinite(norm)]
+    names += ["the collaboration", "the router"]
+    for name, norm in zip(names, norms):
+        skipped = scaler.is_enabled() and name != "the router"  # fp16's scaler skips such a step
+        if not math.isfinite(norm) and not skipped:
+            lost.append(name)
     if lost:
         stop(f"step {step + 1}: the loss or gradient of {lost[0]} is not finite, so nothing good "
              f"can follow; the last good checkpoint stays in {out}; start again with a smaller "
@@ -1105,9 +1107,11 @@ def graded_pool(args):
     for row in raw:
         row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
         row["verdict"] = verdict and {"rule": verdict}
-    if args.filter == "full" and any(row["valid"] is None for row in rows):
-        print("filter: no judge has read this pool, so right answers with wrong steps stay; "
-              "judge.py --judge finds them")
+    # A judge reads right answers only.
+    unread = sum(row["valid"] is None and judge.fate(row) == "kept" for row in rows)
+    if args.filter == "full" and unread:
+        print(f"filter: no judge has read {unread} paths with a right answer, so those with wrong "
+              "steps stay; judge.py --judge finds them")
     return rows
 
 
@@ -1160,8 +1164,8 @@ def encode(rows, students):
                 row["segments"], row["n_segments"] = qr.shared_segments(offsets)
                 encoded.append(row)
     if len(encoded) < len(rows):
-        print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: longer, with their "
-              "prompt, than --max_len or a student's context")
+        print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: empty, or longer, "
+              "with their prompt, than --max_len or a student's context")
     if not encoded:
         stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise "
              "--max_len")
@@ -1200,7 +1204,7 @@ def response_lengths(rows):
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: the embedding of question and
-    path, and departs (Eq 1): standardised, and its style beside it."""
+    path, and departs (Eq 1): standardised and scaled, its style beside it."""
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]

@@ -350,7 +350,8 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row, the same in training and at test time (open point 11)."""
+    """What a student sees of a row, the same in training and at test time (open point 11), unless
+    the pool's row brings its own prompt for training."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone

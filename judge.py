@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import eval as tasks  # torch and the HTTP client are imported where they are used: --help is quick
 
-# The six styles (section 2 of the method) as the teacher sees them, never the student. Edit or add
-# lines here.
+# The six styles as the teacher sees them, never the student. Edit or add lines here; the demo's
+# teacher knows these six.
 PROMPTS = {
     "vanilla": "{question}\n\nSolve this and show your work briefly. {end}",
     "chain_of_thought": "{question}\n\nLet us think step by step: write one numbered step per "
@@ -455,7 +455,7 @@ def replies_in(path):
 class Spending:
     """The calls and tokens that all runs have spent on a pool. OUT.calls.jsonl books each call
     before it is made, with the most tokens that it can cost, and after it what it did not cost: so
-    the sums hold after a kill, and are never too small."""
+    the sums are never too small, and a call that a kill cut off counts with its most."""
 
     def __init__(self, args):
         self.args, self.file = args, None

@@ -49,8 +49,8 @@ def encoder_embed(model, tokenizer, pairs, max_length=512):
 
 # ---------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
 class Router(nn.Module):
-    """Logits (P, S) of the gates from path embeddings h (P, d): linear, or the paper's MLP with a
-    `hidden` width."""
+    """Logits (P, S) of the gates from path embeddings h (P, d): departs (Eq 2): linear; with a
+    `hidden` width the paper's MLP."""
 
     def __init__(self, d, students, hidden=0):
         super().__init__()
@@ -64,7 +64,7 @@ class Router(nn.Module):
 
 
 # A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample (at
-# the paper's temperature of 1), and the probabilities p (P, S) behind it, which Eq 3 averages. Add
+# the paper's temperature of 1), and the probabilities p (P, S) of its logits without noise. Add
 # your own to GATES, and to ONE_PATH if a student gets one path of each question.
 def categorical_gate(logits, question, generator=None):
     """Eq 2: Gumbel-softmax over a question's paths, student by student: one path each.
@@ -82,8 +82,8 @@ def binary_gate(logits, question, generator=None):
     """Eq 2: one gate per path and student, so a path may reach one, several or no student.
 
     departs (Eq 2): no softmax over students. The difference of two Gumbels is logistic noise, hence
-    P(alpha = 1) = sigmoid(logits). Where all of a question's gates are shut for a student, the one
-    nearest to opening opens: without it hard questions starve (open point 5). """
+    a gate opens with probability sigmoid(logits). Where all of a question's gates are shut for a
+    student, the one nearest to opening opens too: else hard questions starve (open point 5). """
     noisy = logits + uniform(logits, generator).logit()
     soft = torch.sigmoid(noisy)
     hard = (soft > 0.5).to(soft)
@@ -95,8 +95,8 @@ def binary_gate(logits, question, generator=None):
 def onehot_gate(logits, question, generator=None):
     """Eq 2 to the letter: Gumbel-softmax over the students, exactly one student per path.
 
-    alpha's rows sum to 1, so Eq 3 is 1/S whatever the router does and Eq 4 has no gradient (open
-    point 1). """
+    alpha's rows sum to 1, so Eq 3 as printed is 1/S whatever the router does and Eq 4 has no
+    gradient (open point 1). """
     noisy = logits + gumbel_noise(logits, generator)
     soft = torch.softmax(noisy, dim=1)
     hard = F.one_hot(soft.argmax(1), logits.shape[1])
@@ -191,10 +191,9 @@ def fill_skipped(cost, routed, question, normalize="question", probed=False):
     """The costs (P, S); a pair that was not run gets the mean of the routed ones of its question,
     or of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
 
-    Its own cost is unknown. Eq 9's gradient of an alpha is its cost less this mean, times a
-    constant of the question: so it is zero for a pair that was not run, whose logit moves only
-    where a softmax ties it to others; and a path that was run is judged against the routed ones of
-    its question. """
+    departs (Eq 9), whose gradient needs the cost of every pair. That of alpha_ij is proportional to
+    cost_ij - mean, so zero for a pair that was not run; its logit moves only through the softmax
+    that ties it to others. """
     was_run = (routed.detach() > 0) | probed
     routed = routed.detach().to(cost)  # the sum of a mask would be a mask
     if normalize == "batch":
@@ -263,8 +262,8 @@ def competence_target(per_segment, routed):
 class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
-    dims: hidden size of each student; d: the shared size. As printed: trained=True,
-    standardized=False, fit_competence=False. """
+    dims: hidden size of each student; d: the shared size. The paper's form, but for segments, means
+    and the layer norm: trained=True, standardized=False, fit_competence=False. """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, fit_competence=True):
         super().__init__()

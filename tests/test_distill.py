@@ -1220,11 +1220,21 @@ def test_partly_annotated_pool_keeps_the_verdicts_that_were_paid_for(world, tmp_
     assert styles == set(judge.STYLES) - {"backward"}
 
 
-def test_run_says_once_that_no_judge_has_seen_the_pool(world, tmp_path, data_of, capsys):
-    pool = write_jsonl(tmp_path / "gsm.jsonl", [{**r, "task": "gsm8k"} for r in world.rows])
+def test_run_says_once_how_many_right_answers_no_judge_has_read(world, tmp_path, data_of, capsys):
+    rows = [{**r, "task": "gsm8k"} for r in world.rows]
+    pool = write_jsonl(tmp_path / "gsm.jsonl", rows)
     data_of(pool=pool)
-    assert capsys.readouterr().out.count("no judge has read this pool") == 1
+    right = sum(judge.fate(r, "answer") == "kept" for r in judge.grade_paths(rows))
+    assert capsys.readouterr().out.count(f"no judge has read {right} paths") == 1
     data_of("--filter", "answer", pool=pool)
+    assert "no judge" not in capsys.readouterr().out
+
+
+def test_of_a_judged_pool_wrong_answers_are_not_missed(world, tmp_path, data_of, capsys):
+    """A judge is not asked about them."""
+    rows = [annotated({**r, "task": "gsm8k"}, True) for r in world.rows]
+    rows[0] |= {"correct": False, "valid": None, "verdict": None}
+    data_of(pool=write_jsonl(tmp_path / "judged.jsonl", rows))
     assert "no judge" not in capsys.readouterr().out
 
 
