@@ -35,7 +35,7 @@ TASKS = {
 }
 # Kind of answer -> how a student's prompt ends, and what a text says that does as it is asked.
 KINDS = {
-    "number": ('"The answer is N." where N is a number.', r"[$€£]?-?\d[\d,.]{0,30}"),
+    "number": ('"The answer is N." where N is a number.', r"[$€£]?-?\d(?:[\d,.]{0,29}\d)?"),
     "math": ('"The answer is $\\boxed{X}$." where X is the result.', r"\$[^$\n]+\$"),
     "yesno": ('"The answer is yes." or "The answer is no."', r"yes|no"),
     "choice": ('"The answer is (X)." where X is the letter of one choice.', r"\([A-Z]\)"),
@@ -85,7 +85,7 @@ def nonempty(text):
 
 def check_output(path):
     """Stop, before any work is done, where no file can be written at `path`; leaves no trace."""
-    existed = os.path.exists(path)
+    existed = os.path.lexists(path)  # a link to a file that is not there stays
     try:
         with open(path, "ab"):
             pass
@@ -120,7 +120,7 @@ def read_jsonl(path, required=()):
 def numbered_rows(path, required=()):
     """Yield ("FILE:LINE", row) for each JSON object of a JSON Lines file; blank lines are skipped.
 
-    Null and NaN are the same as absent, and half a surrogate pair is replaced, at every depth.
+    A field that is null or NaN is absent, and half a surrogate pair is replaced, at every depth.
     Stops with FILE:LINE at anything but a JSON object, and where a required field is missing,
     empty or not a string.
     """
@@ -267,7 +267,7 @@ def clean_answer(row, letters, where):
 
 # ---------------------------------------------------------------- readers of questions
 def read_questions(path, task=None):
-    """Rows of a file of questions, each question once, clean (see clean_row).
+    """Rows of a file of questions, each id once, clean (see clean_row).
 
     The file is in a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI,
     StrategyQA), flat JSONL, or a path pool. `task` overrides what the file says.
@@ -350,8 +350,8 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row, the same in training and at test time (open point 11), unless
-    the pool's row brings its own prompt for training."""
+    """What a student sees of a row, the same in training and at test time (open point 11). A row
+    may bring its own `prompt`; questions held out of a pool have the plain one."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
@@ -673,7 +673,8 @@ def names_another(rest, letter, choices):
     claim = REASON.split(first_sentence(rest), maxsplit=1)[0]
     said, own = claim.lower().lstrip("( "), choices[letter].lower()
     if said.startswith(own):
-        claim = said = claim.lstrip("( ")[len(own):]
+        claim = claim.lstrip("( ")[len(own):]
+        said = claim.lower()
     elif any(said.startswith(text.lower()) for text in choices.values()):
         return True
     letters = set(re.findall(r"(?<![\w'’])([A-Z])\b(?!['’]\w)", claim)) & set(choices)
@@ -1231,9 +1232,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples
     sample hangs on seed, prompt and sample number, not on the batch around it. It ends with an end
     token (which counts, but is not in the text), after max_new_tokens, where the model's context
     ends, or with the first match of `until`, a pattern for each prompt, which is looked for every
-    16 tokens. batch_size responses are written at a time (None: see rows_at_once); as soon as
-    sample k of prompt i ends, done(i, k, response) is called and another one takes its row. For
-    `dtype` see laid_out.
+    16 tokens. batch_size responses are written at a time (None: see rows_at_once); when sample k of
+    prompt i ends, done(i, k, response) is called, and when an eighth has ended, others take their
+    places. For `dtype` see laid_out.
     """
     import torch
     from tqdm import tqdm
@@ -1294,8 +1295,8 @@ def rows_at_once(model, length):
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
     states = 2 * config.num_hidden_layers * heads * width * length  # keys and values of a row
-    half_free = torch.cuda.mem_get_info(model.device)[0] / 2
-    return int(min(256, max(8, half_free // (states * model.dtype.itemsize))))
+    room = torch.cuda.mem_get_info(model.device)[0] / 4
+    return int(min(128, max(8, room // (states * model.dtype.itemsize))))
 
 
 def end_tokens(model, tokenizer):
@@ -1319,17 +1320,20 @@ def new_row(prompt, i, k, max_new_tokens, temperature, seed):
 
 
 def write(model, waiting, batch_size, temperature, ended):
-    """Write responses, batch_size at a time; yield each row when it has ended."""
+    """Write responses, batch_size at a time; yield each row when it has ended.
+
+    rows[i] is row i of the cache; all end in the same column, the shorter ones begin later. """
     # Prompts with a common beginning shall follow each other; the next one is the list's last.
     waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
     cache, reader = empty_cache(model), empty_reader(model)
     # A prompt of one token leaves a recurrent layer without a state that could join others.
     if not can_join(cache) or not (reader.can_cut or all(row.prompt[1:] for row in waiting)):
         batch_size = 1
-    rows = []  # as they lie in the cache
+    rows = []
+    # Prompts are read together, so a few places may stay empty for some steps.
+    refill_at = batch_size - max(1, batch_size // 8)
     while waiting or rows:
-        # Prompts are read together, so a few places may stay empty for some steps.
-        while waiting and len(rows) + max(1, batch_size // 8) <= batch_size:
+        while waiting and len(rows) <= refill_at:
             most = batch_size - len(rows) if reader.can_cut else 1
             group = next_group(waiting, min(most, READ_TOGETHER))
             prompts = [row.prompt[:-1] for row in group]  # the last token is part of the first step
@@ -1408,9 +1412,10 @@ def read_prompts(model, reader, prompts):
     """-> a cache with a row for each prompt. Their common beginning is read once, and what the
     prompts before began with, too, is not read again."""
     if not reader.can_cut:
-        cache = empty_cache(model)  # of one prompt
-        if prompts[0]:
-            next_logits(model, cache, prompts, [len(prompts[0])])
+        [prompt] = prompts  # write() hands over one at a time
+        cache = empty_cache(model)
+        if prompt:
+            next_logits(model, cache, prompts, [len(prompt)])
         return cache
     begin = os.path.commonprefix(prompts)
     known = len(os.path.commonprefix([begin, reader.prompt]))
@@ -1423,7 +1428,7 @@ def read_prompts(model, reader, prompts):
     cache = empty_cache(model)
     for layer, its in zip(roomy(cache), roomy(reader.cache)):
         layer.repeat(its, len(prompts))
-    longest = max(1, *map(len, prompts))  # no state is empty
+    longest = max(1, *map(len, prompts))  # at least one column; join() cuts it off
     if longest > len(begin):
         # Padded on the right, where a causal model's real tokens cannot look.
         rests = [prompt[len(begin):] + [0] * (longest - len(prompt)) for prompt in prompts]
@@ -1559,6 +1564,18 @@ class Roomy:
 
 
 # ---------------------------------------------------------------- weights while answers are written
+def usable_device(name):
+    """The device that --device names, or the default; stop() where this machine has none such."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {name} can't be used ({str(e).splitlines()[0]})")
+    return name
+
+
 def has_bfloat16(device="cpu"):
     """Whether the device multiplies bfloat16 itself; emulated it is a hundred times slower."""
     import torch
@@ -1710,7 +1727,7 @@ def read_run(folder):
             for when in ("before", "after"):
                 result = run["results"][when]
                 math.fsum([*result["accuracy"], result["ensemble"]])  # raises if one is no number
-            run["results"]["counts"]["steps"] += 0
+            math.fsum([run["results"]["counts"]["steps"]])
     except (KeyError, TypeError) as e:
         stop(f"--plot {folder}: {file} is not as distill.py writes it ({type(e).__name__}: {e})")
     for where, row in numbered_rows(os.path.join(folder, "log.jsonl")):
@@ -1889,7 +1906,8 @@ def parse_args():
     g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N",
                    help="longest response in tokens (512)")
     g.add_argument("--batch_size", type=positive, metavar="N",
-                   help="responses generated at a time (32; on a CPU 96)")
+                   help="responses generated at a time (on a CPU 96, on a GPU what it has room "
+                        "for, up to 128)")
     g.add_argument("--device", type=nonempty,
                    help="cpu, cuda, cuda:1, mps ... (cuda where there is one, else cpu)")
     g.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
@@ -1918,12 +1936,8 @@ def main():
 
     import torch
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        stop(f"--device {args.device} can't be used ({str(e).splitlines()[0]})")
-    half = args.device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    args.device = usable_device(args.device)
+    half = args.device.startswith("cuda") and has_bfloat16(args.device)
     dtype = torch.bfloat16 if half else torch.float32
     students = [load_student(name, args.device, dtype) for name in args.students]
     results = evaluate(students, rows, args.max_new_tokens, args.batch_size, args.samples,

@@ -5,8 +5,8 @@
     python judge.py --paths pool.jsonl --judge MODEL@URL --canaries 20 --out judged.jsonl
 
 A pool is a JSON Lines file, one path a line: id, task, question, answer, style, teacher, path, and
-optionally choices, level, prompt, sample, finish_reason, usage, train_only. Grading (step 1 of the
-filter) adds prediction and correct, judging (step 2) adds valid and verdict.
+optionally choices, level, prompt, sample, finish_reason, usage, refusal, train_only. Grading (step
+1 of the filter) adds prediction and correct, judging (step 2) adds valid and verdict.
 A model is MODEL@URL, behind any OpenAI-compatible chat endpoint, or the name or folder of a Hugging
 Face model.
 """
@@ -236,8 +236,9 @@ def demo_sentences(n, seed):
 def pool_rows(path):
     """Yield the rows of a pool one by one, checked and in canonical form (see tasks.clean_row).
 
-    A graded row has all of prediction, correct, valid and verdict; a row with `correct` null or
-    absent is ungraded and has none of them. Stops with FILE:LINE on the first bad row.
+    A graded row has all of prediction, correct, valid and verdict; a row without `correct` is
+    ungraded and has none of them, unless it was judged elsewhere: then it is graded here. Stops
+    with FILE:LINE on the first bad row.
     """
     questions = {}  # id -> hash of (question, answer), to stay small
     for where, row in tasks.numbered_rows(path):
@@ -454,8 +455,8 @@ def replies_in(path):
 # ---------------------------------------------------------------- what a call may cost
 class Spending:
     """The calls and tokens that all runs have spent on a pool. OUT.calls.jsonl books each call
-    before it is made, with the most tokens that it can cost, and after it what it did not cost: so
-    the sums are never too small, and a call that a kill cut off counts with its most."""
+    before it is made, with an estimate of the most tokens that it can cost, and after it what it
+    did not cost: a call that a kill cut off counts with its most."""
 
     def __init__(self, args):
         self.args, self.file = args, None
@@ -483,17 +484,16 @@ class Spending:
         self.calls += calls
         self.tokens += tokens
 
-    def begin(self, most):
+    def reserve(self, most):
         """Book one more call of at most so many tokens; False if the budget has no room for it."""
-        max_calls, max_tokens = self.args.max_calls, self.args.max_tokens_total
-        if max_calls is not None and self.calls + 1 > max_calls:
-            return False
-        if max_tokens is not None and self.tokens + most > max_tokens:
+        wanted = ((self.calls + 1, self.args.max_calls),
+                  (self.tokens + most, self.args.max_tokens_total))
+        if any(limit is not None and n > limit for n, limit in wanted):
             return False
         self.book(1, most)
         return True
 
-    def end(self, most, used, failed=0):
+    def settle(self, most, used, failed=0):
         """Book what a call did not cost; on a full disk it counts in whole."""
         with contextlib.suppress(OSError):
             self.book(0, used - most, failed)
@@ -712,7 +712,7 @@ class Calls:
     def begin(self, most):
         """Book a call; False if none may be made any more."""
         try:
-            if not self.ending.is_set() and not self.spent.begin(most):
+            if not self.ending.is_set() and not self.spent.reserve(most):
                 self.end(self.OVER_BUDGET)
         except OSError as error:
             self.end(f"cannot write {self.spent.file.name}: {error.strerror}")
@@ -722,7 +722,7 @@ class Calls:
         """A reply came: on disk at once, and what it did not cost into the book."""
         usage = reply["usage"] or {"at_most": most}
         self.write({**job, **reply, "usage": usage})
-        self.spent.end(most, sum(usage.values()))
+        self.spent.settle(most, sum(usage.values()))
         self.cut += ending(reply) == "cut"
         self.streak.clear()
         self.has_answered = True
@@ -747,8 +747,7 @@ class Calls:
         if error.kind == "fatal":
             self.end(f"{self.name} answers {self.last}")
         if error.kind == "refused":
-            row = {"path": "", "finish_reason": "refused", "usage": {}, "refusal": self.last}
-            self.refusals.append({**job, **row})
+            self.refusals.append(refused(job, self.last))
         else:
             self.lost += 1
         self.streak.append(job["id"])
@@ -759,7 +758,7 @@ class Calls:
     def finish(self, n):
         """Say how the n calls went; ends the program if a reply is missing."""
         if self.refusals and not self.has_answered:
-            self.spent.end(0, 0, failed=len(self.refusals))
+            self.spent.settle(0, 0, failed=len(self.refusals))
             self.lost += len(self.refusals)
             self.refusals = []
         rows, self.unwritten = self.unwritten + self.refusals, []
@@ -807,10 +806,10 @@ async def serve(client, url, job, prompt, calls, parameters, key):
             return
         error.words = " ".join(without_key(error.words, key).split())[:300]
         change = adapt(mine, error.words) if error.kind == "refused" else ""
-        is_final = not change and (error.kind != "again" or tries == calls.args.retries)
-        has_row = is_final and error.kind == "refused"
-        calls.spent.end(most, most if error.billed else 0, failed=int(not has_row))
-        if is_final:
+        may_try = bool(change) or error.kind == "again" and tries < calls.args.retries
+        has_row = error.kind == "refused" and not may_try
+        calls.spent.settle(most, most if error.billed else 0, failed=int(not has_row))
+        if not may_try:
             calls.lose(job, error)
             return
         calls.retried += 1
@@ -820,7 +819,7 @@ async def serve(client, url, job, prompt, calls, parameters, key):
         with contextlib.suppress(asyncio.TimeoutError):  # an end of the run ends the wait
             await asyncio.wait_for(calls.ending.wait(), max(error.wait, back_off(tries)))
         tries += 1
-    if error:  # no further attempt may be made
+    if error:  # stopped between attempts
         calls.lost += 1
         calls.last = error.words
 
@@ -867,11 +866,7 @@ def load_local(spec, device):
     """(model, tokenizer) of a local teacher or judge, in bfloat16 where the device has it."""
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        tasks.stop(f"--device {device} can't be used ({str(error).splitlines()[0]})")
+    device = tasks.usable_device(device)
     dtype = torch.bfloat16 if tasks.has_bfloat16(device) else torch.float32
     return tasks.load_student(spec, device, dtype)
 
@@ -891,25 +886,29 @@ def ask_local(student, tokenizer, todo, calls, temperature):
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        while not calls.ending.is_set():
+        while chunk := list(itertools.islice(todo, 1024)):
             asked = []
-            for job, text in itertools.islice(todo, 1024):
+            for job, text in chunk:
                 prompt = tasks.encode_prompt(tokenizer, text)
                 most = len(prompt) + args.max_new_tokens
-                if not calls.begin(most):
-                    break
-                if len(prompt) < context:
+                if len(prompt) >= context:
+                    calls.write(refused(job, f"the prompt has {len(prompt)} tokens"))
+                elif calls.begin(most):
                     asked.append((job, prompt, most))
                 else:
-                    calls.spent.end(most, 0)
-                    calls.lose(job, CallError("refused", f"the prompt has {len(prompt)} tokens"))
-            if not asked:
-                return
+                    break
             tasks.generate(student, tokenizer, [prompt for _, prompt, _ in asked],
                            args.max_new_tokens, args.batch_size, temperature=temperature,
                            seed=secrets.randbits(32), done=save)
-    except KeyboardInterrupt:  # nothing is paid for: what is not finished is lost
+            if calls.ending.is_set():
+                return
+    except KeyboardInterrupt:  # what is not finished is lost, and counts with its most
         calls.end("interrupted")
+
+
+def refused(job, words):
+    """The row of a prompt that got no reply, so that nobody asks it again."""
+    return {**job, "path": "", "finish_reason": "refused", "usage": {}, "refusal": words}
 
 
 def ask_all(spec, jobs, out, args, spent, temperature):
@@ -1032,10 +1031,16 @@ def verdicts_in(log):
 
 def add_verdicts(rows, names, verdicts, accept):
     """Add `verdict` {judge: what it said} and `valid` to graded rows, in place: valid where at
-    least `accept` judges say so, None where no judge was asked."""
+    least `accept` judges say so, None where the answer is not right. Without judges earlier
+    verdicts stay."""
+    if not names:
+        for row in rows:
+            row.setdefault("valid", None)
+            row.setdefault("verdict", None)
+        return
     for row in rows:
         row["valid"] = row["verdict"] = None
-        if not names or fate(row, "answer") != "kept":  # it is out already: no call
+        if fate(row, "answer") != "kept":  # it is out already: no call
             continue
         row["verdict"] = {}
         for name in names:
@@ -1111,7 +1116,7 @@ def annotate(rows, args, spent):
     add_verdicts(planted + rows, names, verdicts_in(log), args.accept or len(names))
     write_pool(args.out, rows)
     filter_table(rows)
-    if not names:
+    if not any(row["verdict"] for row in rows):
         print("step 2 of the filter (a judge) was not run: kept means that the answer is right")
     for name in names if planted else ():
         canary_table(name, [row for row in planted if row["verdict"]])
@@ -1175,7 +1180,8 @@ def call_flags(p):
     g.add_argument("--dry_run", action="store_true",
                    help="print the number of calls and tokens, make none")
     g.add_argument("--batch_size", type=positive, metavar="N",
-                   help="replies that a local model writes at once (32; on a CPU 96)")
+                   help="replies that a local model writes at once (on a CPU 96, on a GPU what "
+                        "it has room for, up to 128)")
     g.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
 
 

@@ -161,6 +161,7 @@ def test_what_is_said_in_a_thought_ends_no_response(model, prompts):
     ("gsm8k", "So 3.5.\nThe answer is $1,234.50. Next question: 7", "So 3.5.\nThe answer is $1,234.50."),
     ("gsm8k", "The answer is 36 + 48 = 84.\n\nThe answer is 5.", "The answer is 36 + 48 = 84."),
     ("gsm8k", "the answer is 18 dollars\nQuestion", "the answer is 18 dollars"),
+    ("gsm8k", "The answer is 18. The answer is 20. Then", "The answer is 18."),
     ("strategyqa", "Thus the answer is no. Is it?", "Thus the answer is no."),
     ("date", "The answer is (B) 01/02/2003. (C)", "The answer is (B) 01/02/2003."),
     ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$.")])
@@ -345,6 +346,7 @@ DATES = {"A": "03/12/1987", "B": "03/13/1987", "C": "04/13/1987"}
 STATED = [  # task, text, choices, what it states (None: nothing that is sure)
     # several choices, a denied one, a letter with another one's text
     ("arc", "Therefore, the answer is B, C, or D.", LETTERS, None), ("arc", "The answer is (A) sports or (B) fishing gear.", LETTERS, None),
+    ("arc", "The answer is (A) Paris or London.", {"A": "Paris", "B": "London"}, None),
     ("arc", "The answer is A through C.", LETTERS, None), ("arc", "The answer is B/C", LETTERS, None), ("arc", "The answer is B. or C.", LETTERS, None),
     ("arc", "The answer is both A and C.", LETTERS, None), ("arc", "The answer is library or bank.", LETTERS, None),
     ("arc", "The answer is most likely (B) bank.", LETTERS, None), ("arc", "The answer is (D) department store.", LETTERS, None),

@@ -689,6 +689,14 @@ def test_a_teacher_that_judges_itself_is_warned_about(tmp_path, server):
     assert "WARNING" in done[1] and "itself" in done[1]
 
 
+def test_a_judged_pool_that_is_graded_again_without_a_judge_keeps_its_verdicts(tmp_path, server):
+    server.reply = lambda model, prompt: "VERDICT: INVALID"
+    run("--paths", pool(tmp_path / "p.jsonl"), "--judge", f"j@{server.url}", "--out", "o.jsonl", cwd=tmp_path)
+    run("--paths", "o.jsonl", "--out", "again.jsonl", cwd=tmp_path)
+    assert read(tmp_path / "again.jsonl") == read(tmp_path / "o.jsonl")
+    assert "invalid" in {judge.fate(row) for row in read(tmp_path / "again.jsonl")}
+
+
 # ------------------------------------------------------------------------------------------------ a local model
 def test_a_local_model_samples_and_judges_in_batches(tmp_path, models_dir):
     local = ("--max_new_tokens", 6, "--device", "cpu", "--batch_size", 3)
@@ -718,21 +726,21 @@ def tiny_model(folder):
 
 def test_a_local_teachers_reply_is_on_disk_when_it_is_finished_and_an_interrupt_keeps_them(tmp_path):
     model = tiny_model(tmp_path / "tiny")
-    rows = [{"id": f"q{i}", "task": "gsm8k", "question": "word " * (2000 if i == 3 else 5), "answer": "2"} for i in range(6)]
+    rows = [{"id": f"q{i}", "task": "gsm8k", "question": "word " * (2000 if i % 2 else 5), "answer": "2"} for i in range(6)]
     args = ("--questions", write(tmp_path / "q.jsonl", rows), "--teacher", model, "--styles", "vanilla", "--samples", 8,
             "--max_new_tokens", 60, "--batch_size", 4, "--device", "cpu", "--out", "p.jsonl")
     out = tmp_path / "p.jsonl"
     process = start(*args, cwd=tmp_path)
-    while not out.exists() or out.read_bytes().count(b"\n") < 8:  # all 48 are one call of generate()
+    while not out.exists() or out.read_bytes().count(b"\n") < 24 + 4:  # the other 24 are one call of generate()
         assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 2 and "interrupted" in (tmp_path / "stderr.txt").read_text()
-    assert 8 <= len(read(out)) < 48
+    assert 24 + 4 <= len(read(out)) < 48
     run(*args, cwd=tmp_path)
     rows = read(out)
     assert keys(rows) == {(f"q{i}", "vanilla", "tiny", k): 1 for i in range(6) for k in range(8)}
-    assert {r["id"] for r in rows if r["finish_reason"] == "refused"} == {"q3"}  # longer than the model's context
+    assert {r["id"] for r in rows if r["finish_reason"] == "refused"} == {"q1", "q3", "q5"}  # longer than the model's context
 
 
 # ------------------------------------------------------------------------------------------------ the command
