@@ -11,6 +11,7 @@ import argparse
 import copy
 import functools
 import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,16 +137,20 @@ def counted(names, rows, width, checkpointing=False):
 
 
 def measure(device, *size, **more):
-    """GB at the height of two steps on a GPU, the second with the optimiser's moments in place."""
+    """GB at the height of three steps on a GPU, all but the first with the optimiser's moments in place, and the seconds
+    of the last."""
     students = [student(name, device=device, **more) for name in reversed(SHAPES)][::-1]  # the larger one first
     optimizers = [torch.optim.AdamW([p for p in s.model.parameters() if p.requires_grad]) for s in students]
     torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(2):
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
         step(students, *size)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return torch.cuda.max_memory_allocated(device) / GB
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / GB, time.perf_counter() - began
 
 
 def main():
@@ -165,7 +170,7 @@ def main():
     print(f"GB for {' and '.join(SHAPES)}, {whole / 1e9:.1f}e9 frozen weights; LoRA: {lora / 1e6:.0f}e6, float32, with\n"
           f"AdamW's moments; a step of {flags.batch} paths of {flags.tokens} tokens at each student; fits: {FREE} GB left\n"
           f"\n{'':20}{'micro-batch':>13}{'base':>7}{'LoRA':>6}{'activations':>13}{'others':>8}{'sum':>7}{'80 GB':>7}"
-          f"{'24 GB':>7}" + f"{'run':>7}" * gpu)
+          f"{'24 GB':>7}" + f"{'run':>7}{'s':>7}" * gpu)
     for nf4, checkpointing in ((False, False), (False, True), (True, False), (True, True)):
         base, n = 2 * (whole - nf4 * sum(linear)) + nf4 * NF4 * sum(linear), 2 * flags.batch
         fits = [False, False]
@@ -178,7 +183,8 @@ def main():
             fits = [total + FREE <= card for card in (80, 24)]
             run = ""
             if gpu and total + FREE < torch.cuda.mem_get_info(flags.device)[1] / GB:
-                run = f"{measure(flags.device, n, flags.tokens, checkpointing=checkpointing, nf4=nf4):7.1f}"
+                height, seconds = measure(flags.device, n, flags.tokens, checkpointing=checkpointing, nf4=nf4)
+                run = f"{height:7.1f}{seconds:7.2f}"
             print(f"{('nf4' if nf4 else 'bf16') + ' --checkpointing' * checkpointing:20}{n:13}{base / GB:7.1f}"
                   f"{12 * lora / GB:6.1f}{saved / GB:13.1f}{others / GB:8.1f}{total:7.1f}"
                   + "".join(f"{'fits' if fit else '-':>7}" for fit in fits) + run, flush=True)
