@@ -29,9 +29,10 @@ from pathlib import Path
 
 from eval import stop, within
 
-# What --as_printed sets: the paper's own form of what is a flag here. The entropy in Eq 9 is still
-# subtracted: the paper's text says that it is maximised. With one-hot gates a path has one student,
-# so Eq 5 to 8 never run; with --gate binary beside it they do.
+# What --as_printed sets: the paper's own form of what is a flag here, but for the encoder, which
+# would be a download. The entropy in Eq 9 is still subtracted: the paper's text says that it is
+# maximised. With one-hot gates a path has one student, so Eq 5 to 8 never run; with --gate binary
+# beside it they do.
 AS_PRINTED = {"style_input": False, "router_hidden": 256, "gate": "onehot", "reward": "loss",
               "probe": 0.0, "entropy": "literal", "normalize": "batch", "competence": "eq8",
               "projection": "trained", "standardize": False}
@@ -345,15 +346,15 @@ def main(args=None):
         nll, figures = student_step(students, collab, paths, question, routed, weight.detach(),
                                     scaler, args)
 
-        # The probe: all paths of a few questions run, without gradient, so that the router hears
-        # about what it did not choose.
+        # The probe: of a few questions the other paths run too, forward only, so that the router
+        # hears about what it did not choose.
         probed = probed_questions(question, args)  # (P,) bool
         others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
         heard = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
         nll = nll.cpu()
 
-        # The router learns. By default from the probe alone: its choice is pulled to the student's
-        # own. With --reward sum or loss by Eq 9, through alpha. Eq 3 and 4 join in.
+        # The router learns. By default from probed questions alone: its choice is pulled to the
+        # student's own. With --reward sum or loss by Eq 9, through alpha. Eq 3 and 4 join in.
         entropy = None
         if args.route == "learned":
             entropy = router_step(logits, alpha, p, weight, heard, probed, length, question, args)
@@ -462,7 +463,8 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     figures = defaultdict(list)
     for batch in micro_batches(question, args):  # (p,) numbers of paths
         shared = batch[co_routed[batch]]  # (C,) those that several students got
-        # The segments of shared paths are numbered through the batch; -1: a path is not shared.
+        # The segments of shared paths are numbered through the batch: of two with 3 and 2 segments
+        # the first begins at 0, the second at 3. -1: a path is not shared.
         first_segment = torch.full_like(question, -1)  # (P,)
         first_segment[shared] = segments[shared].cumsum(0) - segments[shared]  # those before it
         loss = torch.zeros((), device=device)
@@ -756,7 +758,8 @@ def nll_chunks(states, weight, bias, target, softcap):
     gives (n, V). The gradient is in the weight's type, and lost when the next one comes. """
     size = min(len(states), max(16, 2**26 // len(weight)))
     # Two buffers for all chunks, one in the weight's type and one in float32 (the same one if that
-    # is its type), and in place what can be: fresh memory costs a CPU as much as the arithmetic.
+    # is its type; a soft cap takes one more), and in place what can be: fresh memory costs a CPU as
+    # much as the arithmetic.
     low = weight.new_empty(len(weight) * size)
     exact = low
     if weight.dtype != torch.float32:
@@ -1313,8 +1316,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest_of(rows, test, students):
-    """A hash of all that training hangs on beside the flags: token ids, styles, test set, the
-    weights at the start."""
+    """A hash of what training hangs on beside the flags: token ids, styles, test set, the students'
+    weights at the start. Not of the embeddings, whose last bits hang on the machine."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["id"], row["style"], row["question"], row["text"]]).encode())

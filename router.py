@@ -63,9 +63,10 @@ class Router(nn.Module):
         return self.net(h)
 
 
-# A gate takes logits (P, S) and gives alpha (P, S), 0 or 1 with the gradient of the soft sample (at
-# the paper's temperature of 1), and the probabilities p (P, S) of its logits without noise. Add
-# your own to GATES, and to ONE_PATH if a student gets one path of each question.
+# A gate takes logits (P, S), question (P,) and the generator of its noise. It gives alpha (P, S), 0
+# or 1 with the gradient of the soft sample (at the paper's temperature of 1), and the probabilities
+# p (P, S) of its logits without noise. Add your own to GATES, and to ONE_PATH if a student gets one
+# path of each question.
 def categorical_gate(logits, question, generator=None):
     """Eq 2: Gumbel-softmax over a question's paths, student by student: one path each.
 
@@ -149,7 +150,7 @@ def keep_best(score, question):
     """alpha (P, S): 1 for a question's path with the highest score (P, S), the first of equals,
     student by student."""
     is_top = score == max_per_question(score, question)[question]
-    number = torch.arange(len(score)).to(score).unsqueeze(1)
+    number = torch.arange(len(score)).to(score).unsqueeze(1)  # of equals, the smallest is kept
     earliest = torch.where(is_top, -number, -math.inf)
     return (earliest == max_per_question(earliest, question)[question]).to(score)
 
@@ -191,9 +192,9 @@ def fill_skipped(cost, routed, question, normalize="question", probed=False):
     """The costs (P, S); a pair that was not run gets the mean of the routed ones of its question,
     or of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
 
-    departs (Eq 9), whose gradient needs the cost of every pair. That of alpha_ij is proportional to
-    cost_ij - mean, so zero for a pair that was not run; its logit moves only through the softmax
-    that ties it to others. """
+    departs (Eq 9), whose gradient needs the cost of every pair. d L_distill / d alpha_ij is
+    proportional to cost_ij - mean, so zero for a pair that was not run; its logit moves only
+    through the softmax that ties it to others. """
     was_run = (routed.detach() > 0) | probed
     routed = routed.detach().to(cost)  # the sum of a mask would be a mask
     if normalize == "batch":
@@ -285,6 +286,7 @@ class Collaboration(nn.Module):
         z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment:
         per student (T_s,) in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S)
         bool; per_segment (C, S): nats per segment. """
+        # By default L_mutual teaches the students alone, through zt, and L_competence w alone.
         n, c = len(path), len(routed)
         # Eq 5, and departs (Eq 8): tokenizers share segments, not tokens.
         raw = torch.stack([segment_mean(proj(states), numbers, n)
