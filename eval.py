@@ -1248,14 +1248,16 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples
     ends = end_tokens(model, tokenizer)
 
     def read(row, n):
+        """The text of a row's first n tokens, and the match of `until` in it, or None."""
         text = tokenizer.decode(row.tokens[:n], skip_special_tokens=True)
         thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
-        return text, until and until[row.i].search(text, thought)
+        return text, until[row.i].search(text, thought) if until else None
 
     def ended(row):
         n = len(row.tokens)
-        return (row.tokens[-1] in ends or n == max_new_tokens or row.length > context
-                or bool(until) and n % 16 == 0 and bool(read(row, n)[1]))
+        if row.tokens[-1] in ends or n == max_new_tokens or row.length > context:
+            return True
+        return bool(until) and n % 16 == 0 and read(row, n)[1] is not None
 
     def response(row):
         n, stopped = len(row.tokens), row.tokens[-1] in ends
@@ -1523,10 +1525,9 @@ class Roomy:
     def make_room(self, like, rows, left, right):
         """Move to new buffers of so many rows, with `left` columns before those in use and right +
         64 behind; `like` are other keys and values. Zeros, since no mask hides a NaN."""
-        end = left + self.get_seq_length()
-        old, self.room = (self.keys, self.values), [
-            states.new_zeros(rows, states.shape[1], end + right + 64, states.shape[3])
-            for states in like]
+        old, end = (self.keys, self.values), left + self.get_seq_length()
+        self.room = [states.new_zeros(rows, states.shape[1], end + right + 64, states.shape[3])
+                     for states in like]
         for room, states in zip(self.room, old):
             if states is not None:
                 room[:self.rows, :, left:end] = states
@@ -1547,7 +1548,8 @@ class Roomy:
             self.update(other.keys.expand(rows, -1, -1, -1), other.values.expand(rows, -1, -1, -1))
 
     def join(self, other, row, width, capacity):
-        """The first columns, `width` of them, of another layer's row become the last row."""
+        """The first columns, `width` of them, of another layer's row become the last row, which
+        ends where all others end."""
         if not self.room or self.end < width or len(self.room[0]) == self.rows:
             left = max(0, width - self.get_seq_length())
             self.make_room((other.keys, other.values), capacity, left, 0)

@@ -764,7 +764,7 @@ class Calls:
         rows, self.unwritten = self.unwritten + self.refusals, []
         for row in rows:
             self.write(row)
-        out = self.file.name
+        out, saved = self.file.name, self.bar.n  # write() has moved the bar
         if self.unwritten:
             print(f"{out} has no room for these {len(self.unwritten)} replies: add them to it")
             print(*map(json.dumps, self.unwritten), sep="\n")
@@ -774,12 +774,12 @@ class Calls:
         if self.lost or self.problem not in ("", self.OVER_BUDGET):
             lost = f"{self.lost} calls failed in the end, the last with {self.last}"
             why = "; ".join(filter(None, [self.problem, self.lost and lost]))
-            tasks.stop(f"{why}; {self.bar.n} replies were saved to {out}, the same command goes on "
+            tasks.stop(f"{why}; {saved} replies were saved to {out}, the same command goes on "
                        "from there")
         if self.problem:
             spent = f"{self.spent.calls} calls and {self.spent.tokens} tokens in all runs"
             print(f"stopped: {self.problem}, after {spent} ({self.spent.file.name}); "
-                  f"{n - self.bar.n} of {n} replies are missing, the same command with a larger "
+                  f"{n - saved} of {n} replies are missing, the same command with a larger "
                   "budget goes on from here")
             raise SystemExit(0)
 
