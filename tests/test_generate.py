@@ -158,6 +158,15 @@ def test_a_toy_keeps_its_type():
         assert model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("free_rows, at_once", [(0, 8), (80, 20), (1e6, 128)])
+def test_a_gpu_writes_as_many_answers_at_once_as_a_quarter_of_its_free_memory_holds(monkeypatch, free_rows, at_once):
+    config = tf.Qwen2Config(num_hidden_layers=28, hidden_size=3584, num_attention_heads=28, num_key_value_heads=4)
+    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+    of_a_row = 2 * 28 * 4 * 128 * 1000 * 2  # bytes: keys and values of 28 layers, 4 heads of 128, 1000 tokens, 2 bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_rows * of_a_row, 0))
+    assert E.rows_at_once(model, 1000) == at_once
+
+
 # ------------------------------------------------------------------------------------------- the door for models
 
 
