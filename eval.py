@@ -112,17 +112,16 @@ def run_command(main):
 # ---------------------------------------------------------------- rows: the one door
 # Whoever wrote a file (our own commands, pandas, datasets, a hand), it comes in here. What has
 # passed numbered_rows and clean_row (for paths: judge.pool_rows) is not checked further in.
-def read_jsonl(path, required=()):
+def read_jsonl(path):
     """The rows of a JSON Lines file as a list; see numbered_rows."""
-    return [row for _, row in numbered_rows(path, required)]
+    return [row for _, row in numbered_rows(path)]
 
 
-def numbered_rows(path, required=()):
+def numbered_rows(path):
     """Yield ("FILE:LINE", row) for each JSON object of a JSON Lines file; blank lines are skipped.
 
     A field that is null or NaN is absent, and half a surrogate pair is replaced, at every depth.
-    Stops with FILE:LINE at anything but a JSON object, and where a required field is missing,
-    empty or not a string.
+    Stops with FILE:LINE at anything but a JSON object.
     """
     try:
         with open(path, "rb") as file:
@@ -133,7 +132,6 @@ def numbered_rows(path, required=()):
                 row = parse_json(line, where)
                 if not isinstance(row, dict):
                     stop(f"{where}: expected a JSON object, found {type(row).__name__}")
-                require_text(row, required, where)
                 yield where, row
     except OSError as e:
         stop(f"cannot read {path}: {e.strerror}")
@@ -1550,7 +1548,7 @@ class Roomy:
     def join(self, other, row, width, capacity):
         """The first columns, `width` of them, of another layer's row become the last row, which
         ends where all others end."""
-        if not self.room or self.end < width or len(self.room[0]) == self.rows:
+        if not self.room or self.end < width:
             left = max(0, width - self.get_seq_length())
             self.make_room((other.keys, other.values), capacity, left, 0)
         self.show(self.rows + 1, min(self.first, self.end - width), self.end)
