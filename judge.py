@@ -1180,8 +1180,8 @@ def call_flags(p):
     g.add_argument("--dry_run", action="store_true",
                    help="print the number of calls and tokens, make none")
     g.add_argument("--batch_size", type=positive, metavar="N",
-                   help="replies that a local model writes at once (on a CPU 96, on a GPU what "
-                        "it has room for, up to 128)")
+                   help="replies that a local model writes at once (as many as there is "
+                        "room for, up to 256)")
     g.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
 
 

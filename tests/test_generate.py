@@ -158,13 +158,22 @@ def test_a_toy_keeps_its_type():
         assert model.dtype == torch.float32
 
 
-@pytest.mark.parametrize("free_rows, at_once", [(0, 8), (80, 20), (1e6, 128)])
-def test_a_gpu_writes_as_many_answers_at_once_as_a_quarter_of_its_free_memory_holds(monkeypatch, free_rows, at_once):
+def seven_billion(device):
+    """The shape of Qwen2.5-7B, and the bytes of 1,000 tokens in its cache: keys and values, 28 layers, 4 heads of 128."""
     config = tf.Qwen2Config(num_hidden_layers=28, hidden_size=3584, num_attention_heads=28, num_key_value_heads=4)
-    model = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
-    of_a_row = 2 * 28 * 4 * 128 * 1000 * 2  # bytes: keys and values of 28 layers, 4 heads of 128, 1000 tokens, 2 bytes
+    return SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, config=config), 2 * 28 * 4 * 128 * 1000 * 2
+
+
+@pytest.mark.parametrize("free_rows, at_once", [(0, 8), (80, 20), (1e6, 256)])
+def test_a_gpu_writes_as_many_answers_at_once_as_a_quarter_of_its_free_memory_holds(monkeypatch, free_rows, at_once):
+    model, of_a_row = seven_billion("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_rows * of_a_row, 0))
     assert E.rows_at_once(model, 1000) == at_once
+
+
+def test_a_cpu_writes_as_many_answers_at_once_as_two_gigabytes_hold():
+    model, of_a_row = seven_billion("cpu")
+    assert E.rows_at_once(model, 1000) == 2e9 // of_a_row and E.rows_at_once(model, 10) == 256
 
 
 # ------------------------------------------------------------------------------------------- the door for models
