@@ -73,12 +73,13 @@ def make_parser():
                    help="path pool, from judge.py or not yet graded (default: the demo)")
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
                    help="full: right answer and not judged invalid; answer: right answer; "
-                        "none: all (full)")
+                        "none: all that are whole (full)")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
     g.add_argument("--train_frac", type=within(float, 1e-6, 1), default=1.0,
                    help="share of the training questions that is used (1)")
     g.add_argument("--test_frac", type=within(float, 1e-6, 1), default=0.2,
-                   help="share of the pool's questions that is held out (0.2)")
+                   help="share of the pool's questions that is held out; the demo has test "
+                        "questions of its own (0.2)")
     g.add_argument("--max_len", type=count, default=1024,
                    help="longest prompt and path in tokens; longer ones are left out (1024)")
 
@@ -98,9 +99,9 @@ def make_parser():
     g = p.add_argument_group("routing")
     g.add_argument("--route", default="learned",
                    choices=["learned", "all", "random", "short", "nll"],
-                   help="the trained router; all paths to all students; or one path of each "
-                        "question: at random, the shortest, or the likeliest for the untrained "
-                        "student (learned)")
+                   help="the trained router; all paths to all students; random: the gate with "
+                        "equal odds; or of each question the shortest path, or (nll) the likeliest "
+                        "by the token for the untrained student (learned)")
     printed = ", ".join(f"{name} {value}" for name, value in AS_PRINTED.items())
     g.add_argument("--as_printed", action="store_true",
                    help="the paper's own form of what is a flag here; with its one-hot gates no "
@@ -350,14 +351,15 @@ def main(args=None):
         # hears about what it did not choose.
         probed = probed_questions(question, args)  # (P,) bool
         others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
-        heard = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
+        known_nll = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
         nll = nll.cpu()
 
         # The router learns. By default from probed questions alone: its choice is pulled to the
         # student's own. With --reward sum or loss by Eq 9, through alpha. Eq 3 and 4 join in.
         entropy = None
         if args.route == "learned":
-            entropy = router_step(logits, alpha, p, weight, heard, probed, length, question, args)
+            entropy = router_step(logits, alpha, p, weight, known_nll, probed, length, question,
+                                  args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -534,20 +536,20 @@ def probe(students, paths, question, probed, routed, args):
     return nll
 
 
-def router_step(logits, alpha, p, weight, heard, probed, length, question, args):
+def router_step(logits, alpha, p, weight, known_nll, probed, length, question, args):
     """The router learns, with the students' losses as constants: by default from posterior_loss,
     with --reward sum or loss by Eq 9; Eq 3 and 4 join in.
 
-    logits, and alpha, p, weight (P, S) of the gates; heard (P, S), nats of a path where it was
+    logits, and alpha, p, weight (P, S) of the gates; known_nll (P, S), nats of a path where it was
     routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
     questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches the
     router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
     L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
-        loss = qr.posterior_loss(logits[probed], heard[probed], question[probed],
+        loss = qr.posterior_loss(logits[probed], known_nll[probed], question[probed],
                                  args.posterior_temperature)
     else:
-        cost = heard if args.reward == "sum" else heard / length
+        cost = known_nll if args.reward == "sum" else known_nll / length
         routed = alpha.detach() > 0.5
         cost = qr.fill_skipped(cost, routed, question, args.normalize, probed[:, None])
         loss = (weight * cost).sum()
@@ -871,6 +873,7 @@ def load_students(args, device, amp_dtype):
     else:
         demo = demo_students(args.seed)
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo]
+        torch.manual_seed(args.seed)  # LoRA starts alike, whether or not they came from the cache
     students = []
     for i, (model, tokenizer, source) in enumerate(loaded):
         fingerprint = tasks.fingerprint(model)
@@ -1216,14 +1219,13 @@ def embed(rows, args, device):
         h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
         h = encode_pairs(pairs, args.encoder, device)
-    # Adam moves every weight alike, so a logit moves by the sum of a path's features: divided by
-    # their number d, the whole embedding moves it about as much as the one style does.
+    # A step of Adam moves every weight alike, and so a logit by the sum of a path's features. Both
+    # are scaled so that the embedding (d features) moves it about as much as the style (one).
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
         number = torch.tensor([styles.index(row["style"]) for row in rows])
         one_hot = F.one_hot(number, len(styles)).float()
-        # Times the root: a one-hot's column has a variance of about 1 / styles.
         h = torch.cat([h, one_hot * len(styles) ** 0.5], 1)
     return h
 

@@ -348,8 +348,8 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row, the same in training and at test time (open point 11). A row
-    may bring its own `prompt`; questions held out of a pool have the plain one."""
+    """What a student sees of a row: its own `prompt`, which questions held out of a pool lose, or
+    one that is the same in training and at test time (open point 11)."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
@@ -414,8 +414,8 @@ THOUGHT = re.compile(r"""(?ix)
       | <\|end_(?:thinking|of_thought)\|> | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
     | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
     | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
-# What announces an answer ("the answer is correct" doesn't). `A:` opens GSM8K's answers, but
-# elsewhere an option.
+# What announces an answer: #### 5, \boxed{5}, "So the best option (of the four) is", "Answer: 5";
+# "the answer is correct" doesn't. `A:` opens GSM8K's answers, but elsewhere an option.
 ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:)
     | <(?:final_)?answer> | \bfinal\ answer\s*\n
     | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b ["'`]?\s?

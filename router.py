@@ -228,14 +228,15 @@ def shared_segments(offsets):
     per token. A text is cut only where the next token starts at or after the end of the one before:
     byte pieces of a character stay together. """
     spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
-    cut = np.ones(1 + max(x.max() for x in spans), bool)  # by character: every student cuts here
+    # By character: all students end a token here, and another one follows.
+    cut = np.ones(1 + max(x.max() for x in spans), bool)
     for x in spans:
         next_start, end = x[1:, 0], x[:-1, 1]
         cut_here = np.zeros_like(cut)
         cut_here[end[next_start >= end]] = True
         cut &= cut_here
     cuts_before = np.cumsum(cut, dtype=np.int32) - cut  # by character
-    return [cuts_before[x[:, 1]] for x in spans], int(cut.sum()) + 1
+    return [cuts_before[x[:, 1]] for x in spans], int(cut.sum()) + 1  # n cuts, n + 1 segments
 
 
 def segment_mean(x, segment, n):
@@ -263,8 +264,10 @@ def competence_target(per_segment, routed):
 class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
-    dims: hidden size of each student; d: the shared size. The paper's form, but for segments, means
-    and the layer norm: trained=True, standardized=False, fit_competence=False. """
+    dims: hidden size of each student; d: the shared size; fit_competence: a loss of its own fits w,
+    for which w's input and z_ens are constants; False: Eq 8 trains it. The paper's form, but for
+    segments, means, layer norm and competing students: trained=True, standardized=False,
+    fit_competence=False. """
 
     def __init__(self, dims, d=64, trained=False, standardized=True, fit_competence=True):
         super().__init__()

@@ -1266,6 +1266,17 @@ def test_default_run_on_the_embedded_demo(tmp_path, monkeypatch, capsys):
         assert [len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) for n in (7, 42, 199)] == [1, 1, 1]
 
 
+def test_lora_on_the_demo_starts_alike_whether_or_not_its_students_come_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(distill, "warm_start", lambda *args: torch.rand(7))
+    monkeypatch.setattr(distill.inspect, "getsource", str)
+    args = distill.parse_args(["--lora_rank", "2"])
+    first, second = (distill.load_students(args, *distill.set_up(args)) for _ in range(2))
+    assert len(list(tmp_path.glob("qr-distill/*/*/model.safetensors"))) == 2
+    for a, b in zip(first, second):
+        assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+
+
 def test_demo_test_questions_are_not_trained(monkeypatch):
     kept, test, _ = distill.load_data(distill.parse_args([]))
     assert len(test) == 300 and not {r["question"] for r in kept} & {q["question"] for q in test}
