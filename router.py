@@ -193,14 +193,15 @@ def fill_skipped(cost, routed, question, normalize="question", probed=False):
     or of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
 
     departs (Eq 9), whose gradient needs the cost of every pair. d L_distill / d alpha_ij is
-    proportional to cost_ij - mean, so zero for a pair that was not run; its logit moves only
-    through the softmax that ties it to others. """
+    proportional to cost_ij - mean: zero for a pair that was not run, or of whose question the
+    student got no path. Its logit moves only through a softmax that ties it to others, or Eq 4. """
     was_run = (routed.detach() > 0) | probed
     routed = routed.detach().to(cost)  # the sum of a mask would be a mask
     if normalize == "batch":
         question = torch.zeros_like(question)
-    mean = per_question(routed * cost, question) / per_question(routed, question).clamp(min=1)
-    return torch.where(was_run, cost, mean[question])
+    count = per_question(routed, question)
+    mean = per_question(routed * cost, question) / count.clamp(min=1)
+    return torch.where(was_run & (count > 0)[question], cost, mean[question])
 
 
 def posterior_loss(logits, nll, question, temperature=1.0):
@@ -228,7 +229,8 @@ def shared_segments(offsets):
     per token. A text is cut only where the next token starts at or after the end of the one before:
     byte pieces of a character stay together. """
     spans = [np.array(x, np.int32) for x in offsets]  # (T_s, 2)
-    # By character: all students end a token here, and another one follows.
+    # By character: all students end a token here, and another one follows. A token's segment is
+    # the number of cuts before its end.
     cut = np.ones(1 + max(x.max() for x in spans), bool)
     for x in spans:
         next_start, end = x[1:, 0], x[:-1, 1]

@@ -383,6 +383,16 @@ def test_skipped_pairs_get_no_gradient_beside_a_probe_either(normalize):
     assert skipped.any() and alpha.grad[skipped].abs().max() < 1e-15
 
 
+def test_a_student_without_a_path_of_a_probed_question_learns_nothing_from_it():
+    """As with one-hot gates: there is no routed path to compare a probed one with."""
+    nll, alpha = randn(9, 2).exp(), torch.ones(9, 2, dtype=torch.float64)
+    alpha[QUESTION == 0, 1] = 0
+    alpha.requires_grad_()
+    losses = qr.fill_skipped(nll, alpha, QUESTION, "question", (QUESTION == 0)[:, None])
+    (qr.path_weights(alpha, QUESTION) * losses).sum().backward()
+    assert not alpha.grad[QUESTION == 0, 1].any() and alpha.grad[QUESTION == 0, 0].any()
+
+
 def test_batch_normalisation_starves_hard_questions_and_question_normalisation_does_not():
     question = torch.tensor([0] * 6 + [1] * 6)
     nll = torch.tensor([1.0] * 6 + [3.0] * 6).unsqueeze(1).repeat(1, 2)  # an easy and a hard question
