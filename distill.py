@@ -1495,7 +1495,7 @@ def write_results(out, args, run, after, students, per_epoch, pool, rows, questi
                      "device": device_name(students[0].model.device)}}
     write_atomic(json.dumps(results, indent=1), out / "results.json")
     print_samples(after["predictions"])
-    print_results(results, out)
+    print_results(results, out, args)
 
 
 def device_name(device):
@@ -1523,7 +1523,7 @@ def print_samples(predictions):
             print(f"  student {s} ({verdict}): {text}")
 
 
-def print_results(results, out):
+def print_results(results, out, args):
     """The run's table: accuracy before and after, who got what, and where everything is."""
     before, after, counts = results["before"], results["after"], results["counts"]
     names = results["students"]
@@ -1547,8 +1547,10 @@ def print_results(results, out):
           f"{counts['training_questions']} questions with {counts['training_paths']} paths; "
           f"response tokens trained: {tokens}")
     folders = " ".join(str(out / f"student_{i}") for i in range(len(names)))
+    limit = f" --limit {args.eval_limit}" if args.eval_limit else ""
     print(f"{out}/ has results.json, log.jsonl, predictions.jsonl and the students; test them "
-          f"again with\npython eval.py --students {folders} --questions {out / 'test.jsonl'}")
+          f"again with\npython eval.py --students {folders} --questions {out / 'test.jsonl'} "
+          f"--max_new_tokens {args.eval_max_new_tokens}{limit}")
 
 
 # ---------------------------------------- the demo's students
