@@ -420,13 +420,8 @@ def check_gate(args):
 
 def set_up(args):
     """-> the device and AMP's type (None: float32); seeds torch."""
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if args.device == "auto" else args.device)
-        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0][:100]
-        stop(f"--device {args.device}: not a device of this machine ({why})")
+    name = tasks.usable_device(None if args.device == "auto" else args.device)
+    device = torch.empty(0, device=name).device  # "cuda" is "cuda:0"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
     if args.dtype == "auto":  # a small student that trains in full is faster in float32

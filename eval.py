@@ -1572,7 +1572,7 @@ def usable_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        stop(f"--device {name} can't be used ({str(e).splitlines()[0]})")
+        stop(f"--device {name} can't be used ({str(e).splitlines()[0][:100]})")
     return name
 
 

@@ -28,7 +28,7 @@ T975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
 
 LEGEND = """Percent of the test questions, mean (standard deviation over seeds). equal: the row was given as many
 optimiser steps, or trained response tokens, as QR-Distill. The gain of QR-Distill is in points, with
-its 95 % interval over seeds; bold: the interval leaves zero out. seconds: of training, on one core, or as said below the table."""
+its 95 % interval over seeds; bold: the interval leaves zero out. seconds: of training, on one core."""
 
 
 # ---------------------------------------------------------------- lines
@@ -166,9 +166,6 @@ def section(setting, cells):
     seeds = sorted({seed for _, _, runs, _ in rows for seed in runs})
     halves = [x[1] for _, _, _, x in rows if x and not math.isnan(x[1])]
     text.append(f"\nSeeds {', '.join(map(str, seeds))}; {lines[0]['questions']} test questions.")
-    devices = {line["versions"].get("device", "cpu") for line in lines} - {"cpu"}
-    if devices:
-        text.append(f"Run on {', '.join(sorted(devices))}, several runs at once.")
     if halves:
         text.append(f"Half of the intervals are wider than ± {statistics.median(halves):.1f} points: "
                     "what is smaller is not seen here.")
