@@ -127,6 +127,10 @@ def make_parser():
     g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
                    help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
                         "a style that was bad at first is found, for some accuracy (1)")
+    g.add_argument("--length_penalty", type=share, default=0.0, metavar="A",
+                   help="of --reward posterior: a path's nats are divided by its length / the "
+                        "question's mean length, to the power A: 0 compares whole paths, 1 compares them by the "
+                        "token (0)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions, at least one, all of whose paths are run, "
                         "those not drawn forward only, so that the router hears about what it "
@@ -541,7 +545,10 @@ def router_step(logits, alpha, p, weight, known_nll, probed, length, question, a
     router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
     L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
-        loss = qr.posterior_loss(logits[probed], known_nll[probed], question[probed],
+        mean = qr.segment_mean(length.float(), question, int(question.max()) + 1)  # (Q, S)
+        relative = length / mean[question]
+        cost = known_nll / relative ** args.length_penalty
+        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed],
                                  args.posterior_temperature)
     else:
         cost = known_nll if args.reward == "sum" else known_nll / length
