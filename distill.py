@@ -116,6 +116,8 @@ def make_parser():
                    help="learning rate of the router (0.3)")
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
+    g.add_argument("--score_input", action=argparse.BooleanOptionalAction, default=False,
+                   help="Eq 2: the router also sees each untrained student's loss on a path, by the token (off)")
     g.add_argument("--gate", default="categorical",
                    help="Eq 2, from router.GATES: categorical: a student gets one path of each "
                         "question; binary: any number of them; onehot: a path goes to one student "
@@ -279,6 +281,7 @@ WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine d
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
 SHARED_DIM = 64  # Eq 5: d
+SC = float(os.environ.get("SC", "3"))
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
 
@@ -299,6 +302,9 @@ def main(args=None):
     questions = paths_by_question(rows)  # for each question the numbers of its paths in `rows`
     lengths = response_lengths(rows)  # (all paths, S), tokens
     h = embed(rows, args, device)  # (all paths, d), Eq 1
+    if args.score_input:
+        score = path_losses(rows, students) / lengths
+        h = torch.cat([h, qr.standardize(score, torch.zeros(len(rows), dtype=torch.long), 1) * SC], 1)
     fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), or None
     tested = test[:args.eval_limit or None]
 
