@@ -33,12 +33,15 @@ from eval import stop, within
 # would be a download. The entropy in Eq 9 is still subtracted: the paper's text says that it is
 # maximised. With one-hot gates a path has one student, so Eq 5 to 8 never run; with --gate binary
 # beside it they do.
-AS_PRINTED = {"style_input": False, "router_hidden": 256, "gate": "onehot", "reward": "loss",
-              "probe": 0.0, "entropy": "literal", "normalize": "batch", "competence": "eq8",
-              "projection": "trained", "standardize": False}
+AS_PRINTED = {"style_input": False, "score_input": False, "router_hidden": 256, "gate": "onehot",
+              "reward": "loss", "probe": 0.0, "entropy": "literal", "normalize": "batch",
+              "competence": "eq8", "projection": "trained", "standardize": False}
 # What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
-DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96}
-REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512}
+# The demo's learn best from short paths, which ruin a student that can already reason.
+DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96,
+        "length_penalty": 0.0, "score_input": False}
+REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512,
+        "length_penalty": 1.0, "score_input": True}
 
 
 # ---------------------------------------- flags
@@ -116,8 +119,9 @@ def make_parser():
                    help="learning rate of the router (0.3)")
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
-    g.add_argument("--score_input", action=argparse.BooleanOptionalAction, default=False,
-                   help="Eq 2: the router also sees each untrained student's loss on a path, by the token (off)")
+    g.add_argument("--score_input", action=argparse.BooleanOptionalAction,
+                   help="Eq 2: the router also sees each untrained student's mean loss on a path, "
+                        "for one more forward pass over the pool (on; demo: off)")
     g.add_argument("--gate", default="categorical",
                    help="Eq 2, from router.GATES: categorical: a student gets one path of each "
                         "question; binary: any number of them; onehot: a path goes to one student "
@@ -129,10 +133,10 @@ def make_parser():
     g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
                    help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
                         "a style that was bad at first is found, for some accuracy (1)")
-    g.add_argument("--length_penalty", type=share, default=0.0, metavar="A",
-                   help="of --reward posterior: a path's nats are divided by its length / the "
-                        "question's mean length, to the power A: 0 compares whole paths, 1 compares them by the "
-                        "token (0)")
+    g.add_argument("--length_penalty", type=share, metavar="A",
+                   help="of --reward posterior: 0: the student is nearest to the likeliest whole "
+                        "path, which is often the shortest; 1: to the likeliest by the token; or "
+                        "between them (1; demo: 0)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions, at least one, all of whose paths are run, "
                         "those not drawn forward only, so that the router hears about what it "
@@ -280,8 +284,8 @@ import router as qr  # the README's router.X: "router" is the network in main
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
+SCORE_SCALE = 3  # Eq 1: of the students' scores, about as large as a style's entry
 SHARED_DIM = 64  # Eq 5: d
-SC = float(os.environ.get("SC", "3"))
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
 
@@ -301,10 +305,7 @@ def main(args=None):
     rows = encode(kept, students)
     questions = paths_by_question(rows)  # for each question the numbers of its paths in `rows`
     lengths = response_lengths(rows)  # (all paths, S), tokens
-    h = embed(rows, args, device)  # (all paths, d), Eq 1
-    if args.score_input:
-        score = path_losses(rows, students) / lengths
-        h = torch.cat([h, qr.standardize(score, torch.zeros(len(rows), dtype=torch.long), 1) * SC], 1)
+    h = embed(rows, students, lengths, args, device)  # (all paths, d), Eq 1
     fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), or None
     tested = test[:args.eval_limit or None]
 
@@ -551,9 +552,7 @@ def router_step(logits, alpha, p, weight, known_nll, probed, length, question, a
     router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
     L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
-        mean = qr.segment_mean(length.float(), question, int(question.max()) + 1)  # (Q, S)
-        relative = length / mean[question]
-        cost = known_nll / relative ** args.length_penalty
+        cost = qr.normalize_length(known_nll, length, question, args.length_penalty)
         loss = qr.posterior_loss(logits[probed], cost[probed], question[probed],
                                  args.posterior_temperature)
     else:
@@ -1216,9 +1215,10 @@ def response_lengths(rows):
 
 
 # ---------------------------------------- Eq 1 for the whole pool
-def embed(rows, args, device):
+def embed(rows, students, lengths, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: the embedding of question and
-    path, and departs (Eq 1): standardised and scaled, its style beside it."""
+    path, and departs (Eq 1): standardised and scaled, beside it its style and what the untrained
+    students find of it. lengths (all paths, S): response tokens. """
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -1229,13 +1229,21 @@ def embed(rows, args, device):
         h = encode_pairs(pairs, args.encoder, device)
     # A step of Adam moves every weight alike, and so a logit by the sum of a path's features. Both
     # are scaled so that the embedding (d features) moves it about as much as the style (one).
-    h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3) / h.shape[1]
+    h = unit_variance(h) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
         number = torch.tensor([styles.index(row["style"]) for row in rows])
         one_hot = F.one_hot(number, len(styles)).float()
         h = torch.cat([h, one_hot * len(styles) ** 0.5], 1)
+    if args.score_input:  # no text encoder knows what a student finds likely
+        score = path_losses(rows, students) / lengths  # (all paths, S), nats per token
+        h = torch.cat([h, unit_variance(score) * SCORE_SCALE], 1)
     return h
+
+
+def unit_variance(h):
+    """Each feature of h (all paths, d) to mean 0 and variance 1."""
+    return (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3)
 
 
 def encode_pairs(pairs, encoder, device):

@@ -204,6 +204,16 @@ def fill_skipped(cost, routed, question, normalize="question", probed=False):
     return torch.where(was_run & (count > 0)[question], cost, mean[question])
 
 
+def normalize_length(nll, length, question, penalty):
+    """nll (P, S), nats of paths, each divided by (its length / the mean length of its question's
+    paths) ** penalty. length (P, S), tokens; question (P,).
+
+    0 compares whole paths; 1 compares paths by the token, and the mean length keeps the unit of
+    posterior_loss's temperature. As in beam search (Wu et al., 2016, arXiv 1609.08144). """
+    mean = segment_mean(length.float(), question, int(question.max()) + 1)  # (Q, S)
+    return nll / (length / mean[question]) ** penalty
+
+
 def posterior_loss(logits, nll, question, temperature=1.0):
     """Cross-entropy of the router's softmax over a question's paths to the student's own,
     softmax_j(-nll_j / temperature): how likely it would write path j and not one of the others.

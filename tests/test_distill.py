@@ -1061,6 +1061,50 @@ def test_likeliest_route_trains_the_path_with_the_lowest_loss_per_token_before_t
             assert loss[i, style] < min(x for (question, _), x in loss.items() if question == i) + 1e-4
 
 
+def test_router_sees_what_the_untrained_students_find_of_a_path(monkeypatch, train):
+    seen, plain = [], distill.qr.Router.forward
+
+    def look(router, h):
+        seen.append(h)
+        return plain(router, h)
+
+    monkeypatch.setattr(distill.qr.Router, "forward", look)
+    train("--max_steps", 1)
+    assert seen[0].shape[1] == 512 + 6 + 2  # the embedding, six styles, two students
+    seen.clear()
+    train("--max_steps", 1, "--no-score_input", name="without")
+    assert seen[0].shape[1] == 512 + 6
+
+
+def test_scores_are_the_mean_losses_of_the_untrained_students_standardised(monkeypatch, world, tmp_path):
+    kept = {}
+    plain_embed, plain_losses = distill.embed, distill.path_losses
+
+    def embed(rows, students, lengths, args, device):
+        kept["h"] = plain_embed(rows, students, lengths, args, device)
+        kept["rows"] = rows
+        return kept["h"]
+
+    monkeypatch.setattr(distill, "embed", embed)
+    monkeypatch.setattr(distill, "path_losses", lambda *a: kept.setdefault("nll", plain_losses(*a)))
+    distill.main(flags_of(world, tmp_path / "run", "--max_steps", 1))
+    score = np.array([[float(x) / len(tokens) for x, tokens in zip(nll, row["responses"])]
+                      for nll, row in zip(kept["nll"].double(), kept["rows"])])
+    want = distill.SCORE_SCALE * (score - score.mean(0)) / score.std(0)
+    assert np.abs(kept["h"][:, -2:].numpy() - want).max() < 1e-4
+
+
+@pytest.mark.parametrize("flags", [["--route", "random"], ["--route", "all"], ["--no-score_input"], ["--as_printed"]])
+def test_no_path_is_scored_where_no_router_looks(monkeypatch, train, flags):
+    monkeypatch.setattr(distill, "path_losses", lambda *a: pytest.fail("scored"))
+    train("--max_steps", 1, *flags)
+
+
+def test_a_pretrained_students_router_compares_by_the_token_the_demos_by_the_path(world, tmp_path):
+    real, demo = distill.parse_args(flags_of(world, tmp_path / "run")), distill.parse_args([])
+    assert (real.length_penalty, real.score_input, demo.length_penalty, demo.score_input) == (1, True, 0, False)
+
+
 @pytest.mark.parametrize("better", [0, 1])
 def test_competence_comes_to_prefer_the_student_with_the_lower_loss(monkeypatch, train, better):
     plain = distill.forward_paths

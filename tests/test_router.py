@@ -291,6 +291,22 @@ def test_posterior_is_where_eq_9_with_the_entropy_over_a_questions_paths_is_leas
     assert torch.allclose(qr.softmax_per_question(logits.detach(), QUESTION), least, atol=1e-4)
 
 
+@pytest.mark.parametrize("penalty", [0, 0.3, 1])
+def test_a_length_penalty_compares_whole_paths_or_paths_by_the_token(penalty):
+    nll, length = 30 + 3 * randn(9, 2), torch.randint(5, 50, (9, 2), generator=seeded())
+    cost = qr.normalize_length(nll, length, QUESTION, penalty)
+    for p, s in itertools.product(range(9), range(2)):
+        mean = np.mean([int(length[k, s]) for k in range(9) if QUESTION[k] == QUESTION[p]])
+        want = float(nll[p, s]) / (int(length[p, s]) / mean) ** penalty
+        assert abs(cost[p, s] - want) < 1e-5  # a length is float32
+    if penalty == 0:
+        assert torch.equal(cost, nll)
+    if penalty == 1:  # a path written down twice is as likely by the token
+        a, b = torch.tensor([[12.0], [24.0]]), torch.tensor([[10], [20]])
+        once, twice = qr.normalize_length(a, b, torch.zeros(2, dtype=torch.long), penalty)
+        assert once == twice == 18  # 1.2 nats a token, 15 tokens on average
+
+
 STYLES = torch.eye(4).repeat(8, 1)  # eight questions in four styles
 EIGHT = torch.arange(8).repeat_interleave(4)
 

@@ -92,7 +92,8 @@ def load(args, rows):
     students = distill.load_students(args, device, amp_dtype)
     rows = distill.encode(rows, students)
     ids = list(dict.fromkeys(row["id"] for row in rows))
-    h = distill.embed(rows, args, device)
+    length = distill.response_lengths(rows)
+    h = distill.embed(rows, students, length, args, device)
     router = qr.Router(h.shape[1], len(students))
     collab = qr.Collaboration([distill.hidden_size(student) for student in students]).to(device)
     optimizer, router_optimizer = distill.make_optimizers(students, collab, router, args)
@@ -104,8 +105,7 @@ def load(args, rows):
                    transformers.AutoTokenizer.from_pretrained(args.encoder))
     return SimpleNamespace(
         args=args, device=device, students=students, rows=rows, h=h, router=router, collab=collab, encoder=encoder,
-        question=torch.tensor([ids.index(row["id"]) for row in rows]), optimizer=optimizer,
-        length=torch.tensor([[len(tokens) for tokens in row["responses"]] for row in rows]),  # (P, S)
+        question=torch.tensor([ids.index(row["id"]) for row in rows]), optimizer=optimizer, length=length,
         router_optimizer=router_optimizer, scaler=torch.amp.GradScaler(device.type, enabled=False))
 
 
@@ -303,13 +303,14 @@ def start(args, n, file):
             row = {**row, "id": f"{row['id']} {k}", "question": f"{row['question']} ({k})"}
             out.write(json.dumps(row) + "\n")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as in a run
-    args = argparse.Namespace(**{**vars(args), "paths": file, "filter": "none", "test_frac": 1e-6})
+    args = argparse.Namespace(**{**vars(args), "paths": file, "filter": "none", "test_frac": 1e-6,
+                                 "score_input": False})  # the students are their tokenizers alone
     students = [SimpleNamespace(tokenizer=tokenizer, end=tasks.end_token(tokenizer), max_len=args.max_len)
                 for tokenizer in map(transformers.AutoTokenizer.from_pretrained, args.students)]
     at_rest, began = memory("VmRSS"), time.perf_counter()
     with contextlib.redirect_stdout(None):
         rows = distill.encode(distill.load_data(args)[0], students)
-    h = distill.embed(rows, args, torch.device("cpu"))
+    h = distill.embed(rows, students, None, args, torch.device("cpu"))
     seconds = time.perf_counter() - began
     held = h.nbytes + sum(len(row["question"] + row["text"]) + sum(x.nbytes for key in ("responses", "segments")
                                                                    for x in row[key]) for row in rows)
