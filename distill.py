@@ -305,8 +305,10 @@ def main(args=None):
     rows = encode(kept, students)
     questions = paths_by_question(rows)  # for each question the numbers of its paths in `rows`
     lengths = response_lengths(rows)  # (all paths, S), tokens
+    began = time.time()
     h = embed(rows, students, lengths, args, device)  # (all paths, d), Eq 1
     fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), or None
+    prepared = time.time() - began  # part of the training: a route pays for what it looks at
     tested = test[:args.eval_limit or None]
 
     # What trains: the students, the collaboration beside them, and the router.
@@ -327,7 +329,7 @@ def main(args=None):
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
     if run is None:
-        run = {"step": 0, "tokens": [0] * len(students), "seconds": 0.0, "digest": digest}
+        run = {"step": 0, "tokens": [0] * len(students), "seconds": prepared, "digest": digest}
         start_run_folder(out, args, test)
         run["before"] = answer(students, tested, args)["summary"]
         save_checkpoint(out, state, run)

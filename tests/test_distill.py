@@ -1094,6 +1094,20 @@ def test_scores_are_the_mean_losses_of_the_untrained_students_standardised(monke
     assert np.abs(kept["h"][:, -2:].numpy() - want).max() < 1e-4
 
 
+@pytest.mark.parametrize("penalty", [0, 0.5, 1])
+def test_router_learns_from_probed_losses_under_the_length_penalty(monkeypatch, train, penalty):
+    heard, plain = [], distill.qr.posterior_loss
+    monkeypatch.setattr(distill.qr, "posterior_loss", lambda *a: heard.append(a) or plain(*a))
+    stepped, router_step = [], distill.router_step
+    monkeypatch.setattr(distill, "router_step", lambda *a: stepped.append(a) or router_step(*a))
+    train("--max_steps", 1, "--length_penalty", penalty)
+    _, cost, question, _ = heard[0]
+    _, _, _, _, nll, probed, length, _, _ = stepped[0]
+    nll, length = nll[probed].double(), length[probed].double()
+    assert len(nll) == 6 and (question == 0).all()  # one question is probed
+    assert torch.allclose(cost.double(), nll * (length.mean(0) / length) ** penalty)
+
+
 @pytest.mark.parametrize("flags", [["--route", "random"], ["--route", "all"], ["--no-score_input"], ["--as_printed"]])
 def test_no_path_is_scored_where_no_router_looks(monkeypatch, train, flags):
     monkeypatch.setattr(distill, "path_losses", lambda *a: pytest.fail("scored"))
