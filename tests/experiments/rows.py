@@ -37,7 +37,8 @@ TABLES = {
     "main": MAIN,
     "real": [
         *MAIN,
-        Row("the student's choice at temperature 30", "--posterior_temperature 30"),
+        Row("no scores in the input", "--no-score_input"),
+        Row("whole paths count", "--length_penalty 0 --no-score_input"),
         Row("products in float32", "--dtype float32"),
     ],
     "paper": [
@@ -57,6 +58,9 @@ TABLES = {
         Row("reward: total loss through the gates (Eq 9)", "--reward sum --router_lr 0.1"),
         Row("reward: mean loss through the gates (Eq 9)", "--reward loss --router_lr 0.1"),
         Row("the student's choice at temperature 4", "--posterior_temperature 4"),
+        Row("paths compared by the token", "--length_penalty 1"),
+        Row("half by the token", "--length_penalty 0.5"),
+        Row("scores in the input", "--score_input"),
         Row("no style input", "--no-style_input"),
         Row("MLP router", "--router_hidden 256 --router_lr 0.01"),
         Row("probe half of the questions", "--probe 0.5"),
