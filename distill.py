@@ -36,8 +36,8 @@ from eval import stop, within
 AS_PRINTED = {"style_input": False, "score_input": False, "router_hidden": 256, "gate": "onehot",
               "reward": "loss", "probe": 0.0, "entropy": "literal", "normalize": "batch",
               "competence": "eq8", "projection": "trained", "standardize": False}
-# What nobody set: the demo's tiny students train in full and fast, real ones with LoRA.
-# The demo's learn best from short paths, which ruin a student that can already reason.
+# What nobody set: the demo's tiny students train in full and fast, those of --students with LoRA.
+# What the router prefers on the demo, short paths, ruins a student that can already reason.
 DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 8, "eval_max_new_tokens": 96,
         "length_penalty": 0.0, "score_input": False}
 REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512,
@@ -120,8 +120,8 @@ def make_parser():
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
     g.add_argument("--score_input", action=argparse.BooleanOptionalAction,
-                   help="Eq 2: the router also sees each untrained student's mean loss on a path, "
-                        "for one more forward pass over the pool (on; demo: off)")
+                   help="Eq 1: the router also sees each student's mean loss on a path before "
+                        "training, for a forward pass over the pool (on; demo: off)")
     g.add_argument("--gate", default="categorical",
                    help="Eq 2, from router.GATES: categorical: a student gets one path of each "
                         "question; binary: any number of them; onehot: a path goes to one student "
@@ -134,9 +134,9 @@ def make_parser():
                    help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
                         "a style that was bad at first is found, for some accuracy (1)")
     g.add_argument("--length_penalty", type=share, metavar="A",
-                   help="of --reward posterior: 0: the student is nearest to the likeliest whole "
-                        "path, which is often the shortest; 1: to the likeliest by the token; or "
-                        "between them (1; demo: 0)")
+                   help="of --reward posterior: a path's nats are divided by its relative length "
+                        "to the power A; 0: the likeliest whole path wins, often the shortest; 1: "
+                        "the likeliest by the token (1; demo: 0)")
     g.add_argument("--probe", type=share, default=0.125,
                    help="share of a step's questions, at least one, all of whose paths are run, "
                         "those not drawn forward only, so that the router hears about what it "
@@ -284,7 +284,7 @@ import router as qr  # the README's router.X: "router" is the network in main
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
-SCORE_SCALE = 3  # Eq 1: of the students' scores, about as large as a style's entry
+SCORE_SCALE = 3  # Eq 1: of the students' scores; six styles have entries of 2.4
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
@@ -308,7 +308,7 @@ def main(args=None):
     began = time.time()
     h = embed(rows, students, lengths, args, device)  # (all paths, d), Eq 1
     fixed = fixed_route(rows, questions, lengths, students, args)  # (all paths, S), or None
-    prepared = time.time() - began  # part of the training: a route pays for what it looks at
+    prepared = time.time() - began  # counted as training: a route pays for what it looks at
     tested = test[:args.eval_limit or None]
 
     # What trains: the students, the collaboration beside them, and the router.
@@ -546,7 +546,8 @@ def probe(students, paths, question, probed, routed, args):
 
 def router_step(logits, alpha, p, weight, known_nll, probed, length, question, args):
     """The router learns, with the students' losses as constants: by default from posterior_loss,
-    with --reward sum or loss by Eq 9; Eq 3 and 4 join in.
+    which compares paths as --length_penalty says, with --reward sum or loss by Eq 9; Eq 3 and 4
+    join in.
 
     logits, and alpha, p, weight (P, S) of the gates; known_nll (P, S), nats of a path where it was
     routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
@@ -616,6 +617,9 @@ def path_losses(rows, students):
         for start in tqdm(range(0, len(rows), 64), desc=f"score paths, student {s}", leave=False):
             part = rows[start:start + 64]
             nll[start:start + 64, s] = forward_paths(student, s, part)[0].cpu()
+        if not nll[:, s].isfinite().all():
+            stop(f"student {s}: its loss on a path of the pool is not finite before training; try "
+                 "--dtype float32")
     return nll
 
 
@@ -1219,8 +1223,8 @@ def response_lengths(rows):
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, students, lengths, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: the embedding of question and
-    path, and departs (Eq 1): standardised and scaled, beside it its style and what the untrained
-    students find of it. lengths (all paths, S): response tokens. """
+    path, and departs (Eq 1): standardised and scaled, beside it its style and each student's loss
+    on it, nats per token, before training. lengths (all paths, S): response tokens. """
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -1229,8 +1233,8 @@ def embed(rows, students, lengths, args, device):
         h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
         h = encode_pairs(pairs, args.encoder, device)
-    # A step of Adam moves every weight alike, and so a logit by the sum of a path's features. Both
-    # are scaled so that the embedding (d features) moves it about as much as the style (one).
+    # A step of Adam moves every weight alike, and so a logit by the sum of a path's features. All
+    # are scaled so that the embedding (d features) moves it about as much as style or score.
     h = unit_variance(h) / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})

@@ -214,17 +214,18 @@ def normalize_length(nll, length, question, penalty):
     return nll / (length / mean[question]) ** penalty
 
 
-def posterior_loss(logits, nll, question, temperature=1.0):
+def posterior_loss(logits, cost, question, temperature=1.0):
     """Cross-entropy of the router's softmax over a question's paths to the student's own,
-    softmax_j(-nll_j / temperature): how likely it would write path j and not one of the others.
+    softmax_j(-cost_j / temperature): how likely it would write path j and not one of the others,
+    if a cost is the nats of a whole path.
 
-    logits, nll (P, S), nats of a whole path, of questions all of whose paths were run; question
+    logits, cost (P, S), see normalize_length, of questions all of whose paths were run; question
     (P,) -> scalar: a mean over questions, a sum over students.
 
     departs (Eq 9): the gradient of a logit is the router's probability p_j less the student's own.
-    That of an expected loss is p_j (nll_j - sum_k p_k nll_k): almost zero for every path once the
+    That of an expected loss is p_j (cost_j - sum_k p_k cost_k): almost zero for every path once the
     router is sure of one, so that it would hardly leave a path that turns bad. """
-    wanted = softmax_per_question(-nll / temperature, question)
+    wanted = softmax_per_question(-cost / temperature, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
 

@@ -1094,6 +1094,19 @@ def test_scores_are_the_mean_losses_of_the_untrained_students_standardised(monke
     assert np.abs(kept["h"][:, -2:].numpy() - want).max() < 1e-4
 
 
+def test_a_loss_before_training_that_is_not_finite_ends_the_run_in_a_sentence(monkeypatch, world, tmp_path, capsys):
+    plain = distill.path_losses
+
+    def lost(rows, students):
+        monkeypatch.setattr(distill, "forward_paths", lambda student, s, rows: [torch.full((len(rows),), torch.inf)])
+        return plain(rows, students)
+
+    monkeypatch.setattr(distill, "path_losses", lost)
+    with pytest.raises(SystemExit) as end:
+        distill.main(flags_of(world, tmp_path / "run"))
+    assert end.value.code == 2 and "student 0: its loss on a path of the pool is not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("penalty", [0, 0.5, 1])
 def test_router_learns_from_probed_losses_under_the_length_penalty(monkeypatch, train, penalty):
     heard, plain = [], distill.qr.posterior_loss
