@@ -284,7 +284,7 @@ import router as qr  # the README's router.X: "router" is the network in main
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
-SCORE_SCALE = 3  # Eq 1: of the students' scores; six styles have entries of 2.4
+SCORE_SCALE = 3  # Eq 1: a loss one deviation off weighs about as much as one of six styles (2.4)
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
@@ -1248,7 +1248,8 @@ def embed(rows, students, lengths, args, device):
 
 
 def unit_variance(h):
-    """Each feature of h (all paths, d) to mean 0 and variance 1."""
+    """Each feature of h (all paths, d) to mean 0 and variance 1; one that is the same on all paths
+    becomes 0."""
     return (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3)
 
 

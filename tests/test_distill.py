@@ -1061,19 +1061,12 @@ def test_likeliest_route_trains_the_path_with_the_lowest_loss_per_token_before_t
             assert loss[i, style] < min(x for (question, _), x in loss.items() if question == i) + 1e-4
 
 
-def test_router_sees_what_the_untrained_students_find_of_a_path(monkeypatch, train):
+@pytest.mark.parametrize("flags, width", [([], 512 + 6 + 2), (["--no-score_input"], 512 + 6)])
+def test_router_sees_embedding_style_and_the_losses_of_two_untrained_students(monkeypatch, train, flags, width):
     seen, plain = [], distill.qr.Router.forward
-
-    def look(router, h):
-        seen.append(h)
-        return plain(router, h)
-
-    monkeypatch.setattr(distill.qr.Router, "forward", look)
-    train("--max_steps", 1)
-    assert seen[0].shape[1] == 512 + 6 + 2  # the embedding, six styles, two students
-    seen.clear()
-    train("--max_steps", 1, "--no-score_input", name="without")
-    assert seen[0].shape[1] == 512 + 6
+    monkeypatch.setattr(distill.qr.Router, "forward", lambda router, h: seen.append(h) or plain(router, h))
+    train("--max_steps", 1, *flags)
+    assert seen[0].shape[1] == width
 
 
 def test_scores_are_the_mean_losses_of_the_untrained_students_standardised(monkeypatch, world, tmp_path):
@@ -1095,13 +1088,8 @@ def test_scores_are_the_mean_losses_of_the_untrained_students_standardised(monke
 
 
 def test_a_loss_before_training_that_is_not_finite_ends_the_run_in_a_sentence(monkeypatch, world, tmp_path, capsys):
-    plain = distill.path_losses
-
-    def lost(rows, students):
-        monkeypatch.setattr(distill, "forward_paths", lambda student, s, rows: [torch.full((len(rows),), torch.inf)])
-        return plain(rows, students)
-
-    monkeypatch.setattr(distill, "path_losses", lost)
+    monkeypatch.setattr(distill, "check_student", lambda student: None)  # which would have seen it, too
+    monkeypatch.setattr(distill, "forward_paths", lambda student, s, rows: [torch.full((len(rows),), torch.inf)])
     with pytest.raises(SystemExit) as end:
         distill.main(flags_of(world, tmp_path / "run"))
     assert end.value.code == 2 and "student 0: its loss on a path of the pool is not finite" in capsys.readouterr().err

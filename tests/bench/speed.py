@@ -310,7 +310,7 @@ def start(args, n, file):
     at_rest, began = memory("VmRSS"), time.perf_counter()
     with contextlib.redirect_stdout(None):
         rows = distill.encode(distill.load_data(args)[0], students)
-    h = distill.embed(rows, students, None, args, torch.device("cpu"))
+    h = distill.embed(rows, students, distill.response_lengths(rows), args, torch.device("cpu"))
     seconds = time.perf_counter() - began
     held = h.nbytes + sum(len(row["question"] + row["text"]) + sum(x.nbytes for key in ("responses", "segments")
                                                                    for x in row[key]) for row in rows)
