@@ -313,7 +313,7 @@ def main(args=None):
 
     # What trains: the students, the collaboration beside them, and the router.
     torch.manual_seed(args.seed)  # the same numbers from here on, whatever was loaded from a cache
-    router = qr.Router(h.shape[1], len(students), args.router_hidden)
+    router = qr.Router(h.shape[1], len(students), args.router_hidden, args.score_input)
     collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
                               trained=args.projection == "trained", standardized=args.standardize,
                               fit_competence=args.competence == "target").to(device)
