@@ -18,6 +18,8 @@ import math
 import os
 import platform
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,14 +117,14 @@ def make_parser():
                         "(hash)")
     g.add_argument("--router_hidden", type=natural, default=0,
                    help="Eq 2: width of the paper's MLP, 0: linear (0)")
-    g.add_argument("--router_lr", type=weight, default=0.3,
-                   help="learning rate of the router (0.3)")
+    g.add_argument("--router_lr", type=weight,
+                   help="learning rate of the router (0.3; with --router_hidden 0.01)")
     g.add_argument("--style_input", action=argparse.BooleanOptionalAction, default=True,
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
     g.add_argument("--score_input", action=argparse.BooleanOptionalAction,
                    help="Eq 1: the router also sees each student's mean loss on a path before "
-                        "training, and starts from it; costs a forward pass over the pool (on; "
-                        "demo: off)")
+                        "training, a linear one starts from it; costs a forward pass over the pool "
+                        "(on; demo: off)")
     g.add_argument("--gate", default="categorical",
                    help="Eq 2, from router.GATES: categorical: a student gets one path of each "
                         "question; binary: any number of them; onehot: a path goes to one student "
@@ -194,6 +196,8 @@ def parse_args(argv=None):
     for name, value in (REAL if args.students else DEMO).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.router_lr is None:
+        args.router_lr = 0.01 if args.router_hidden else 0.3
     check_flags(args)
     # The run can be resumed from any folder.
     args.out_dir = os.path.abspath(args.out_dir or time.strftime("out/%Y%m%d-%H%M%S"))
@@ -224,6 +228,7 @@ def resumed_args(folder, flags):
              "version, start the run again in another folder")
     args = argparse.Namespace(**{name: saved[name] for name in flags})
     args.resume = args.out_dir = os.path.abspath(folder)
+    check_flags(args)
     return args
 
 
@@ -238,6 +243,9 @@ def check_flags(args):
     if args.quantize and not (args.students and args.lora_rank):
         stop(f"--quantize {args.quantize}: a 4-bit base stays frozen, so it needs --students and "
              "--lora_rank above 0")
+    if args.lora_rank and not args.students:
+        stop(f"--lora_rank {args.lora_rank}: the demo's tiny students train in full; pass "
+             "--students")
     if max(args.freeze, default=0) >= n:
         stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
     if len(args.lr) not in (1, n):
@@ -379,9 +387,10 @@ def main(args=None):
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
         stop_if_not_finite(nll, norms, step, out, scaler)
-        scaler.step(optimizer)
+        if has_gradient(optimizer):  # else fp16's scaler has seen no loss, and complains
+            scaler.step(optimizer)
+            scaler.update()
         router_optimizer.step()
-        scaler.update()
         optimizer.zero_grad()
         router_optimizer.zero_grad()
 
@@ -406,7 +415,8 @@ def main(args=None):
 
     # The students on disk, the test, the table.
     for number, student in enumerate(students):
-        save_student(student, out / f"student_{number}")
+        with writing(out):
+            save_student(student, out / f"student_{number}")
     after = answer(students, tested, args)
     write_results(out, args, run, after, students, per_epoch, pool, rows, questions)
     if board:
@@ -471,10 +481,11 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     nll = torch.zeros(routed.shape, device=device)
     token_weight = weight / response_lengths(paths)  # (P, S): Eq 9 has a path's mean over tokens
     segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
-    co_routed = (routed.sum(1) > 1) & (args.mutual_weight > 0)  # (P,)
+    co_routed = routed.sum(1) > 1  # (P,)
     figures = defaultdict(list)
     for batch in micro_batches(question, args):  # (p,) numbers of paths
-        shared = batch[co_routed[batch]]  # (C,) those that several students got
+        # (C,) those that several students got
+        shared = batch[co_routed[batch] & (args.mutual_weight > 0)]
         # The segments of shared paths are numbered through the batch: of two with 3 and 2 segments
         # the first begins at 0, the second at 3. -1: a path is not shared.
         first_segment = torch.full_like(question, -1)  # (P,)
@@ -655,9 +666,14 @@ def scale_learning_rates(optimizer, scale):
         group["lr"] = group["peak"] * scale
 
 
+def has_gradient(optimizer):
+    """Whether anything learned in this step: not where all paths went to frozen students."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
 def clip_gradients(optimizer, scaler=None):
     """Clip each group's gradients to CLIP -> their norms before that (0 where there is none)."""
-    if scaler:
+    if scaler and has_gradient(optimizer):
         scaler.unscale_(optimizer)
     norms = []
     for group in optimizer.param_groups:
@@ -888,7 +904,6 @@ def load_students(args, device, amp_dtype):
     else:
         demo = demo_students(args.seed)
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo]
-        torch.manual_seed(args.seed)  # LoRA starts alike, whether or not they came from the cache
     students = []
     for i, (model, tokenizer, source) in enumerate(loaded):
         fingerprint = tasks.fingerprint(model)
@@ -1235,9 +1250,11 @@ def embed(rows, students, lengths, args, device):
         h = qr.hash_embed(tqdm(texts, desc="embed paths", leave=False))
     else:
         h = encode_pairs(pairs, args.encoder, device)
-    # A step of Adam moves every weight alike, and so a logit by the sum of a path's features. All
-    # are scaled so that the embedding (d features) moves it about as much as style or score.
-    h = unit_variance(h) / h.shape[1]
+    h = unit_variance(h)
+    if not args.router_hidden:
+        # A step of Adam moves every weight alike, and so a linear router's logit by the sum of a
+        # path's features: the embedding (d of them) shall move it about as much as style or score.
+        h = h / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})
         number = torch.tensor([styles.index(row["style"]) for row in rows])
@@ -1384,10 +1401,11 @@ def save_checkpoint(out, state, run):
     tensors = {name: x.contiguous() for name, x in state.tensors().items()}
     meta = json.dumps(run | {"scaler": state.scaler.state_dict()})
     part = out / "checkpoint.safetensors.part"
-    save_file(tensors, part, metadata={"run": meta})
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(part, out / "checkpoint.safetensors")
+    with writing(out):
+        save_file(tensors, part, metadata={"run": meta})
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(part, out / "checkpoint.safetensors")
 
 
 def resume(out, state, digest):
@@ -1419,8 +1437,19 @@ def resume(out, state, digest):
 
 def write_atomic(text, file):
     """Write a text file such that a kill leaves the old one or the new one."""
-    Path(f"{file}.part").write_text(text, encoding="utf-8")
-    os.replace(f"{file}.part", file)
+    with writing(file.parent):
+        Path(f"{file}.part").write_text(text, encoding="utf-8")
+        os.replace(f"{file}.part", file)
+
+
+@contextlib.contextmanager
+def writing(out):
+    """stop() at what can't be written to the run folder, such as on a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        stop(f"{out} can't be written ({tasks.in_a_line(e)}): make room, then go on with: "
+             f"python distill.py --resume {shlex.quote(str(out))}")
 
 
 def start_wandb(out, args):
@@ -1436,7 +1465,7 @@ def start_wandb(out, args):
 
 def log_step(line, out, bar, board):
     """A step's line goes to log.jsonl, the progress bar and Weights & Biases."""
-    with open(out / "log.jsonl", "a", encoding="utf-8") as f:
+    with writing(out), open(out / "log.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
     loss = " ".join(f"{x:.3f}" for x in line["loss"])
     rate = " ".join(f"{x:.2f}" for x in line["rate"])
@@ -1497,9 +1526,7 @@ def answer(students, test, args):
 
 
 def write_results(out, args, run, after, students, per_epoch, pool, rows, questions):
-    """predictions.jsonl, results.json, and the table on the screen."""
-    lines = [json.dumps(line) + "\n" for line in after["predictions"]]
-    write_atomic("".join(lines), out / "predictions.jsonl")
+    """The table on the screen, predictions.jsonl and results.json."""
     log = tasks.read_jsonl(out / "log.jsonl")
     last = log[-per_epoch:]  # the selection rates are of the last epoch
     rates = {}
@@ -1518,9 +1545,11 @@ def write_results(out, args, run, after, students, per_epoch, pool, rows, questi
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__, "commit": commit(),
                      "device": device_name(students[0].model.device)}}
-    write_atomic(json.dumps(results, indent=1), out / "results.json")
     print_samples(after["predictions"])
-    print_results(results, out, args)
+    print_results(results, out, args)  # first: nothing that was computed is lost on a full disk
+    lines = [json.dumps(line) + "\n" for line in after["predictions"]]
+    write_atomic("".join(lines), out / "predictions.jsonl")
+    write_atomic(json.dumps(results, indent=1), out / "results.json")
 
 
 def device_name(device):
@@ -1571,10 +1600,11 @@ def print_results(results, out, args):
     print(f"\n{counts['steps']} steps in {results['seconds']:.0f} s on "
           f"{counts['training_questions']} questions with {counts['training_paths']} paths; "
           f"response tokens trained: {tokens}")
-    folders = " ".join(str(out / f"student_{i}") for i in range(len(names)))
+    folders = shlex.join(str(out / f"student_{i}") for i in range(len(names)))
+    questions = shlex.quote(str(out / "test.jsonl"))
     limit = f" --limit {args.eval_limit}" if args.eval_limit else ""
     print(f"{out}/ has results.json, log.jsonl, predictions.jsonl and the students; test them "
-          f"again with\npython eval.py --students {folders} --questions {out / 'test.jsonl'} "
+          f"again with\npython eval.py --students {folders} --questions {questions} "
           f"--max_new_tokens {args.eval_max_new_tokens}{limit}")
 
 
@@ -1590,22 +1620,28 @@ def demo_students(seed):
         return [load_demo_student(folder / str(number)) for number in range(2)]
     except (OSError, ValueError, SafetensorError, RuntimeError):  # none yet, or a damaged one
         students = make_demo_students(seed)
-    # Where nothing can be written, nothing is kept.
+    # Where nothing can be written, nothing is kept; a kill leaves no half of it.
     with contextlib.suppress(OSError, SafetensorError):
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=cache))
         for number, (model, tokenizer) in enumerate(students):
-            model.save_pretrained(folder / str(number))
-            tokenizer.save_pretrained(folder / str(number))
+            model.save_pretrained(part / str(number))
+            tokenizer.save_pretrained(part / str(number))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
     return students
 
 
 def load_demo_student(folder):
-    """(model, tokenizer) of a folder; an error unless it holds all weights."""
+    """(model, tokenizer) of a folder; an error unless it holds all weights and tokens."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True,
         output_loading_info=True)
-    if report["missing_keys"] or not all(p.isfinite().all() for p in model.parameters()):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    is_whole = not report["missing_keys"] and len(tokenizer) == model.config.vocab_size
+    if not is_whole or not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{folder} is damaged")
-    return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return model, tokenizer
 
 
 def make_demo_students(seed):
@@ -1672,8 +1708,8 @@ def command():
         main(FLAGS)
     except KeyboardInterrupt:
         if (Path(FLAGS.out_dir) / "checkpoint.safetensors").exists():
-            print(f"\nstopped; go on with: python distill.py --resume {FLAGS.out_dir}",
-                  file=sys.stderr)
+            print("\nstopped; go on with: python distill.py --resume "
+                  f"{shlex.quote(FLAGS.out_dir)}", file=sys.stderr)
         raise
 
 

@@ -754,6 +754,11 @@ def test_loss_scale_of_fp16_is_part_of_the_checkpoint(world, tmp_path):
     same_run(files_of(killed), files_of(whole))
 
 
+@pytest.mark.parametrize("flags", [("--freeze", 0, 1, "--mutual_weight", 0), ("--freeze", 0, 1)])
+def test_a_step_without_any_gradient_passes_in_fp16(train, flags):
+    assert len(train("--dtype", "fp16", *flags).log) == 3
+
+
 def test_encoder_that_draws_its_missing_pooler_changes_nothing_by_being_loaded(world, tmp_path):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=500, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -1115,6 +1120,21 @@ def test_no_path_is_scored_where_no_router_looks(monkeypatch, train, flags):
     train("--max_steps", 1, *flags)
 
 
+def test_an_mlp_router_sees_features_of_variance_one_and_learns_more_slowly(monkeypatch, train):
+    seen, plain = [], distill.qr.Router.forward
+    monkeypatch.setattr(distill.qr.Router, "forward", lambda router, h: seen.append(h) or plain(router, h))
+    train("--max_steps", 1)
+    train("--max_steps", 1, "--router_hidden", 8, name="mlp")
+    linear, mlp = (h[:, :512].std(0).mean() for h in seen)
+    assert mlp > 0.5 and abs(float(mlp / linear) - 512) < 1
+    rate = [distill.parse_args(flags).router_lr for flags in ([], ["--router_hidden", "8"], ["--as_printed"])]
+    assert rate == [0.3, 0.01, 0.01]
+
+
+def test_lora_is_refused_on_the_demo(capsys):
+    assert "train in full" in refused(capsys, ["--lora_rank", "2"])
+
+
 def test_a_pretrained_students_router_compares_by_the_token_the_demos_by_the_path(world, tmp_path):
     real, demo = distill.parse_args(flags_of(world, tmp_path / "run")), distill.parse_args([])
     assert (real.length_penalty, real.score_input, demo.length_penalty, demo.score_input) == (1, True, 0, False)
@@ -1325,15 +1345,19 @@ def test_default_run_on_the_embedded_demo(tmp_path, monkeypatch, capsys):
         assert [len(tokenizer(f" {n}", add_special_tokens=False)["input_ids"]) for n in (7, 42, 199)] == [1, 1, 1]
 
 
-def test_lora_on_the_demo_starts_alike_whether_or_not_its_students_come_from_the_cache(tmp_path, monkeypatch):
+def test_cached_demo_students_are_kept_whole_and_made_again_where_a_part_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(distill, "warm_start", lambda *args: torch.rand(7))
     monkeypatch.setattr(distill.inspect, "getsource", str)
-    args = distill.parse_args(["--lora_rank", "2"])
-    first, second = (distill.load_students(args, *distill.set_up(args)) for _ in range(2))
-    assert len(list(tmp_path.glob("qr-distill/*/*/model.safetensors"))) == 2
-    for a, b in zip(first, second):
-        assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+    first = distill.demo_students(0)
+    folder, = (tmp_path / "qr-distill").iterdir()
+    for file in [*folder.glob("*/tokenizer.json"), *folder.glob("*/model.safetensors")]:
+        whole = file.read_bytes()
+        file.unlink()
+        again = distill.demo_students(0)
+        assert file.read_bytes() == whole and len(list((tmp_path / "qr-distill").iterdir())) == 1
+        for (a, words), (b, pieces) in zip(first, again):
+            assert same_tensors(a.state_dict(), b.state_dict()) and words.get_vocab() == pieces.get_vocab()
 
 
 def test_demo_test_questions_are_not_trained(monkeypatch):
@@ -1378,6 +1402,40 @@ def test_bad_line_of_a_pool_is_named_by_file_and_number(world, tmp_path, capsys,
     file = spoiled(world, tmp_path, 17, line)
     error = refused(capsys, flags_of(world, tmp_path / "run", "--paths", file))
     assert f"{file}:17" in error and says in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("written", ["checkpoint.safetensors", "log.jsonl", "student_1", "predictions.jsonl"])
+def test_full_disk_ends_a_run_in_a_sentence_that_says_how_to_go_on(world, tmp_path, capsys, written):
+    out, full = tmp_path / "my run", OSError(28, "No space left on device")
+    flags = flags_of(world, out, "--save_every", 2)
+
+    def fails(plain, *names):
+        def write(*args, **more):
+            if any(written in str(x) for x in args) and (out / "checkpoint.safetensors").exists():
+                raise full
+            return plain(*args, **more)
+        return write
+
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name in ((distill, "save_file"), (distill.Path, "write_text"), (distill, "save_student")):
+            patch.setattr(where, name, fails(getattr(where, name)))
+        patch.setattr("builtins.open", fails(open))
+        error = refused(capsys, flags)
+    assert "No space left on device" in error and f"--resume '{out}'" in error
+    distill.main(["--resume", str(out)])
+    assert (out / "results.json").exists()
+
+
+def test_table_stands_on_the_screen_before_the_results_are_written(monkeypatch, world, tmp_path, capsys):
+    def write(text, file):
+        assert "results.json" not in str(file)
+        plain(text, file)
+
+    plain = distill.write_atomic
+    monkeypatch.setattr(distill, "write_atomic", write)
+    with pytest.raises(AssertionError):
+        distill.main(flags_of(world, tmp_path / "run"))
+    assert "upper bound" in capsys.readouterr().out
 
 
 def test_missing_field_is_named(world, tmp_path, capsys):

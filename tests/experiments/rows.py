@@ -62,7 +62,7 @@ TABLES = {
         Row("half by the token", "--length_penalty 0.5"),
         Row("scores in the input", "--score_input"),
         Row("no style input", "--no-style_input"),
-        Row("MLP router", "--router_hidden 256 --router_lr 0.01"),
+        Row("MLP router", "--router_hidden 256"),
         Row("probe half of the questions", "--probe 0.5"),
         Row("products in bfloat16", "--dtype bf16"),
     ],
