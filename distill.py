@@ -123,8 +123,7 @@ def make_parser():
                    help="Eq 2: the router also sees the pool's `style` field, one-hot (on)")
     g.add_argument("--score_input", action=argparse.BooleanOptionalAction,
                    help="Eq 1: the router also sees each student's mean loss on a path before "
-                        "training, a linear one starts from it; costs a forward pass over the pool "
-                        "(on; demo: off)")
+                        "training, for a forward pass over the pool (on; demo: off)")
     g.add_argument("--gate", default="categorical",
                    help="Eq 2, from router.GATES: categorical: a student gets one path of each "
                         "question; binary: any number of them; onehot: a path goes to one student "
@@ -322,8 +321,7 @@ def main(args=None):
 
     # What trains: the students, the collaboration beside them, and the router.
     torch.manual_seed(args.seed)  # the same numbers from here on, whatever was loaded from a cache
-    scored = args.route == "learned" and args.score_input
-    router = qr.Router(h.shape[1], len(students), args.router_hidden, scored)
+    router = qr.Router(h.shape[1], len(students), args.router_hidden)
     collab = qr.Collaboration([hidden_size(student) for student in students], SHARED_DIM,
                               trained=args.projection == "trained", standardized=args.standardize,
                               fit_competence=args.competence == "target").to(device)

@@ -50,18 +50,13 @@ def encoder_embed(model, tokenizer, pairs, max_length=512):
 # ---------------------------------------- Eq 2: alpha_ij = Gumbel(MLP(h_ij))
 class Router(nn.Module):
     """Logits (P, S) of the gates from path embeddings h (P, d): departs (Eq 2): linear; with a
-    `hidden` width the paper's MLP.
+    `hidden` width the paper's MLP."""
 
-    scored: h ends with each student's loss on the path before training. A linear router starts from
-    there, with the untrained student's own choice; any other with the same odds for all paths. """
-
-    def __init__(self, d, students, hidden=0, scored=False):
+    def __init__(self, d, students, hidden=0):
         super().__init__()
         last = nn.Linear(hidden or d, students)
-        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured
         nn.init.zeros_(last.bias)
-        if scored and not hidden:
-            last.weight.data[:, -students:] = -torch.eye(students)
         self.net = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), last) if hidden else last
 
     def forward(self, h):

@@ -80,13 +80,6 @@ def test_router_starts_without_a_favourite():
         assert torch.equal(qr.Router(5, 3, hidden)(randn(7, 5).float()), torch.zeros(7, 3))
 
 
-def test_router_that_sees_scores_starts_with_the_untrained_students_own_choice():
-    score = randn(7, 3).float()
-    h = torch.cat([randn(7, 5).float(), score], 1)
-    assert torch.equal(qr.Router(8, 3, scored=True)(h), -score)
-    assert torch.equal(qr.Router(8, 3, 8, scored=True)(h), torch.zeros(7, 3))  # behind an MLP no feature is its own
-
-
 def test_gates_open_with_the_probability_of_their_logit():
     logits = torch.tensor([-4.0, -1.0, 0.0, 0.5, 3.0])
     many, each = logits.expand(100_000, 5), torch.arange(100_000)
