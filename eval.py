@@ -40,9 +40,9 @@ KINDS = {
     "yesno": ('"The answer is yes." or "The answer is no."', r"yes|no"),
     "choice": ('"The answer is (X)." where X is the letter of one choice.', r"\([A-Z]\)"),
 }
-# That sentence, once something follows it: a student that goes on need not be heard out.
-ASKED = {kind: re.compile(rf"(?i)\bthe answer is (?:{answer})(?!\w)[^\n]{{0,300}}?"
-                          r"(?:\.(?=\s)|(?=\n))")
+# That sentence (not "If the answer is (B), then"), once something follows it: it may end there.
+ASKED = {kind: re.compile(r"(?im)(?:^|(?<=[.!>]))\W{0,9}(?:(?:so|thus|therefore|hence)\W{1,9})?"
+                          rf"the answer is (?:{answer})(?!\w)[^\n]{{0,300}}?(?:\.(?=\s)|(?=\n))")
          for kind, (_, answer) in KINDS.items()}
 LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}

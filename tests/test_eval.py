@@ -164,7 +164,10 @@ def test_what_is_said_in_a_thought_ends_no_response(model, prompts):
     ("gsm8k", "The answer is 18. The answer is 20. Then", "The answer is 18."),
     ("strategyqa", "Thus the answer is no. Is it?", "Thus the answer is no."),
     ("date", "The answer is (B) 01/02/2003. (C)", "The answer is (B) 01/02/2003."),
-    ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$.")])
+    ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$."),
+    ("date", "We see. **Therefore, the answer is (B)**. And", "We see. **Therefore, the answer is (B)**."),
+    ("arc", "If the answer is (B), it is bad. So the answer is (A). Then", "If the answer is (B), it is bad. So the answer is (A)."),
+    ("strategyqa", "<think>Hm</think>The answer is no. Is it?", "<think>Hm</think>The answer is no.")])
 def test_after_the_answer_that_the_prompt_asks_for_nothing_is_needed(task, text, needed):
     assert text[:E.ASKED[E.TASKS[task]].search(text).end()] == needed
 
@@ -172,7 +175,8 @@ def test_after_the_answer_that_the_prompt_asks_for_nothing_is_needed(task, text,
 @pytest.mark.parametrize("task, text", [
     ("gsm8k", "The answer is 3."), ("gsm8k", "The answer is 3.5"), ("gsm8k", "The answer is clear. There are 5. "),
     ("strategyqa", "The answer is not known. "), ("strategyqa", "The answer is nowhere. "),
-    ("date", "The answer is Bad. "), ("math", "The answer is 5. "), ("gsm8k", "If the answer is correct, 5. ")])
+    ("date", "The answer is Bad. "), ("math", "The answer is 5. "), ("gsm8k", "If the answer is correct, 5. "),
+    ("arc", "If the answer is (B), then a library lends money. "), ("strategyqa", "Had they met, the answer is yes. They did not. ")])
 def test_a_sentence_that_may_go_on_or_gives_no_answer_is_heard_out(task, text):
     assert not E.ASKED[E.TASKS[task]].search(text)
 
