@@ -305,9 +305,9 @@ def records(path):
 
 def flatten(r, guess):
     """A published record as a flat row without id; `guess` is the task that its file's name has."""
-    if "problem" in r and "solution" in r:  # MATH
-        return {"task": "math", "question": r["problem"], "level": r.get("level"),
-                "answer": extract_answer("math", r["solution"])}
+    if "problem" in r:  # MATH
+        answer = r["answer"] if "answer" in r else extract_answer("math", r["solution"])
+        return {"task": "math", "question": r["problem"], "level": r.get("level"), "answer": answer}
     if "target_scores" in r:  # BIG-bench
         scores = r["target_scores"]
         right = max(scores, key=scores.get)

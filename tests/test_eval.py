@@ -658,6 +658,10 @@ def test_published_formats_become_flat_rows(tmp_path, name, content, expected):
     [row] = E.read_questions(written(tmp_path, name, content))
     assert isinstance(row.pop("id"), str) and row == expected
 
+    ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"},
+     {"task": "math", "question": "P", "answer": "7"}),
+    ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, {"task": "math", "question": "P", "answer": "7"}),
+    ("math.jsonl", {"problem": "P", "answer": "7"}, {"task": "math", "question": "P", "answer": "7"}),
 
 @pytest.mark.parametrize("record, answer", [
     ({"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, "C"),
