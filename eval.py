@@ -423,11 +423,17 @@ ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P
       (?:choice\b|option\b|letter\b)? \s?
       (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=] )
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
-# "If the answer is ..." announces nothing.
-SUPPOSED = re.compile(r"(?i)\b(?:if|suppose|whether|assum\w+|unless|check)\b[^.,:!?\n]{0,30}\Z")
+# "If the answer is ..." announces nothing, nor does "A common wrong answer is ...".
+SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check)\b [^.,:!?\n]{0,30}
+    | (?: \b(?:might|wrong|incorrect|unlikely|least\ likely|not\ true|others?)\b | n['’]t\b )
+      (?: (?!\b(?:so|thus|therefore|hence|hand|words)\b) [^.,:!?\n] ){0,30} )\Z""")
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
-                    r"|except|rule[sd]? out|unlikely)\b|n['’]t\b")
+                    r"|except|rule[sd]? out|unlikely|least likely)\b|n['’]t\b")
+# What is right behind it is no answer: "It cannot be $\boxed{5}$".
+NOT_BE = re.compile(r"(?i)(?:\bnot|\bcannot|n['’]t)\s(?:be\s|equal\s)?\W*\Z")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
+LOOK_AT = re.compile(r"(?i)\b(?:consider|examine|evaluate|check|look|let['’]?s|let us)\b")
+OPTION = re.compile(r"(?:[-*•] )?\(?[A-Z][).:]")
 
 
 def after_thought(text):
@@ -448,22 +454,23 @@ def extract_answer(task, text, choices=None):
     """
     kind, choices = TASKS[task], choices or {}
     text = plain(after_thought(text))
-    announced = [m for m in ANNOUNCED.finditer(text)
-                 if not (m["colon"] and kind == "choice")
-                 and not (m[0][0].isalpha() and SUPPOSED.search(text[:m.start()][-60:]))]
+    found = [m for m in ANNOUNCED.finditer(text) if not (m["colon"] and kind == "choice")]
+    announced = [m for m in found if not (SUPPOSED if m[0][0].isalpha() else NOT_BE).search(
+        text[:m.start()][-60:])]
     if not announced:
+        if found:  # what follows the sentence: "The wrong answer is 5. It is 6."
+            text = text[found[-1].end():]
+            text = text[len(first_sentence(text)):].lstrip(".!?")
         return read_end(kind, text.strip(), choices)
-    if kind == "math":
-        return read_math(text, announced)
     statement = statement_after(text, announced[-1])
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
         return None
-    return READERS[kind](statement, choices)
+    return read_math(text, announced) if kind == "math" else READERS[kind](statement, choices)
 
 
 def plain(text):
     """The end of a text without markdown's bold and with single blanks (Python's ** stays)."""
-    text = re.sub(r"[ \t\xa0\u202f]+", " ", text[-LONGEST:])
+    text = re.sub(r"[ \t\xa0\u2009\u202f]+", " ", text[-LONGEST:])
     text = re.sub(r"\s*\n\s*\n\s*", "\n\n", text)
     return re.sub(r"(?<![^\s(\"'>:])(\*{1,3}|__)(?=\S)(.{1,200}?)(?<=\S)\1(?![\w*(])", r"\2", text)
 
@@ -478,7 +485,7 @@ def statement_after(text, m):
         return rest.split("```")[0].strip().rsplit("\n", 1)[-1]
     if m[0].startswith("<"):
         return rest.split("</")[0].strip()
-    return re.sub(r"^(?:[\s:*]|\.(?!\d))+", "", rest).split("\n\n", 1)[0]
+    return re.sub(r"^(?:\n-\s|[\s:*]|\.(?!\d))+", "", rest).split("\n\n", 1)[0]
 
 
 def braces(text):
@@ -499,7 +506,7 @@ def first_sentence(text):
 def read_end(kind, text, choices):
     """The answer of a text that announces none: its last number, formula or sentence, if that
     leaves no doubt."""
-    line = text.rsplit("\n", 1)[-1]
+    *before, line = re.split(r"\n+", text)[-2:]
     if kind == "number":
         numbers = [canonical(m) for m in NUMBER.finditer(text.translate(DASHES))]
         return next((n for n in reversed(numbers) if n is not None), None)
@@ -511,7 +518,7 @@ def read_end(kind, text, choices):
             return line.rstrip(".")
         numbers = list(NUMBER.finditer(line))
         return numbers[-1][0].strip() if numbers else None
-    sentence = line if re.match(r"\(?[A-Z][).:]", line) else re.split(r"[.!?]\s+(?=\S)", line)[-1]
+    sentence = line if OPTION.match(line) else re.split(r"[.!?]\s+(?=\S)", line)[-1]
     if kind == "yesno":
         starts = re.compile(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)")
         m = starts.match(sentence) or starts.match(text)
@@ -519,9 +526,11 @@ def read_end(kind, text, choices):
     must_be = re.split(r"\b(?:must|has to) be\b", sentence)  # "it can't be A, so it must be B"
     if len(must_be) == 2:
         return read_choice(must_be[1], choices)
-    if DENIED.search(sentence):
+    # the end of the question's list of choices, or of a text that was cut while it weighed one
+    echo = OPTION.match(line) and before and OPTION.match(before[0])
+    if echo or DENIED.search(sentence) or LOOK_AT.search(sentence):
         return None
-    named = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?:option|choice) ([A-Z])\b", sentence)}
+    named = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?i:option|choice) ([A-Z])\b", sentence)}
     named &= set(choices)
     if named:
         return named.pop() if len(named) == 1 else None
@@ -529,12 +538,12 @@ def read_end(kind, text, choices):
 
 
 # ---- numbers
-# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5, 1e3 or 3 x 10^8, 3/4,
-# 2 million, but not 2nd.
+# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5 or 70 000, 1e3 or 3 x 10^8,
+# 3/4, 2 million, but not 2nd.
 NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
     (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
-    (?:(?P<whole>\d+)\ (?=\d+/\d))?
-    (?P<digits>\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
+    (?:(?P<whole>\d+)\ {1,2}(?=\d+/\d))?
+    (?P<digits>\d{1,3}(?:(?:,\d{2,3})*,\d{3}|(?:\ \d{3})+)(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
     (?: [eE](?P<e>[-+]?\d{1,2})\b
       | \ ?(?:[x×*·]|\\times|\\cdot)\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})(?!\d)\}? )?
     (?:\ ?/\ ?(?P<under>\d+))? (?!\d|st\b|nd\b|rd\b|th\b)
@@ -542,8 +551,9 @@ NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
 # After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
 # ("5 of 7").
 OPERATOR = re.compile(
-    r"[(^²³⁴-⁹]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])"
-    r"|\\(?:times|cdot|div)"
+    r"(?: [a-z]+){1,3} (?:[-+*/x×÷]|\\times) [$€£]?\d"  # 12 eggs - 4
+    r"|[(^²³⁴-⁹√π]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])"
+    r"|\\(?:times|cdot|div|sqrt|pi)"
     r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
 # Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
 INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
@@ -570,11 +580,12 @@ ONE_OF_SEVERAL = re.compile(
     rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
     r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
 DASHES = str.maketrans("−–‒﹣－‐‑", "-------")
+DASHES |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
 
 
 def read_number(statement, choices=None):
     """The number that the first sentence of a statement gives, or None."""
-    text = statement.replace("{,}", ",").replace("\\!", "")
+    text = TEXT.sub(r"\1", statement.replace("{,}", ",").replace("\\!", "").replace("\\,", " "))
     text = re.sub(r"\\[dtc]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r" \1\2/\3\4", text)
     return number_in(first_sentence(text))
 
@@ -602,7 +613,7 @@ def number_in(text):
 def canonical(m):
     """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"); None for a division by
     zero and for what is too long."""
-    digits = (m["digits"].replace(",", "") or "0") + (m["decimals"] or "")
+    digits = (re.sub("[, ]", "", m["digits"]) or "0") + (m["decimals"] or "")
     try:
         value = Fraction(digits) / int(m["under"] or 1) + int(m["whole"] or 0)
         value *= Fraction(10) ** int(m["e"] or m["e10"] or 0) * SCALE[m["scale"] or ""]
@@ -634,7 +645,8 @@ def digits_for_words(text):
 # ---- yes or no
 def read_yesno(statement, choices=None):
     """The "yes" or "no" that begins a statement ("most likely No", "technically, yes"), or None."""
-    m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|\\text\b)*(yes|no|true|false)\b", statement)
+    m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|therefore\b|thus\b|hence\b|indeed\b"
+                 r"|\\text\b)*(yes|no|true|false)\b", statement)
     both = r"\W{0,3}(?:(?:or|and|but)\W+)?(?:yes|no|true|false)\b(?!\sone)"
     phrase = r"\s(?:longer|one|idea|doubt|way|such|more|(?:\w+\s)?(?:answer|consensus|evidence))\b"
     if not m or re.match(f"(?i){both}|{phrase}", statement[m.end():]):
@@ -644,7 +656,8 @@ def read_yesno(statement, choices=None):
 
 # ---- one of several choices
 REASON = re.compile(r"\b(?:because|since|as|given|which|while|whereas|although|though|not"
-                    r"|rather than|instead of|unlike|due to)\b")
+                    r"|rather than|instead of|unlike|due to|Explanation|Reason(?:ing)?)\b")
+NOUN = r"(?!because|since|as\b|or\b|and\b|which|is\b|for\b|with\b)[a-z]"  # after the article "A"
 
 
 def read_choice(statement, choices):
@@ -653,13 +666,12 @@ def read_choice(statement, choices):
     s = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"'“”]", "", statement).strip()
     if re.match(r"(?i)(?:not|neither|never)\b", s):
         s = "".join(BUT.split(s, maxsplit=1)[1:])
-    m = re.match(r"(?:[\s:,-]|\b(?:its?|is|most|likely|probably|definitely|clearly|option|choice"
-                 r"|letter)\b)*"
+    m = re.match(r"(?:[\s:,-]|\b(?:its?|is|most|likely|probably|definitely|clearly|therefore|thus"
+                 r"|hence|indeed|simply|option|choice|letter)\b)*"
                  r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?!\w)|([a-z])(?=[.,:;)]?\s*$))", s)
     if m and (letter := (m[1] or m[2] or m[3]).upper()) in choices:
         rest = s[m.end():]
-        article = m[2] in ("A", "I") and re.match(
-            r" (?!because|since|as\b|or\b|and\b|which|is\b|for\b|with\b)[a-z]", rest)
+        article = m[2] in ("A", "I") and re.match(f" {NOUN}", rest)
         if not article:
             return None if names_another(rest, letter, choices) else letter
     return choice_by_text(s, choices)
@@ -667,13 +679,18 @@ def read_choice(statement, choices):
 
 def names_another(rest, letter, choices):
     """Whether what follows a letter names another choice as well, by letter or by text."""
+    after = numeric_dates(rest).lstrip("().:, \n").lower()  # "B. bank"
     rest = re.sub(r"[):,\s]*(?:\.\s*(?=(?:or|and)\b))?", "", rest, count=1)  # "B. or C."
-    claim = REASON.split(first_sentence(rest), maxsplit=1)[0]
-    said, own = claim.lower().lstrip("( "), choices[letter].lower()
-    if said.startswith(own):
-        claim = claim.lstrip("( ")[len(own):]
-        said = claim.lower()
-    elif any(said.startswith(text.lower()) for text in choices.values()):
+    claim = REASON.split(first_sentence(rest), maxsplit=1)[0].lstrip("( ")
+    own = choices[letter].lower()
+    if claim.lower().startswith(own):
+        claim = claim[len(own):]
+    else:
+        claim = re.sub(rf"^A (?={NOUN})", "", claim)  # "(B): A library lends books"
+    said = claim.lower()
+    begun = [text.lower() for text in choices.values()
+             if said.startswith(text.lower()) or after.startswith(numeric_dates(text).lower())]
+    if begun and max(begun, key=len) != own:
         return True
     letters = set(re.findall(r"(?<![\w'’])([A-Z])\b(?!['’]\w)", claim)) & set(choices)
     letters |= {letter.upper() for letter in re.findall(r"\(([a-z])\)", claim)} & set(choices)
@@ -686,9 +703,10 @@ def choice_by_text(statement, choices):
     texts = {letter: normal(text) for letter, text in choices.items() if normal(text)}
     said = normal(statement)
     claim = normal(REASON.split(first_sentence(numeric_dates(statement)), maxsplit=1)[0])
-    hits = [letter for letter, text in texts.items()
-            if re.match(re.escape(text) + r"(?!\w)", said)
-            or re.search(r"(?<!\w)" + re.escape(text) + r"(?!\w)", claim)]
+    # not the 5 of 2.5, 1/5 or 5.2, nor "no contradiction"
+    whole = {letter: rf"(?<!\w)(?<!\bno )(?<![./,-](?=\d)){re.escape(text)}(?!\w|[./,]\d)"
+             for letter, text in texts.items()}
+    hits = [c for c, text in whole.items() if re.match(text, said) or re.search(text, claim)]
     # "park" in "car park"
     hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]
     if len(hits) != 1 or DENIED.search(claim.replace(texts[hits[0]], "")):
@@ -706,9 +724,9 @@ DATE = re.compile(rf"""(?ix)\b(?: (?P<month>{_MONTH})\ (?P<day>\d\d?)(?:st|nd|rd
 
 
 def normal(text):
-    """A text in lower case, without articles and punctuation, dates as MM/DD/YYYY."""
+    """A text in lower case, without articles and punctuation (but 1,500), dates as MM/DD/YYYY."""
     text = numeric_dates(text).lower()
-    return re.sub(r"(?:\b(?:the|an|a)\b|[^\w/.%$-])+", " ", text).strip(" .")
+    return re.sub(r"(?:\b(?:the|an|a)\b(?=\s+\w)|,(?!\d)|[^\w/.,%$-])+", " ", text).strip(" .,")
 
 
 def numeric_dates(text):
@@ -734,7 +752,12 @@ def read_math(text, announced):
     boxes = [m for m in announced if m[0].startswith("\\")][-20:]
     if announced[-1] not in boxes:
         sentence = first_sentence(statement_after(text, announced[-1])).strip()
+        # "$5$ because $2+3=5$"
+        sentence = re.split(rf"(?<=[$)\]])[a-z ]{{0,20}},? {REASON.pattern}", sentence)[0]
         formulas = [(a or b).strip() for a, b in FORMULA.findall(sentence)]
+        before = FORMULA.split(sentence)[0]
+        if formulas and (DENIED.search(before) or VALUED.search(before)):
+            return None
         if formulas or not boxes or re.search(r"\d", sentence):
             return ", ".join(formulas) or sentence or None
     found = [braces(text[boxes[-1].end():][:1000]).strip()]
@@ -810,6 +833,9 @@ TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|[mh]box|emph|mathrm|mathbf|bol
                   r"\{(?!\s*[ap]\.?m\b)([^{}]*)\}(?:\^\{?\d\}?)?")
 UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+"
                    r"(?:\^\{?\d\}?)?\s*$")
+# But not the words that change a value, nor those between two numbers: they stay, as letters.
+VALUED = re.compile(r"(?i)\b(?:hundred|thousand|million|billion|trillion|dozen|not|negative|minus"
+                    r"|than|more|less|fewer|at (?:least|most))\b|\d\s*" + TEXT.pattern + r"\s*\d")
 _SYMBOL = rf"(?:[A-Za-z]'?(?:_\w+)?'?|\\(?:{'|'.join(GREEK)})(?:_\w+)?)"
 SYMBOL = re.compile(_SYMBOL)
 # What may stand before "=" without being a part of the answer: x, f(x), (a, b), AB, \angle ABC.
@@ -828,8 +854,11 @@ def clean_latex(s):
     exact, approximately, rest = s.partition("≈")
     if approximately:
         s = exact if re.search(r"\d|\\pi", exact) else f"{exact}={rest}".strip(" =")
-    bare = TEXT.sub(" ", s)
-    s = UNITS.sub("", bare if re.search(r"\w", bare) else TEXT.sub(r"\1", s))
+    if VALUED.search(s):
+        s = TEXT.sub(r"\1", s)
+    else:
+        bare = TEXT.sub(" ", s)
+        s = UNITS.sub("", bare if re.search(r"\w", bare) else TEXT.sub(r"\1", s))
     s = s.strip().rstrip(".").strip()
     if s[:1] in ("(", "[", "\\"):  # (1,000) is a pair
         return s

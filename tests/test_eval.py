@@ -275,6 +275,15 @@ NUMBERS = [  # text, the number it states (None: none)
     ("```output\n138.0\n```\nShe has \\boxed{138} lines.", "138"), ("print(x)\n```output\n17\n18\n```", "18"),
     ("The answer is 1,00,000 rupees.", "100000"), ("The answer is 1/0.", None),
     ("The answer is unclear.", None), ("The answer is 2**3 = 8", "8"),
+    ("#### 18\n\nNote: a common wrong answer is 20.", "18"), ("The answer is 18.\n\nThe other answers are wrong.", "18"),
+    ("The wrong answer is 5.", None), ("I don't think the answer is 5.", None), ("One might think the answer is 5. It is 6.", "6"),
+    ("She doesn't sell any so the answer is 5.", "5"), ("It cannot be \\boxed{5}.", None),
+    ("\\boxed{70\\,000}", "70000"), ("The answer is 70\u202f000.", "70000"), ("She makes 70 000", "70000"),
+    ("\\boxed{4\\text{ hours and }30\\text{ minutes}}", None), ("\\boxed{12\\text{ feet }6\\text{ inches}}", None),
+    ("The answer is 4½ hours.", "4.5"), ("The answer is ¾.", "0.75"), ("\\boxed{2.5\\text{ million}}", "2500000"),
+    ("\\boxed{2\\sqrt{3}}", None), ("\\boxed{2\\pi}", None), ("The answer is 2π.", None), ("Answer: 12 eggs - 4 eggs = 8 eggs", "8"),
+    ("The answer is $10 per hour * 5 hours = $50.", "50"), ("The answer is 10 dollars - 5 dollars.", None),
+    ("**Answer:**\n\n- 18", "18"), ("**Answer:**\n\n-18", "-18"),
     ("He has 13 eggs and sells them for 26 dollars", "26"), ("He came 2nd of 7", "7"),
     ("The 3rd of them", None), ("no number here", None), ("", None),
 ]
@@ -303,6 +312,13 @@ CHOICES = [  # text, letter
     ("The answer is St. Louis.", "E"), ("A revolving door is convenient at a bank.", "A"),
     ("A door is a door.", None), ("Either (A) or (B) could do.", None), ("The answer is Cars.", None),
     ("The answer is: it's C, clearly", "C"), ("The answer is dependent on the door.", None), ("", None),
+    ("The wrong answer is B.", None), ("The least likely answer is (B).", None), ("I don't think the answer is B.", None),
+    ("The correct answer is B. The other answers are incorrect.", "B"), ("On the other hand the answer is B.", "B"), ("In other words the answer is B.", "B"),
+    ("The correct answer is D. department store", None), ("The answer is (C). department store", "C"),
+    ("Answer: B\nExplanation: A library lends books.", "B"), ("The answer is (B): A library lends books.", "B"),
+    ("The answer is (B): A bank.", None), ("The answer is (B): A and C.", None), ("The answer is therefore (B).", "B"),
+    ("The answer is simply B.", "B"), ("Option B is correct.", "B"), ("Option B is incorrect.", None),
+    ("Now consider option (C)", None), ("Let's look at (A).", None), ("Where?\n(A) bank\n(B) library", None), ("D. store\n\nE. St. Louis", None),
 ]
 
 
@@ -323,6 +339,7 @@ YESNO = [
     ("Therefore, the answer (Yes or No) is", None), ("Yes", "yes"), ("Yes, it would sink.", "yes"),
     ("It is dense. So no, it would not float.", "no"), ("No one has seen it", None),
     ("The answer is yes. Checking again, the answer is correct.", "yes"), ("nothing", None),
+    ("The wrong answer is yes.", None), ("The answer is therefore no.", "no"), ("The answer is indeed yes.", "yes"),
 ]
 
 
@@ -338,6 +355,9 @@ MATH_TEXTS = [
     ("$\\boxed{5}$. So our answer is correct.", "5"), ("\\fbox{7}", "7"), ("\\boxed 9", "9"),
     ("so $x=3$, $y = 4$", "y = 4"), ("The final answer is:\n\n$$x^2 + 1$$", "x^2 + 1"), ("#### 12", "12"),
     ("\\boxed{}", None), ("\\boxed{1", None), ("I don't know.", None),
+    ("The answer is not $5$.", None), ("The answer is greater than $5$.", None), ("It cannot be $\\boxed{5}$.", None),
+    ("The answer is $5$? No, $6$.", None), ("The answer is $5$ because $2+3=5$.", "5"), ("It is not $\\boxed{5}$. So it is $6$.", "6"),
+    ("The answer is $5$ apples, since $2+3=5$.", "5"), ("The answer is most likely $5$.", "5"),
 ]
 
 
@@ -375,6 +395,14 @@ STATED = [  # task, text, choices, what it states (None: nothing that is sure)
     ("date", "So the answer is March 13, 1987.", DATES, "B"), ("date", "So the answer is 13th of March, 1987.", DATES, "B"),
     ("date", "So the answer is 3/13/1987.", DATES, "B"), ("date", "So the answer is 1987-03-13.", DATES, "B"),
     ("date", "So the answer is Mar. 14, 1987.", DATES, None), ("date", "So the answer is March 13, 1987 or April 13, 1987.", DATES, None),
+    # a part of another number or word, another choice's text after the letter, a relation that is denied
+    ("arc", "The answer is 2.5 N.", {"A": "5 N", "B": "10 N"}, None), ("arc", "The answer is 1/2.", {"A": "1/4", "B": "2"}, None),
+    ("arc", "The answer is 1,500 N.", {"A": "500 N", "B": "5 N"}, None), ("arc", "The answer is 5.5.", {"A": "5", "B": "6"}, None),
+    ("arc", "The answer is -5 N.", {"A": "5 N", "B": "-5 N"}, "B"), ("arc", "The answer is 1,500 N.", {"A": "500 N", "B": "1,500 N"}, "B"),
+    ("arc", "The answer is type AB.", {"A": "type A", "B": "type B"}, None), ("arc", "The answer is vitamin K.", {"A": "vitamin A", "B": "vitamin C"}, None),
+    ("arc", "The answer is vitamin A.", {"A": "vitamin C", "B": "vitamin A"}, "B"), ("date", "The answer is B. 03/12/1987", DATES, None),
+    ("date", "The answer is B. March 13, 1987", DATES, "B"), ("arc", "The answer is A. 10 N", {"A": "1", "B": "10 N"}, None),
+    ("anli", "There is no contradiction between them.", E.ANLI, None), ("anli", "So it is a contradiction.", E.ANLI, "C"),
     # numbers in words, measures of two units, powers of ten, dashes, denials
     ("gsm8k", "The answer (arabic numerals) is three hundred forty.", None, "340"), ("gsm8k", "The answer is forty-two eggs.", None, "42"),
     ("gsm8k", "The answer is a hundred.", None, "100"), ("gsm8k", "The answer is one hundred and five thousand two hundred.", None, "105200"),
@@ -434,7 +462,7 @@ EQUAL = [  # prediction, answer
     ("+7", "7"), ("(a,b)=(2,9)", "(2,9)"), ("\\frac{20}{7} \\approx 2.857", "\\frac{20}{7}"), ("x \\approx 11", "11"), ("AB=4, CD=5", "4, 5"),
     ("4210_{\\text{7}}", "4210_7"), ("\\left[\\begin{array}{cc}1 & 2 \\\\ 3 & 4\\end{array}\\right]", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
     ("3 < x \\le 5", "(3,5]"), ("x > 3", "(3,\\infty)"), ("5 \\ge x", "(-\\infty,5]"), ("x<1 \\text{ or } x>3", "(-\\infty,1)\\cup(3,\\infty)"),
-    ("5 \\geq x", "x \\le 5"), ("x**2 + 1", "x^2+1"), ("6 \\div 4", "1.5"), ("\\text{Yes}", "yes"), ("\\overline{CD}", "\\overline{CD}"),
+    ("5 \\geq x", "x \\le 5"), ("x**2 + 1", "x^2+1"), ("6 \\div 4", "1.5"), ("5\\text{ million}", "5 million"), ("\\text{Yes}", "yes"), ("\\overline{CD}", "\\overline{CD}"),
 ]
 DIFFERENT = [
     ("x>1 and x<3", "x>1 or x<3"), ("x>3", "x<3"), ("x>3", "y>3"), ("(3,5)", "3 < x \\le 5"), ("x=1, y=2", "2"), ("x \\approx 2.857", "\\frac{20}{7}"),
@@ -451,6 +479,9 @@ DIFFERENT = [
     ("x^2", "x^3"), ("", "0"), ("2y", "2x"),
     ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("0.33", "\\frac13"),
     ("3.14", "\\pi"),
+    ("5 \\text{ million}", "5"), ("5 million", "5"), ("5\\text{ dozen}", "5"), ("\\text{less than } 5", "5"), ("\\text{at least }5", "5"),
+    ("5 \\text{ or more}", "5"), ("\\text{not } 5", "5"), ("\\text{negative }5", "5"), ("5\\text{ feet }30\\text{ inches}", "530"),
+    ("5 or more", "5"), ("\\text{at most }5", "5"), ("5 hundred", "5"),
 ]
 
 
@@ -627,6 +658,10 @@ PUBLISHED = [  # file name, content, the row it stands for (without id)
     ("math.jsonl", {"problem": "P", "level": "Level 3", "type": "Algebra",
                     "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"},
      {"task": "math", "question": "P", "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"},
+     {"task": "math", "question": "P", "answer": "7"}),
+    ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, {"task": "math", "question": "P", "answer": "7"}),
+    ("math.jsonl", {"problem": "P", "answer": "7"}, {"task": "math", "question": "P", "answer": "7"}),
     ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}],
      {"task": "strategyqa", "question": "Q?", "answer": "no"}),
     ("sqa.json", {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]},
@@ -658,10 +693,6 @@ def test_published_formats_become_flat_rows(tmp_path, name, content, expected):
     [row] = E.read_questions(written(tmp_path, name, content))
     assert isinstance(row.pop("id"), str) and row == expected
 
-    ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"},
-     {"task": "math", "question": "P", "answer": "7"}),
-    ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, {"task": "math", "question": "P", "answer": "7"}),
-    ("math.jsonl", {"problem": "P", "answer": "7"}, {"task": "math", "question": "P", "answer": "7"}),
 
 @pytest.mark.parametrize("record, answer", [
     ({"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, "C"),
