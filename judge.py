@@ -978,14 +978,16 @@ def judge_prompt(row):
 VERDICT = re.compile(r"[\s*_#`]*verdict[\s*_`]*(?:[:：]|$)[\s*_`]*(?:(valid|invalid)[\s*_`.!]*$)?",
                      re.IGNORECASE)
 HEADING = re.compile(r"[\s*_#`]*verdict[\s*_`:：]*", re.IGNORECASE)
+# A verdict among the words of a text, in lower case; "verdict valid or verdict invalid" is none.
+STATED = re.compile(r"(?<!\bor )\bverdict (?:is )?(?:not )?(?:in)?valid\b(?! or\b)")
 END_TOKEN = re.compile(r"(?:</s>|<\|\w+\|>|<end_of_turn>|<eos>)$")
 
 
 def parse_verdict(reply):
     """'valid', 'invalid' or 'unparsed' for a judge's reply {path, finish_reason}. Only one line may
-    begin like a verdict; it must be the last one and say nothing else. Thinking in <think> tags is
-    not part of the reply."""
-    text = reply["path"].split("</think>")[-1].rstrip()
+    begin like a verdict; it must be the last one and say nothing else, and no line above it may
+    give one. Thoughts are not part of the reply."""
+    text = tasks.after_thought(reply["path"]).rstrip()
     for _ in range(3):  # tokens that a server left at the end
         if token := END_TOKEN.search(text[-40:]):
             text = text[:-len(token[0])].rstrip()
@@ -993,8 +995,9 @@ def parse_verdict(reply):
     if len(lines) > 1 and HEADING.fullmatch(lines[-2]):
         lines[-2:] = [f"VERDICT: {lines[-1]}"]
     found = [VERDICT.match(line) for line in lines]
-    is_whole = ending(reply) == "whole" and "<think>" not in text
-    if not is_whole or sum(map(bool, found)) != 1 or not found[-1]:
+    earlier = " ".join(re.findall(r"[^\W_]+", "\n".join(lines[:-1]).lower()))
+    is_alone = sum(map(bool, found)) == 1 and not STATED.search(earlier)
+    if ending(reply) != "whole" or not is_alone or not found[-1]:
         return "unparsed"
     return (found[-1][1] or "unparsed").lower()
 

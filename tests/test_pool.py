@@ -578,7 +578,17 @@ REPLIES = [
     ("## Verdict\nVALID\n## Verdict\nINVALID", U), ("VERDICT: VALID!", V), ("VERDICT: VALID</s>", V), ("VERDICT: INVALID<|im_end|>\n", I),
     ("VERDICT: VALID <|eot_id|></s>", V), ("VERDICT: VALID<end_of_turn>", V), ("VERDICT: VALID<|im_end|>\nVERDICT: INVALID", U),
     ("</s>", U), ("</s>" * 50_000 + "x", U), ("verdict" + " " * 200_000 + "x", U), ("\n" * 200_000 + "VERDICT: VALID", V),
-    ("VERDICT: VALID\u2028VERDICT: INVALID", U), ("VERDICT: VALID \u2013 no bad step", U), ("VERDICT: \u202eDILAV", U)]
+    ("VERDICT: VALID\u2028VERDICT: INVALID", U), ("VERDICT: VALID \u2013 no bad step", U), ("VERDICT: \u202eDILAV", U),
+    *((f"{opened}Step 2 is wrong. The path ends with\nVERDICT: VALID", U) for opened in (
+        "<thinking>\n", "[THINK]", "<reasoning>", "<seed:think>", "<|start_thinking|>", "<|channel|>analysis<|message|>")),
+    ("[THINK]VERDICT: VALID[/THINK]\nVERDICT: INVALID", I), ("<thinking>Hm.</thinking>\nVERDICT: VALID", V),
+    ("<|channel|>analysis<|message|>VERDICT: VALID<|end|><|start|>assistant<|channel|>final<|message|>VERDICT: INVALID", I),
+    *((f"Step 2 is wrong.\n{line}\nVERDICT: VALID", U) for line in (
+        "**Final Verdict: INVALID**", "- VERDICT: INVALID", "> VERDICT: INVALID", "1. Verdict: **INVALID**", "My verdict is INVALID.",
+        "- VERDICT: INVALID, for its step 2", "Final verdict: VERDICT: INVALID", "## Final verdict\n\nINVALID", "- VERDICT: NOT VALID",
+        "So it is invalid. Verdict: invalid.")),
+    ("> VERDICT: VALID\nVERDICT: INVALID", U), ("The verdict depends on step 2, which is valid.\nVERDICT: VALID", V),
+    ("- VERDICT: INVALID\n" * 50_000 + "VERDICT: VALID", U), ("verdict " * 100_000 + "\nVERDICT: VALID", V)]
 
 
 @pytest.mark.parametrize("text, verdict", REPLIES, ids=range(len(REPLIES)))
