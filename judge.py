@@ -920,20 +920,29 @@ def ask_all(spec, jobs, out, args, spent, temperature):
     for row in replies_in(out):
         done.add(row_key(row))
         has_answered = has_answered or row["teacher"] == name and row["path"] != ""
-    sizes = [tokens_of(prompt) for job, prompt in jobs() if row_key(job) not in done]
+
+    def unasked():
+        """The jobs that neither the file nor this run has: of two with one key, the first."""
+        asked = set(done)
+        for job, prompt in jobs():
+            key = row_key(job)
+            if key not in asked:
+                asked.add(key)
+                yield job, prompt
+
+    sizes = [tokens_of(prompt) for _, prompt in unasked()]
     if args.dry_run:
         print(f"{name}: {len(sizes)} calls ({len(done)} rows are there), about {sum(sizes)} prompt "
               f"tokens and at most {len(sizes) * args.max_new_tokens} new ones")
     if sizes and not args.dry_run:
         spent.open(out)
-        todo = ((job, prompt) for job, prompt in jobs() if row_key(job) not in done)
         local = None if url else load_local(spec, args.device)
         with tqdm(total=len(sizes), desc=name, unit="call") as bar:
             calls = Calls(name, file, args, spent, bar, has_answered)
             if url:
-                asyncio.run(ask_server(url, todo, calls, temperature))
+                asyncio.run(ask_server(url, unasked(), calls, temperature))
             else:
-                ask_local(*local, todo, calls, temperature)
+                ask_local(*local, unasked(), calls, temperature)
         calls.finish(len(sizes))
     file.close()
 

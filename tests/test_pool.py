@@ -184,6 +184,14 @@ def test_1200_calls_under_30_percent_faults_and_three_kills_lose_and_repeat_noth
     assert not server.requests and out.read_bytes() == before
 
 
+def test_a_style_that_is_named_twice_is_asked_once(tmp_path, server):
+    args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", f"m@{server.url}", "--styles", "vanilla", "program", "vanilla",
+            "--samples", 2, "--out", "p.jsonl")
+    assert re.search(r"\b12 calls", run(*args, "--dry_run", cwd=tmp_path)[0])
+    run(*args, cwd=tmp_path)
+    assert len(server.requests) == 12 and set(keys(read(tmp_path / "p.jsonl")).values()) == {1}
+
+
 def test_every_torn_end_is_repaired_and_asked_again(tmp_path, server):
     args = ("--questions", questions(tmp_path / "q.jsonl", 2), "--teacher", f"m@{server.url}", "--out", "p.jsonl")
     run(*args, cwd=tmp_path)
@@ -643,6 +651,20 @@ def test_only_right_complete_paths_cost_a_call_and_a_killed_judge_goes_on(tmp_pa
     assert [r["id"] for r in out] == [r["id"] for r in rows]
     assert Counter(judge.fate(r) for r in out) == {"kept": 30, "invalid": 7, "wrong": 1, "cut": 1, "empty": 1}
     assert out[1]["verdict"] == {"j": "invalid: too short"} and out[0]["valid"] is None and out[9]["valid"] is False
+
+
+def test_equal_paths_are_one_call_and_a_dry_run_says_so(tmp_path, server):
+    server.reply = lambda model, prompt: "VERDICT: VALID"
+    rows = read(pool(tmp_path / "p.jsonl", 3))
+    again = [{**row, "sample": 0} for row in rows]  # as another pool may say it
+    other = {**rows[0], "path": "First we add.\n1 + 1 = 2\nThe answer is 2"}
+    write(tmp_path / "p.jsonl", rows * 5 + again + [other])
+    args = ("--paths", "p.jsonl", "--judge", f"j@{server.url}", "--out", "o.jsonl")
+    assert re.search(r"\b4 calls", run(*args, "--dry_run", cwd=tmp_path)[0])
+    run(*args, cwd=tmp_path)
+    assert server.successes == 4 == booked(tmp_path, "o.jsonl")[0]
+    assert [row["valid"] for row in read(tmp_path / "o.jsonl")] == [True] * 19
+    assert re.search(r"\b0 calls", run(*args, "--dry_run", cwd=tmp_path)[0])
 
 
 def test_an_unparsed_verdict_is_rejected_counted_apart_and_not_paid_for_again(tmp_path, server):
