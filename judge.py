@@ -798,11 +798,11 @@ async def serve(client, url, job, prompt, calls, parameters, key):
         else:
             for field in ("path", "finish_reason"):
                 reply[field] = without_key(reply[field], key)
+            calls.save(job, reply, most)  # first of all: it is paid for
             if changes and mine != parameters:
                 parameters.clear()
                 parameters.update(mine)
                 print(f"{calls.name} wants {', '.join(changes)}", file=sys.stderr)
-            calls.save(job, reply, most)
             return
         error.words = " ".join(without_key(error.words, key).split())[:300]
         change = adapt(mine, error.words) if error.kind == "refused" else ""

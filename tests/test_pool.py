@@ -358,6 +358,18 @@ def test_a_server_of_other_parameters_is_adapted_to_once(tmp_path, server):
     assert "max_completion_tokens" in done[1] and "temperature" in done[1]  # it is said
 
 
+def test_a_reply_is_on_disk_before_anything_is_said_about_it(tmp_path, server, monkeypatch):
+    def broken(*texts, **more):
+        if "wants" in texts[0]:
+            raise BrokenPipeError
+    server.reply = lambda model, prompt: (400, {"error": "no max_tokens"}) if "max_tokens" in server.requests[-1] else TWO
+    monkeypatch.setattr(judge, "print", broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        run("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", f"m@{server.url}", "--concurrency", 1, "--out", "p.jsonl",
+            cwd=tmp_path)
+    assert len(read(tmp_path / "p.jsonl")) == server.successes == 1
+
+
 def test_a_200_with_an_error_says_the_servers_words(tmp_path, server):
     for code, calls in (("rate", 3), (503, 3), (401, 1), (None, 3)):
         server.requests.clear()
