@@ -517,7 +517,10 @@ def split_spec(spec):
     is never repeated: it may hold a key."""
     found = re.fullmatch(r"(?is)(.*?)@(https?://.*)", spec)
     if not found:
-        return (os.path.basename(os.path.realpath(spec)) if os.path.isdir(spec) else spec), None
+        is_folder = os.path.isdir(spec)
+        if not is_folder and re.search(r"://|[@?]", spec):
+            tasks.stop("a model with ://, @ or ? is MODEL@URL, such as m@http://localhost:8000/v1")
+        return (os.path.basename(os.path.realpath(spec)) if is_folder else spec), None
     model, url = found.groups()
     try:
         parts = urlsplit(url)

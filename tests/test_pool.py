@@ -544,6 +544,23 @@ def test_no_credential_in_a_url_and_no_bad_url_is_repeated(tmp_path, url):
         assert done[1].startswith("error: ") and done[1].count("\n") == 1 and KEY not in done[1]
 
 
+@pytest.mark.parametrize("spec", [
+    f"https://{KEY}@h/v1", f"gpt-4o@api.openai.com/v1?api_key={KEY}", f"api.openai.com/v1?api_key={KEY}", f"https://h/{KEY}",
+    f"{KEY}@h", f"m@https:/h/v1?key={KEY}"])
+def test_a_broken_spec_is_no_local_model_and_is_not_repeated(tmp_path, spec):
+    q = questions(tmp_path / "q.jsonl", 1)
+    for args in (("--questions", q, "--teacher", spec, "--dry_run"), ("--paths", q, "--judge", spec)):
+        out, err = run(*args, "--out", "p.jsonl", cwd=tmp_path, code=2)
+        assert err.startswith("error: ") and "MODEL@URL" in err and err.count("\n") == 1 and KEY not in out + err
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "run@2?"
+    folder.mkdir()
+    assert judge.split_spec(str(folder)) == ("run@2?", None)
+    assert judge.split_spec("Qwen/Qwen2.5-0.5B-Instruct") == ("Qwen/Qwen2.5-0.5B-Instruct", None)
+
+
 def test_no_key_in_any_byte_of_any_run(tmp_path, server):
     server.reply = lambda model, prompt: (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}}) if model == "bad" \
         else f"Your key is {KEY}. The answer is 2"
