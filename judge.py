@@ -500,8 +500,8 @@ class Spending:
 
 
 def tokens_of(prompt):
-    """A high estimate of a prompt's tokens, with room for a chat template."""
-    return len(prompt.encode("utf-8", "replace")) // 3 + 32
+    """An estimate of a prompt's tokens that few pass, with room for a chat template."""
+    return len(prompt.encode("utf-8", "replace")) // 2 + 32
 
 
 def tokens_used(row):
