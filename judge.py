@@ -603,12 +603,15 @@ def read_reply(data):
         raise CallError(kind_of(code) if is_status else "again", text, billed=True)
     try:
         choice, usage = answer["choices"][0], usage_of(answer.get("usage"))
-        message = choice["message"]
+        message, reason = choice.get("message"), choice.get("finish_reason")
+        if isinstance(reason, list):
+            reason = " ".join(map(str, reason))
+        if message is None and reason and ending({"finish_reason": reason}) != "whole":
+            message = {}  # refused or cut before its first word: paid for all the same
         path, refusal = text_of(message.get("content")), message.get("refusal")
-        reason = "refusal" if refusal else choice.get("finish_reason") or "unknown"
+        reason = "refusal" if refusal else str(reason or "unknown")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"no choices[0].message in {text[:200]}") from None
-    reason = " ".join(map(str, reason)) if isinstance(reason, list) else str(reason)
     return {"path": path or str(refusal or ""), "finish_reason": reason[:100], "usage": usage}
 
 

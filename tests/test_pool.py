@@ -303,6 +303,26 @@ def test_a_paid_reply_of_any_shape_is_read_once_and_only_whole_ones_train(tmp_pa
     assert "--max_new_tokens 1000" in done[0]  # the hint where replies were cut
 
 
+@pytest.mark.parametrize("choice, reason, fate", [
+    ({"finish_reason": "content_filter"}, "content_filter", "refused"), ({"finish_reason": "length", "message": None}, "length", "cut"),
+    ({"finish_reason": ["SAFETY"], "index": 0}, "SAFETY", "refused")])
+def test_a_choice_without_a_message_that_says_why_is_a_reply(tmp_path, server, choice, reason, fate):
+    server.reply = lambda model, prompt: {**message(TWO), "choices": [choice]}
+    args = ("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--styles", "vanilla", "--out", "p.jsonl")
+    for _ in range(2):
+        run(*args, cwd=tmp_path)
+        assert len(server.requests) == 1 and booked(tmp_path) == (1, 12, 0)
+    [row] = judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl"))
+    assert (row["path"], row["finish_reason"], judge.fate(row)) == ("", reason, fate)
+
+
+@pytest.mark.parametrize("choice", [{"text": "hi"}, {"text": "hi", "finish_reason": "stop"}, {"finish_reason": ["stop"]}, {"finish_reason": ""},
+                                    {"finish_reason": None, "message": None}, {}, "hi", {"message": "hi", "finish_reason": "length"}])
+def test_a_choice_without_a_message_that_says_nothing_is_an_error(choice):
+    with pytest.raises(ValueError, match="no choices"):
+        judge.read_reply(json.dumps({"choices": [choice]}).encode())
+
+
 @pytest.mark.parametrize("usage, counted", [
     ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ([{"prompt_tokens": 7, "completion_tokens": 5}], 12),
     ({"input_tokens": 7, "output_tokens": 5}, 12), ({"prompt_tokens": 7.0, "completion_tokens": 5, "details": {"x": 1}}, 12),
