@@ -260,6 +260,8 @@ def clean_path(row, where):
             tasks.stop(f"{where}: field {key!r} is neither true nor false")
         if key in row:
             row[key] = bool(row[key])
+    if row.get("sample") in (math.inf, -math.inf):  # 1e999: no value, as Infinity is none
+        del row["sample"]
     for key in ("prediction", "finish_reason"):
         if key in row:
             row[key] = tasks.as_text(row[key])
@@ -383,7 +385,7 @@ def filter_table(rows, mode="full"):
 def row_key(row, *more):
     """8 bytes that name a row: question, style, teacher, sample (and more)."""
     sample = row.get("sample") or 0
-    if isinstance(sample, float):  # pandas makes 1 to 1.0
+    if isinstance(sample, float) and sample.is_integer():  # pandas makes 1 to 1.0
         sample = int(sample)
     key = [str(row["id"]), row["style"], row["teacher"], sample, *more]
     return hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()

@@ -176,6 +176,15 @@ def test_an_empty_path_is_data(tmp_path):
     assert judge.read_pool(write(tmp_path / "p.jsonl", [{**ROW, "path": ""}]))[0]["path"] == ""
 
 
+@pytest.mark.parametrize("sample", ["1e999", "-1e999", "Infinity", "NaN", "null", "1.0", "1.5"])
+def test_a_sample_of_any_number_is_read_and_the_run_may_be_repeated(tmp_path, sample):
+    line = json.dumps({**ROW, "sample": 0}).replace('"sample": 0', f'"sample": {sample}')
+    pool = write(tmp_path / "p.jsonl", [line])
+    for _ in range(2):
+        run("--paths", pool, "--out", "o.jsonl", cwd=tmp_path)
+    assert "Infinity" not in (tmp_path / "o.jsonl").read_text()  # which is no JSON
+
+
 # ------------------------------------------------------------------------------------------------ the annotated pool
 def test_command_annotates_every_row_and_may_be_repeated(tmp_path):
     for judge_name in ("none", "rule", "rule"):
