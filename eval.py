@@ -432,6 +432,7 @@ DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|fals
 # What is right behind it is no answer: "It cannot be $\boxed{5}$".
 NOT_BE = re.compile(r"(?i)(?:\bnot|\bcannot|n['’]t)\s(?:be\s|equal\s)?\W*\Z")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
+# Such a sentence weighs an option and does not choose it.
 LOOK_AT = re.compile(r"(?i)\b(?:consider|examine|evaluate|check|look|let['’]?s|let us)\b")
 OPTION = re.compile(r"(?:[-*•] )?\(?[A-Z][).:]")
 
@@ -455,8 +456,7 @@ def extract_answer(task, text, choices=None):
     kind, choices = TASKS[task], choices or {}
     text = plain(after_thought(text))
     found = [m for m in ANNOUNCED.finditer(text) if not (m["colon"] and kind == "choice")]
-    announced = [m for m in found if not (SUPPOSED if m[0][0].isalpha() else NOT_BE).search(
-        text[:m.start()][-60:])]
+    announced = [m for m in found if not is_taken_back(text, m)]
     if not announced:
         if found:  # what follows the sentence: "The wrong answer is 5. It is 6."
             text = text[found[-1].end():]
@@ -466,6 +466,12 @@ def extract_answer(task, text, choices=None):
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
         return None
     return read_math(text, announced) if kind == "math" else READERS[kind](statement, choices)
+
+
+def is_taken_back(text, m):
+    """Whether what stands before an announcement says that it is none."""
+    before = text[:m.start()][-60:]
+    return bool((SUPPOSED if m[0][0].isalpha() else NOT_BE).search(before))
 
 
 def plain(text):
@@ -508,7 +514,7 @@ def read_end(kind, text, choices):
     leaves no doubt."""
     *before, line = re.split(r"\n+", text)[-2:]
     if kind == "number":
-        numbers = [canonical(m) for m in NUMBER.finditer(text.translate(DASHES))]
+        numbers = [canonical(m) for m in NUMBER.finditer(text.translate(SIGNS))]
         return next((n for n in reversed(numbers) if n is not None), None)
     if kind == "math":
         formulas = [m for m in FORMULA.finditer(text) if m.end() > len(text) - len(line)]
@@ -579,8 +585,8 @@ ONE_OF_SEVERAL = re.compile(
     r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
     rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
     r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
-DASHES = str.maketrans("−–‒﹣－‐‑", "-------")
-DASHES |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
+SIGNS = str.maketrans("−–‒﹣－‐‑", "-------")
+SIGNS |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
 
 
 def read_number(statement, choices=None):
@@ -593,7 +599,7 @@ def read_number(statement, choices=None):
 def number_in(text):
     """The one number that a text gives: its first, or what its last equation comes to. None for
     open arithmetic, several numbers, and one that is denied."""
-    text = digits_for_words(text.translate(DASHES))
+    text = digits_for_words(text.translate(SIGNS))
     m = NUMBER.search(text)
     if not m:
         return None
