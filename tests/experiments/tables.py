@@ -1,6 +1,6 @@
 """The tables and pictures of the experiments, made again from results/*.jsonl alone.
 
-    python tests/experiments/tables.py               # all: results/TABLE.md, results/main.png, real.png
+    python tests/experiments/tables.py               # all: results/TABLE.md, results/gains.png
     python tests/experiments/tables.py --table main
 
 A line of results/TABLE.jsonl is one run, written by grid.py. A gain is the accuracy of a row's
@@ -91,6 +91,11 @@ def gain(runs, references):
     return interval(differences) if differences else None
 
 
+def untrained_of(runs):
+    """{seed: line} with what the students could do before the run."""
+    return {seed: {**line, "accuracy": line["before"]["accuracy"]} for seed, line in runs.items()}
+
+
 def comparisons(cells):
     """[(row, budget, runs, gain)] of one setting {(row, budget): runs}; budget is steps, tokens or
     both; the gain of a reference over itself is None. The best single style comes last."""
@@ -152,8 +157,7 @@ def section(setting, cells):
     lines = list(full.values())
     students = range(len(lines[0]["accuracy"]))
     before = [line["before"] for line in lines]
-    zero_shot = {seed: {**line, "accuracy": line["before"]["accuracy"]} for seed, line in full.items()}
-    over_zero_shot = gain(zero_shot, full) if rows[0][0].startswith(FULL) else None
+    over_zero_shot = gain(untrained_of(full), full) if rows[0][0].startswith(FULL) else None
     untrained = [mean_sd([x["accuracy"][s] for x in before]) for s in students]
     untrained += [mean_sd([x[key] for x in before]) for key in ("ensemble", "upper_bound")]
     names = " | ".join(f"student {s}" for s in students)
@@ -199,22 +203,50 @@ def markdown(table):
 
 
 # ---------------------------------------------------------------- the picture
-def picture(table):
-    """Gains of QR-Distill over each control with 95 % intervals: a figure of the largest setting. That
-    of the demo has the controls of table harmful, too, where the shortest style is scrambled."""
+LOOKS = {"steps": ("equal steps", -0.15, {"marker": "o", "color": "black"}),
+         "tokens": ("equal trained tokens", 0.15,
+                    {"marker": "s", "color": "0.45", "markerfacecolor": "white"})}
+
+
+def picture():
+    """Gains of QR-Distill over each control with 95 % intervals, a panel for each of the tables main
+    and real that has lines: of the setting with most runs."""
     from matplotlib.figure import Figure
 
-    setting, rows = largest(table)
-    rows = [row for row in rows if not row[0].startswith("only ")]
+    panels = [(setting, controls(table, rows)) for table in ("main", "real") if read_lines(table)
+              for setting, rows in [largest(table)]]
+    most = max(len(names_of(rows)) for _, rows in panels)
+    figure = Figure((6.4 * len(panels), 1.5 + 0.42 * most), dpi=150, layout="constrained")
+    for ax, (setting, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        seeds = {seed for _, _, runs, _ in rows for seed in runs}
+        title = f"{setting.split(', --')[0]}: mean over students, up to {len(seeds)} seeds"
+        ax.set_title(textwrap.fill(title, 60), fontsize=10)
+        draw_gains(ax, rows)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def controls(table, rows):
+    """The rows of the picture: no training, and the controls of table main, of single styles only the
+    best; for the demo those of table harmful, too, where the shortest style is scrambled."""
+    full = rows[0][2]
+    rows = [row for row in rows[1:] if place("main", row[0]) < len(TABLES["main"]) or BEST in row[0]]
+    rows.insert(0, ("no training", "steps", full, gain(untrained_of(full), full)))
+    if any(BEST in row[0] for row in rows):
+        rows = [row for row in rows if not row[0].startswith("only ")]
     if table == "main" and read_lines("harmful"):
-        rows += [row for row in largest("harmful")[1] if HARMED in row[0]]
-    names = list(dict.fromkeys(row[0].split(" (")[0] for row in rows))
-    figure = Figure((7.6, 1.5 + 0.5 * len(names)), dpi=150, layout="constrained")
-    ax = figure.add_subplot()
-    looks = {"steps": ("equal steps", -0.13, {"marker": "o", "color": "black"}),
-             "tokens": ("equal trained tokens", 0.13,
-                        {"marker": "s", "color": "0.45", "markerfacecolor": "white"})}
-    for budget, (label, shift, look) in looks.items():
+        rows += [row for row in largest("harmful")[1] if HARMED in row[0] and row[3]]
+    return rows
+
+
+def names_of(rows):
+    return list(dict.fromkeys(row[0].split(" (")[0] for row in rows))
+
+
+def draw_gains(ax, rows):
+    """One panel: the gains over the controls `rows`."""
+    names = names_of(rows)
+    for budget, (label, shift, look) in LOOKS.items():
         some = [row for row in rows if row[1] in (budget, "both")]
         y = [names.index(row[0].split(" (")[0]) + shift for row in some]
         ax.errorbar([row[3][0] for row in some], y, xerr=[row[3][1] for row in some], label=label,
@@ -226,19 +258,13 @@ def picture(table):
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
-    seeds = {seed for _, _, runs, _ in rows for seed in runs}
-    title = (f"QR-Distill against each control: {setting}, mean over students, up to {len(seeds)} seeds, "
-             "95 % intervals")
-    figure.suptitle(textwrap.fill(title, 80), fontsize=10)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return figure
 
 
 def largest(table):
-    """(setting, rows with a gain) of the setting of a table that has most runs."""
+    """(setting, rows) of the setting of a table that has most runs."""
     setting, cells = max(settings_of(table).items(),
                          key=lambda item: sum(map(len, item[1].values())))
-    return setting, [row for row in comparisons(cells) if row[3]]
+    return setting, comparisons(cells)
 
 
 def label_of(name, rows):
@@ -251,15 +277,15 @@ def label_of(name, rows):
 
 
 def write(table):
-    """Write results/TABLE.md and, for the two main tables, the picture (of two seeds or more); print
-    the table."""
+    """Write results/TABLE.md and, after a change of the two main tables, the picture; print the
+    table."""
     if not read_lines(table):
         return
     text = markdown(table)
     (RESULTS / f"{table}.md").write_text(text)
     print(text)
-    if table in ("main", "real") and len({line["seed"] for line in read_lines(table)}) > 1:
-        picture(table).savefig(RESULTS / f"{table}.png")
+    if table in ("main", "real"):
+        picture().savefig(RESULTS / "gains.png")
 
 
 def main():
