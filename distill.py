@@ -482,7 +482,7 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     co_routed = routed.sum(1) > 1  # (P,)
     figures = defaultdict(list)
     for batch in micro_batches(question, args):  # (p,) numbers of paths
-        # (C,) those that several students got
+        # (C,) those that several students got; without Eq 8 none matters
         shared = batch[co_routed[batch] & (args.mutual_weight > 0)]
         # The segments of shared paths are numbered through the batch: of two with 3 and 2 segments
         # the first begins at 0, the second at 3. -1: a path is not shared.
