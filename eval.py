@@ -152,8 +152,12 @@ def parse_json(data, where):
                         for key, item in value.items() if item is not None}
         return value
 
-    try:  # Infinity becomes null, too
-        return clean(json.loads(data.decode("utf-8-sig"), parse_constant=lambda name: None))
+    def finite(text):
+        return float(text) if math.isfinite(float(text)) else None
+
+    try:  # Infinity becomes null, too, and what is as large (1e999)
+        return clean(json.loads(data.decode("utf-8-sig"), parse_float=finite,
+                                parse_constant=lambda name: None))
     except (ValueError, RecursionError) as e:  # ValueError: no JSON, no UTF-8, or 5,000 digits
         stop(f"{where}: not valid JSON ({str(e)[:200]}); a .jsonl file has one object a line")
 
@@ -434,6 +438,7 @@ NOT_BE = re.compile(r"(?i)(?:\bnot|\bcannot|n['’]t)\s(?:be\s|equal\s)?\W*\Z")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
 # Such a sentence weighs an option and does not choose it.
 LOOK_AT = re.compile(r"(?i)\b(?:consider|examine|evaluate|check|look|let['’]?s|let us)\b")
+# How a line of a list of choices begins: (A), B. or - C:
 OPTION = re.compile(r"(?:[-*•] )?\(?[A-Z][).:]")
 
 
@@ -465,7 +470,9 @@ def extract_answer(task, text, choices=None):
     statement = statement_after(text, announced[-1])
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
         return None
-    return read_math(text, announced) if kind == "math" else READERS[kind](statement, choices)
+    if kind == "math":
+        return read_math(text, announced)
+    return READERS[kind](statement, choices)
 
 
 def is_taken_back(text, m):

@@ -260,8 +260,6 @@ def clean_path(row, where):
             tasks.stop(f"{where}: field {key!r} is neither true nor false")
         if key in row:
             row[key] = bool(row[key])
-    if row.get("sample") in (math.inf, -math.inf):  # 1e999: no value, as Infinity is none
-        del row["sample"]
     for key in ("prediction", "finish_reason"):
         if key in row:
             row[key] = tasks.as_text(row[key])

@@ -1409,7 +1409,7 @@ def test_full_disk_ends_a_run_in_a_sentence_that_says_how_to_go_on(world, tmp_pa
     out, full = tmp_path / "my run", OSError(28, "No space left on device")
     flags = flags_of(world, out, "--save_every", 2)
 
-    def fails(plain, *names):
+    def fails(plain):
         def write(*args, **more):
             if any(written in str(x) for x in args) and (out / "checkpoint.safetensors").exists():
                 raise full

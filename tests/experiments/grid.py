@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import tables
-from rows import TABLES, place, rows_of
+from rows import TABLES, is_row, rows_of
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -196,7 +196,7 @@ def run_all(jobs, args):
     """Make the runs that have no line yet, and write each line when it comes -> all their lines."""
     # A line of a row that is gone was made by other code, which its commit has.
     known = {key_of(line): line for name in TABLES for line in tables.read_lines(name)
-             if place(name, line["row"]) < len(TABLES[name])}
+             if is_row(name, line["row"])}
     here = {(key_of(line), line["row"]) for line in tables.read_lines(args.table)}
     lines, new = [], []
 

@@ -102,6 +102,11 @@ def rows_of(table, styles, only=None):
     return [row for row in rows if row.name in wanted]
 
 
+def is_row(table, name):
+    """Whether a table of today has a row of this name."""
+    return place(table, name) < len(TABLES[table])
+
+
 def place(table, name):
     """Where a row stands in its table: the number of its entry, for sorting."""
     patterns = [re.escape(row.name).replace("STYLE", ".+") for row in TABLES[table]]

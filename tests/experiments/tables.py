@@ -15,7 +15,7 @@ import textwrap
 from collections import defaultdict
 from pathlib import Path
 
-from rows import FULL, TABLES, place
+from rows import FULL, TABLES, is_row, place
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEST = "best single style in hindsight"
@@ -213,8 +213,11 @@ def picture():
     and real that has lines: of the setting with most runs."""
     from matplotlib.figure import Figure
 
-    panels = [(setting, controls(table, rows)) for table in ("main", "real") if read_lines(table)
-              for setting, rows in [largest(table)]]
+    panels = []
+    for table in ("main", "real"):
+        if read_lines(table):
+            setting, rows = largest(table)
+            panels.append((setting, controls(table, rows)))
     most = max(len(names_of(rows)) for _, rows in panels)
     figure = Figure((6.4 * len(panels), 1.5 + 0.42 * most), dpi=150, layout="constrained")
     for ax, (setting, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -230,7 +233,7 @@ def controls(table, rows):
     """The rows of the picture: no training, and the controls of table main, of single styles only the
     best; for the demo those of table harmful, too, where the shortest style is scrambled."""
     full = rows[0][2]
-    rows = [row for row in rows[1:] if place("main", row[0]) < len(TABLES["main"]) or BEST in row[0]]
+    rows = [row for row in rows[1:] if is_row("main", row[0]) or BEST in row[0]]
     rows.insert(0, ("no training", "steps", full, gain(untrained_of(full), full)))
     if any(BEST in row[0] for row in rows):
         rows = [row for row in rows if not row[0].startswith("only ")]
@@ -240,6 +243,7 @@ def controls(table, rows):
 
 
 def names_of(rows):
+    """The names of the controls, each once, without the styles that were best."""
     return list(dict.fromkeys(row[0].split(" (")[0] for row in rows))
 
 
