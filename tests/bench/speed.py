@@ -13,7 +13,8 @@ trl     one student on all paths, against TRL's SFTTrainer with PEFT LoRA at its
 apart   both students with routing, against one after the other on all paths
 memory  peak memory of these steps, and of the loss alone
 flops   share of the measured matrix-product peak that a step reaches
-types   both students on all paths, bf16 against float32 (where the device multiplies both fast)
+types   each student on all paths, bf16 against float32 (where the device multiplies both fast), and bf16 with --compile
+        against both, whose first step takes minutes and needs a C++ compiler
 answers greedy answers of up to 100 tokens in batches of 32, against transformers' generate (generation.py has more)
 method  a step of both students, against the same forwards and backwards without router and collaboration
 start   a start over N paths, and over four times as many
@@ -29,6 +30,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -142,7 +144,7 @@ def our_step(b, repeat, collaborate=True):
     args = b.args if collaborate else argparse.Namespace(**{**vars(b.args), "mutual_weight": 0})
     nll, _ = distill.student_step(b.students, b.collab, b.rows, b.question, routed, weight.detach(), b.scaler, args)
     if collaborate:
-        distill.router_step(logits, alpha, p, weight, nll.cpu(), probed(b), b.length, b.question, args)
+        distill.router_step(logits, alpha, p, weight, nll.cpu(), probed(b), b.length, b.question, 1, args)
     finish(b)
     return int(b.length[routed].sum())
 
@@ -168,7 +170,7 @@ def plain_step(b, repeat):
             loss = plain_nll(student, s, [b.rows[p] for p in part], b.args.max_len)
             ((loss / b.length[part, s].to(b.device)) * weight.detach()[part, s].to(b.device)).sum().backward()
             nll[part, s] = loss.detach().cpu()
-    distill.router_step(logits, alpha, p, weight, nll, probed(b), b.length, b.question, b.args)
+    distill.router_step(logits, alpha, p, weight, nll, probed(b), b.length, b.question, 1, b.args)
     finish(b)
     return int(b.length[routed].sum())
 
@@ -363,7 +365,7 @@ class Bench:
         with contextlib.redirect_stdout(None):
             self.rows = pick(distill.load_data(self.arguments(*NAMES))[0], flags.rows)
 
-    def arguments(self, *names, dtype="float32"):
+    def arguments(self, *names, dtype="float32", more=()):
         """The flags of a run of these models. max_len: so that the plain way pads as much as the published code, 77 %;
         binary: half of the pairs are routed."""
         pool = ["--paths", f"{self.data}/paths/gsm8k.jsonl", "--max_len", "1024"] if self.data else ["--max_len", "256"]
@@ -372,7 +374,7 @@ class Bench:
         return distill.parse_args([
             *pool, *demo, "--students", *(str(self.folder / name) for name in names), "--out_dir", f"{self.temporary}/run",
             "--filter", "answer", "--encoder", encoder, "--gate", "binary", "--reward", "sum", "--probe", "0", "--device", self.flags.device, "--dtype", dtype,
-            *self.more])
+            *self.more, *more])
 
     def demo_pool(self):
         file = Path(self.temporary) / "demo.jsonl"
@@ -431,8 +433,14 @@ class Bench:
             return
         for name in NAMES:
             sides = [load(self.arguments(name, dtype=kind), self.rows) for kind in ("bf16", "float32")]
-            ours, other = self.alternate(sides[0], *(lambda r, b=b: alone_step(b, 0) for b in sides))
-            self.report(f"{name} alone: ours in bf16 / ours in float32", ours, other, "trained response tokens/s")
+            if shutil.which("g++"):
+                sides.append(load(self.arguments(name, dtype="bf16", more=["--compile"]), self.rows))
+                alone_step(sides[-1], 0)  # compiles
+            bf16, float32, *compiled = self.alternate(sides[0], *(lambda r, b=b: alone_step(b, 0) for b in sides))
+            self.report(f"{name} alone: ours in bf16 / ours in float32", bf16, float32, "trained response tokens/s")
+            for rate in compiled:
+                self.report(f"{name} alone: ours in bf16 with --compile / in float32", rate, float32, "trained response tokens/s")
+                self.report(f"{name} alone: ours in bf16 with --compile / in bf16", rate, bf16, "trained response tokens/s")
 
     def answers(self, dtype):
         for name in NAMES:
