@@ -132,10 +132,9 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
-    g.add_argument("--posterior_temperature", type=within(float, 1), default=1.0, metavar="T",
-                   help="of --reward posterior: a student's choice is softened by T at first, by 1 "
-                        "at the end; at 32 a style that was bad at first is found, for some "
-                        "accuracy (1)")
+    g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
+                   help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
+                        "a style that was bad at first is found, for some accuracy (1)")
     g.add_argument("--length_penalty", type=share, metavar="A",
                    help="of --reward posterior: a path's nats are divided by its relative length "
                         "to the power A; 0: the likeliest whole path wins, often the shortest; 1: "
@@ -380,9 +379,8 @@ def main(args=None):
         # student's own. With --reward sum or loss by Eq 9, through alpha. Eq 3 and 4 join in.
         entropy = None
         if args.route == "learned":
-            temperature = temperature_at(step, steps, args)
             entropy = router_step(logits, alpha, p, weight, known_nll, probed, length, question,
-                                  temperature, args)
+                                  args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -557,26 +555,20 @@ def probe(students, paths, question, probed, routed, args):
     return nll
 
 
-def temperature_at(step, steps, args):
-    """Of posterior_loss: from --posterior_temperature down to 1 by equal factors, since a student
-    that is sure of its choice early gets stuck there (deterministic annealing EM, Ueda and Nakano,
-    1998)."""
-    return args.posterior_temperature ** (1 - step / steps)
-
-
-def router_step(logits, alpha, p, weight, known_nll, probed, length, question, temperature, args):
+def router_step(logits, alpha, p, weight, known_nll, probed, length, question, args):
     """The router learns, with the students' losses as constants: by default from posterior_loss,
     which compares paths as --length_penalty says, with --reward sum or loss by Eq 9; Eq 3 and 4
     join in.
 
     logits, and alpha, p, weight (P, S) of the gates; known_nll (P, S), nats of a path where it was
-    routed or probed (P,); length (P, S), tokens; temperature: of posterior_loss -> the entropy of
-    Eq 4. By default only probed questions count, all of whose pairs were run. With --reward sum or
-    loss L_distill reaches the router through alpha; a pair that was not run gets the mean cost of
-    the routed ones, so that L_distill gives its alpha no gradient. """
+    routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
+    questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches the
+    router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
+    L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
         cost = qr.normalize_length(known_nll, length, question, args.length_penalty)
-        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed], temperature)
+        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed],
+                                 args.posterior_temperature)
     else:
         cost = known_nll if args.reward == "sum" else known_nll / length
         routed = alpha.detach() > 0.5
