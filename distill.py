@@ -132,9 +132,13 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
+    g.add_argument("--explore", type=share, default=0.0, metavar="E",
+                   help="of --reward posterior: at first this share of a student's choice is even "
+                        "over the paths, at the end none; at 0.5, with --posterior_temperature 4, "
+                        "a style that was bad at first is mostly found, for some accuracy (0)")
     g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
-                   help="of --reward posterior: above 1 a student keeps seeing other styles; at 4 "
-                        "a style that was bad at first is found, for some accuracy (1)")
+                   help="of --reward posterior: the choice's temperature at first; at the end it "
+                        "is 1 (1)")
     g.add_argument("--length_penalty", type=share, metavar="A",
                    help="of --reward posterior: a path's nats are divided by its relative length "
                         "to the power A; 0: the likeliest whole path wins, often the shortest; 1: "
@@ -380,7 +384,7 @@ def main(args=None):
         entropy = None
         if args.route == "learned":
             entropy = router_step(logits, alpha, p, weight, known_nll, probed, length, question,
-                                  args)
+                                  1 - step / steps, args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -555,20 +559,22 @@ def probe(students, paths, question, probed, routed, args):
     return nll
 
 
-def router_step(logits, alpha, p, weight, known_nll, probed, length, question, args):
+def router_step(logits, alpha, p, weight, known_nll, probed, length, question, left, args):
     """The router learns, with the students' losses as constants: by default from posterior_loss,
     which compares paths as --length_penalty says, with --reward sum or loss by Eq 9; Eq 3 and 4
     join in.
 
     logits, and alpha, p, weight (P, S) of the gates; known_nll (P, S), nats of a path where it was
-    routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
-    questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches the
-    router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
+    routed or probed (P,); length (P, S), tokens; left: the share of the run that is left, from 1 to
+    0, with which --explore and --posterior_temperature fade -> the entropy of Eq 4. By default only
+    probed questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches
+    the router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
     L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
         cost = qr.normalize_length(known_nll, length, question, args.length_penalty)
-        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed],
-                                 args.posterior_temperature)
+        temperature = 1 + left * (args.posterior_temperature - 1)
+        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed], temperature,
+                                 left * args.explore)
     else:
         cost = known_nll if args.reward == "sum" else known_nll / length
         routed = alpha.detach() > 0.5
