@@ -66,7 +66,9 @@ def make_parser():
                    help="type of the matrix products (AMP) and of a frozen base; auto: bf16 on "
                         "cuda, and on a CPU with instructions for it where the base is frozen, "
                         "else float32")
-    g.add_argument("--compile", action="store_true", help="torch.compile the students")
+    g.add_argument("--compile", action="store_true",
+                   help="torch.compile the students: a start of minutes, then faster steps; a CPU "
+                        "needs a C++ compiler")
     g.add_argument("--checkpointing", action="store_true",
                    help="recompute activations: less memory, a third more work")
     g.add_argument("--save_every", type=count, default=100, help="steps between checkpoints (100)")
@@ -921,11 +923,11 @@ def load_students(args, device, amp_dtype):
                           end=tasks.end_token(tokenizer), lr=args.lr[i % len(args.lr)],
                           frozen=i in args.freeze, max_len=min(args.max_len, context),
                           amp_dtype=amp_dtype)
-        check_student(student)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if args.compile:
             student.blocks = torch.compile(model.base_model, dynamic=True)
+        check_student(student)
         students.append(student)
     return students
 
@@ -976,7 +978,7 @@ def check_student(student):
             nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         stop(f"student {student.source}: it can't be trained here ({tasks.in_a_line(e)}); "
-             "pass another model, or try --lora_rank 0")
+             "pass another model, or try --lora_rank 0 or no --compile")
     finally:
         student.model.eval()
     if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):
