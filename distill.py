@@ -136,8 +136,8 @@ def make_parser():
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
     g.add_argument("--explore", type=share, default=0.0, metavar="E",
                    help="of --reward posterior: at first this share of a student's choice is even "
-                        "over the paths, at the end none; at 0.5, with --posterior_temperature 4, "
-                        "a style that was bad at first is mostly found, for some accuracy (0)")
+                        "over the paths, at the end none; 0.5 with --posterior_temperature 4 finds "
+                        "more of what was bad at first, perhaps for some accuracy (0)")
     g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
                    help="of --reward posterior: the choice's temperature at first; at the end it "
                         "is 1 (1)")
@@ -561,22 +561,22 @@ def probe(students, paths, question, probed, routed, args):
     return nll
 
 
-def router_step(logits, alpha, p, weight, known_nll, probed, length, question, left, args):
+def router_step(logits, alpha, p, weight, known_nll, probed, length, question, remaining, args):
     """The router learns, with the students' losses as constants: by default from posterior_loss,
     which compares paths as --length_penalty says, with --reward sum or loss by Eq 9; Eq 3 and 4
     join in.
 
     logits, and alpha, p, weight (P, S) of the gates; known_nll (P, S), nats of a path where it was
-    routed or probed (P,); length (P, S), tokens; left: the share of the run that is left, from 1 to
-    0, with which --explore and --posterior_temperature fade -> the entropy of Eq 4. By default only
-    probed questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches
-    the router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
+    routed or probed (P,); length (P, S), tokens; remaining: the share of the run that is left, with
+    which --explore and --posterior_temperature fade -> the entropy of Eq 4. By default only probed
+    questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches the
+    router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
     L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
         cost = qr.normalize_length(known_nll, length, question, args.length_penalty)
-        temperature = 1 + left * (args.posterior_temperature - 1)
+        temperature = 1 + remaining * (args.posterior_temperature - 1)
         loss = qr.posterior_loss(logits[probed], cost[probed], question[probed], temperature,
-                                 left * args.explore)
+                                 remaining * args.explore)
     else:
         cost = known_nll if args.reward == "sum" else known_nll / length
         routed = alpha.detach() > 0.5
@@ -925,7 +925,8 @@ def load_students(args, device, amp_dtype):
                           amp_dtype=amp_dtype)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.compile:
+        if args.compile:  # two students of one family share the compiler's limit of graphs
+            torch._dynamo.config.recompile_limit = 16 * len(loaded)
             student.blocks = torch.compile(model.base_model, dynamic=True)
         check_student(student)
         students.append(student)
@@ -978,7 +979,7 @@ def check_student(student):
             nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         stop(f"student {student.source}: it can't be trained here ({tasks.in_a_line(e)}); "
-             "pass another model, or try --lora_rank 0 or no --compile")
+             "pass another model, or try --lora_rank 0, or leave --compile out")
     finally:
         student.model.eval()
     if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):

@@ -1114,6 +1114,15 @@ def test_router_learns_from_probed_losses_under_the_length_penalty(monkeypatch, 
     assert torch.allclose(cost.double(), nll * (length.mean(0) / length) ** penalty)
 
 
+def test_compiled_students_learn_what_plain_ones_do(monkeypatch, train):
+    compiled, plain = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda blocks, **more: compiled.append(blocks) or plain(blocks, backend="eager", **more))
+    runs = [train("--max_steps", 3, *flags, students=("words", "words"), name=name)
+            for name, flags in (("plain", []), ("compiled", ["--compile"]))]
+    assert len(compiled) == 2
+    assert np.allclose([line["loss"] for line in runs[0].log], [line["loss"] for line in runs[1].log], rtol=1e-4)
+
+
 def test_exploration_fades_to_the_students_own_choice_by_the_end(monkeypatch, train):
     heard, plain = [], distill.qr.posterior_loss
     monkeypatch.setattr(distill.qr, "posterior_loss", lambda *a: heard.append(a[3:]) or plain(*a))

@@ -433,7 +433,7 @@ class Bench:
             return
         for name in NAMES:
             sides = [load(self.arguments(name, dtype=kind), self.rows) for kind in ("bf16", "float32")]
-            if shutil.which("g++"):
+            if self.flags.device != "cpu" or shutil.which("g++"):
                 sides.append(load(self.arguments(name, dtype="bf16", more=["--compile"]), self.rows))
                 alone_step(sides[-1], 0)  # compiles
             bf16, float32, *compiled = self.alternate(sides[0], *(lambda r, b=b: alone_step(b, 0) for b in sides))
