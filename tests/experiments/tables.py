@@ -231,7 +231,8 @@ def picture():
 
 def controls(table, rows):
     """The rows of the picture: no training, and the controls of table main, of single styles only the
-    best; for the demo those of table harmful, too, where the shortest style is scrambled."""
+    best; for the demo those of table harmful, too, where the shortest style is scrambled. Rows of
+    fewer than three seeds are left out: their intervals say nothing."""
     full = rows[0][2]
     rows = [row for row in rows[1:] if is_row("main", row[0]) or BEST in row[0]]
     rows.insert(0, ("no training", "steps", full, gain(untrained_of(full), full)))
@@ -239,7 +240,7 @@ def controls(table, rows):
         rows = [row for row in rows if not row[0].startswith("only ")]
     if table == "main" and read_lines("harmful"):
         rows += [row for row in largest("harmful")[1] if HARMED in row[0] and row[3]]
-    return rows
+    return [row for row in rows if len(row[2]) > 2]
 
 
 def names_of(rows):
