@@ -67,8 +67,8 @@ def make_parser():
                         "cuda, and on a CPU with instructions for it where the base is frozen, "
                         "else float32")
     g.add_argument("--compile", action="store_true",
-                   help="torch.compile the students: a start of minutes, then faster steps; a CPU "
-                        "needs a C++ compiler")
+                   help="torch.compile the students: minutes at the start, then faster steps on a "
+                        "CPU, which needs a C++ compiler")
     g.add_argument("--checkpointing", action="store_true",
                    help="recompute activations: less memory, a third more work")
     g.add_argument("--save_every", type=count, default=100, help="steps between checkpoints (100)")
@@ -909,6 +909,8 @@ def load_students(args, device, amp_dtype):
     else:
         demo = demo_students(args.seed)
         loaded = [(model.to(device), tokenizer, "demo") for model, tokenizer in demo]
+    if args.compile:  # students of one family share the compiler's limit of graphs
+        torch._dynamo.config.recompile_limit = 16 * len(loaded)
     students = []
     for i, (model, tokenizer, source) in enumerate(loaded):
         fingerprint = tasks.fingerprint(model)
@@ -925,8 +927,7 @@ def load_students(args, device, amp_dtype):
                           amp_dtype=amp_dtype)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.compile:  # two students of one family share the compiler's limit of graphs
-            torch._dynamo.config.recompile_limit = 16 * len(loaded)
+        if args.compile:
             student.blocks = torch.compile(model.base_model, dynamic=True)
         check_student(student)
         students.append(student)

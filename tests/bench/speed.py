@@ -365,7 +365,7 @@ class Bench:
         with contextlib.redirect_stdout(None):
             self.rows = pick(distill.load_data(self.arguments(*NAMES))[0], flags.rows)
 
-    def arguments(self, *names, dtype="float32", more=()):
+    def arguments(self, *names, dtype="float32", compiled=False):
         """The flags of a run of these models. max_len: so that the plain way pads as much as the published code, 77 %;
         binary: half of the pairs are routed."""
         pool = ["--paths", f"{self.data}/paths/gsm8k.jsonl", "--max_len", "1024"] if self.data else ["--max_len", "256"]
@@ -374,7 +374,7 @@ class Bench:
         return distill.parse_args([
             *pool, *demo, "--students", *(str(self.folder / name) for name in names), "--out_dir", f"{self.temporary}/run",
             "--filter", "answer", "--encoder", encoder, "--gate", "binary", "--reward", "sum", "--probe", "0", "--device", self.flags.device, "--dtype", dtype,
-            *self.more, *more])
+            *(["--compile"] if compiled else []), *self.more])
 
     def demo_pool(self):
         file = Path(self.temporary) / "demo.jsonl"
@@ -434,8 +434,8 @@ class Bench:
         for name in NAMES:
             sides = [load(self.arguments(name, dtype=kind), self.rows) for kind in ("bf16", "float32")]
             if self.flags.device != "cpu" or shutil.which("g++"):
-                sides.append(load(self.arguments(name, dtype="bf16", more=["--compile"]), self.rows))
-                alone_step(sides[-1], 0)  # compiles
+                sides.append(load(self.arguments(name, dtype="bf16", compiled=True), self.rows))
+                alone_step(sides[-1], 0)  # compiles, before the clock runs
             bf16, float32, *compiled = self.alternate(sides[0], *(lambda r, b=b: alone_step(b, 0) for b in sides))
             self.report(f"{name} alone: ours in bf16 / ours in float32", bf16, float32, "trained response tokens/s")
             for rate in compiled:
