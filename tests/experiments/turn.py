@@ -5,7 +5,8 @@
 leave: from step 75 of 150 on, the paths of the style that a student is on are scrambled for it; how
 often is it still given them, 15 to 25 steps later? find: the paths of one style, by default vanilla,
 the shortest, are scrambled for both students in the first 30 steps; how often are they given it in
-the last 30? harm: they are scrambled for student 1 alone, in the whole run; how often is each student
+the last 30? told: the same, but from step 30 on only that style's paths are left, so that no router
+has to find it: what would finding be worth? harm: they are scrambled for student 1 alone, in the whole run; how often is each student
 given them in the first tenth and in the last fifth? This one can be run on real students, too:
 
     python tests/experiments/turn.py --kinds harm --style fact_retrieval --steps 30 --seeds 0 1 2 \
@@ -39,10 +40,10 @@ class Stage:
     def encode(self, *args):
         self.rows = self.plain["encode"](*args)
         self.whole = [[tokens.copy() for tokens in row["responses"]] for row in self.rows]
-        if self.kind == "find":
-            self.scramble(0, self.style)
-        if self.kind in ("find", "harm"):
+        if self.kind != "leave":
             self.scramble(1, self.style)
+        if self.kind in ("find", "told"):
+            self.scramble(0, self.style)
         return self.rows
 
     def scramble(self, s, style):
@@ -59,10 +60,13 @@ class Stage:
             self.styles = [self.favourite(s) for s in range(2)]
             for s, style in enumerate(self.styles):
                 self.scramble(s, style)
-        if self.kind == "find" and step == FIND_AT:
+        if self.kind in ("find", "told") and step == FIND_AT:
             for row, whole in zip(self.rows, self.whole):
                 for tokens, before in zip(row["responses"], whole):
                     tokens[:] = before
+        if self.kind == "told" and step >= FIND_AT:
+            questions = [[i for i in paths if self.rows[i]["style"] == self.style] for paths in questions]
+            questions = [paths for paths in questions if paths]
         return self.plain["step_paths"](questions, step, args)
 
     def step_numbers(self, *args):
@@ -91,32 +95,32 @@ def run(job):
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
                 contextlib.redirect_stderr(nowhere):
-            distill.main(["--seed", str(seed), "--max_steps", str(steps), "--eval_limit", "1",
-                          "--out_dir", str(folder), *more])
+            distill.main(["--seed", str(seed), "--max_steps", str(steps), "--out_dir", str(folder), *more])
     finally:
         for name, function in stage.plain.items():
             setattr(distill, name, function)
     if kind == "leave":
         rates = [stage.rate(style, s, LEAVE_AT + 15, LEAVE_AT + 25) for s, style in enumerate(stage.styles)]
         before = [stage.rate(style, s, LEAVE_AT - 10, LEAVE_AT) for s, style in enumerate(stage.styles)]
-    elif kind == "find":
+    elif kind in ("find", "told"):
         before = [stage.rate(style, s, FIND_AT - 10, FIND_AT) for s in range(2)]
         rates = [stage.rate(style, s, -30, None) for s in range(2)]
     else:
         before = [stage.rate(style, s, 0, steps // 10) for s in range(2)]
         rates = [stage.rate(style, s, -(steps // 5), None) for s in range(2)]
-    versions = json.loads((folder / "results.json").read_text())["versions"]
+    results = json.loads((folder / "results.json").read_text())
     return {"kind": kind, "style": style if kind != "leave" else stage.styles, "steps": steps,
             "seed": seed, "more": " ".join(names), "before": [round(x, 3) for x in before],
-            "after": [round(x, 3) for x in rates], "versions": versions}
+            "after": [round(x, 3) for x in rates], "accuracy": results["after"]["accuracy"],
+            "questions": results["after"]["questions"], "versions": results["versions"]}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22], help="(20 to 22)")
-    p.add_argument("--kinds", nargs="+", choices=["leave", "find", "harm"],
+    p.add_argument("--kinds", nargs="+", choices=["leave", "find", "told", "harm"],
                    default=["leave", "find"], help="(leave and find)")
-    p.add_argument("--style", default="vanilla", help="of find and harm (vanilla)")
+    p.add_argument("--style", default="vanilla", help="of all but leave (vanilla)")
     p.add_argument("--steps", type=int, default=STEPS, help="of harm (150)")
     p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders (out/experiments)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
@@ -130,7 +134,8 @@ def main():
         for line in pool.map(run, jobs):
             file.write(json.dumps(line) + "\n")
             file.flush()
-            print(f"seed {line['seed']}, {line['kind']}: given {line['before']} before, {line['after']} after")
+            print(f"seed {line['seed']}, {line['kind']}: given {line['before']} before, {line['after']} after, "
+                  f"% right {[round(100 * x, 1) for x in line['accuracy']]}")
 
 
 if __name__ == "__main__":
