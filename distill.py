@@ -535,7 +535,9 @@ def collaborate(collab, z, segment, segments, routed, nll, figures, args):
         spread, rank = [], []
         for s in range(len(z)):
             mine = routed[path, s]  # (N,) bool
-            spread.append(raw[s, mine].detach().std(0, correction=0).nan_to_num().mean())
+            its_raw = raw[s, mine].detach()
+            deviation = (its_raw - its_raw.mean(0)).square().mean(0).sqrt()
+            spread.append(deviation.nan_to_num().mean())  # nan: the student shares no path
             rank.append(qr.effective_rank(zt[s, mine].detach()))
         figures["spread"].append(torch.stack(spread)[None])
         figures["rank"].append(torch.stack(rank)[None])
@@ -970,14 +972,13 @@ def check_student(student):
     if not torch.allclose(nll, wanted, rtol=0.05, atol=0.05):
         stop(f"student {student.source}: its output head changes the logits in a way that is not "
              "supported here")
-    if student.frozen:
-        return
     try:
         with torch.random.fork_rng():  # dropout draws no number of the run's
-            student.model.train()
+            student.model.train(not student.frozen)
             row = {"prompts": [np.array([student.end])], "responses": [np.array([1, 2, 3])]}
             nll, _, _ = forward_paths(student, 0, [row])
-            nll.sum().backward()
+            if not student.frozen:
+                nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
         stop(f"student {student.source}: it can't be trained here ({tasks.in_a_line(e)}); "
              "pass another model, or try --lora_rank 0, or leave --compile out")
@@ -1455,8 +1456,10 @@ def writing(out):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        stop(f"{out} can't be written ({tasks.in_a_line(e)}): make room, then go on with: "
-             f"python distill.py --resume {shlex.quote(str(out))}")
+        next_step = "start again"
+        if (out / "args.json").exists():
+            next_step = f"go on with: python distill.py --resume {shlex.quote(str(out))}"
+        stop(f"{out} can't be written ({tasks.in_a_line(e)}): make room, then {next_step}")
 
 
 def start_wandb(out, args):

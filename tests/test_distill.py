@@ -1129,6 +1129,18 @@ def test_compiled_students_learn_what_plain_ones_do(monkeypatch, train):
     assert np.allclose([line["loss"] for line in plain.log], [line["loss"] for line in fast.log], rtol=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [[], ["--freeze", 0, 1]])
+def test_a_compiler_that_is_missing_ends_a_run_in_a_sentence(monkeypatch, world, tmp_path, capsys, frozen):
+    def no_compiler(blocks, **more):
+        def fails(*args, **kwargs):
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler")
+        return fails
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    error = refused(capsys, flags_of(world, tmp_path / "run", "--compile", *frozen))
+    assert "no working C++ compiler" in error and "leave --compile out" in error
+
+
 def test_exploration_fades_to_the_students_own_choice_by_the_end(monkeypatch, train):
     heard, plain = [], distill.qr.posterior_loss
     monkeypatch.setattr(distill.qr, "posterior_loss", lambda *a: heard.append(a[3:]) or plain(*a))
@@ -1449,6 +1461,15 @@ def test_full_disk_ends_a_run_in_a_sentence_that_says_how_to_go_on(world, tmp_pa
     assert "No space left on device" in error and f"--resume '{out}'" in error
     distill.main(["--resume", str(out)])
     assert (out / "results.json").exists()
+
+
+def test_full_disk_at_the_start_names_no_resume(world, tmp_path, monkeypatch, capsys):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(distill.Path, "write_text", full)
+    error = refused(capsys, flags_of(world, tmp_path / "run"))
+    assert "No space left on device" in error and "start again" in error and "--resume" not in error
 
 
 def test_table_stands_on_the_screen_before_the_results_are_written(monkeypatch, world, tmp_path, capsys):
