@@ -134,13 +134,9 @@ def make_parser():
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing by itself; sum, loss: to lower a path's total loss, or "
                         "its mean over tokens, through the gates, as in Eq 9 (posterior)")
-    g.add_argument("--explore", type=share, default=0.0, metavar="E",
-                   help="of --reward posterior: at first this share of a student's choice is even "
-                        "over the paths, at the end none; 0.5 with --posterior_temperature 4 finds "
-                        "more of what was bad at first, perhaps for some accuracy (0)")
     g.add_argument("--posterior_temperature", type=positive, default=1.0, metavar="T",
-                   help="of --reward posterior: the choice's temperature at first; at the end it "
-                        "is 1 (1)")
+                   help="of --reward posterior: the choice's temperature, in nats; larger draws "
+                        "the paths more evenly (1)")
     g.add_argument("--length_penalty", type=share, metavar="A",
                    help="of --reward posterior: a path's nats are divided by its relative length "
                         "to the power A; 0: the likeliest whole path wins, often the shortest; 1: "
@@ -386,7 +382,7 @@ def main(args=None):
         entropy = None
         if args.route == "learned":
             entropy = router_step(logits, alpha, p, weight, known_nll, probed, length, question,
-                                  1 - step / steps, args)
+                                  args)
 
         # AdamW for all of them.
         norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
@@ -563,22 +559,20 @@ def probe(students, paths, question, probed, routed, args):
     return nll
 
 
-def router_step(logits, alpha, p, weight, known_nll, probed, length, question, remaining, args):
+def router_step(logits, alpha, p, weight, known_nll, probed, length, question, args):
     """The router learns, with the students' losses as constants: by default from posterior_loss,
     which compares paths as --length_penalty says, with --reward sum or loss by Eq 9; Eq 3 and 4
     join in.
 
     logits, and alpha, p, weight (P, S) of the gates; known_nll (P, S), nats of a path where it was
-    routed or probed (P,); length (P, S), tokens; remaining: the share of the run that is left, with
-    which --explore and --posterior_temperature fade -> the entropy of Eq 4. By default only probed
+    routed or probed (P,); length (P, S), tokens -> the entropy of Eq 4. By default only probed
     questions count, all of whose pairs were run. With --reward sum or loss L_distill reaches the
     router through alpha; a pair that was not run gets the mean cost of the routed ones, so that
     L_distill gives its alpha no gradient. """
     if args.reward == "posterior":  # departs (Eq 9), see posterior_loss
         cost = qr.normalize_length(known_nll, length, question, args.length_penalty)
-        temperature = 1 + remaining * (args.posterior_temperature - 1)
-        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed], temperature,
-                                 remaining * args.explore)
+        loss = qr.posterior_loss(logits[probed], cost[probed], question[probed],
+                                 args.posterior_temperature)
     else:
         cost = known_nll if args.reward == "sum" else known_nll / length
         routed = alpha.detach() > 0.5

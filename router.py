@@ -214,21 +214,18 @@ def normalize_length(nll, length, question, penalty):
     return nll / (length / mean[question]) ** penalty
 
 
-def posterior_loss(logits, cost, question, temperature=1.0, explore=0.0):
+def posterior_loss(logits, cost, question, temperature=1.0):
     """Cross-entropy of the router's softmax over a question's paths to the student's own,
     softmax_j(-cost_j / temperature): how likely it would write path j and not one of the others,
-    if a cost is the nats of a whole path. With `explore`, 0 to 1, that share of the target is even
-    over the question's paths.
+    if a cost is the nats of a whole path.
 
     logits, cost (P, S), see normalize_length, of questions all of whose paths were run; question
     (P,); temperature in nats -> scalar: a mean over questions, a sum over students.
 
-    departs (Eq 9): the gradient of a logit is the router's probability p_j less the target's.
+    departs (Eq 9): the gradient of a logit is the router's probability p_j less the student's own.
     That of an expected loss is p_j (cost_j - sum_k p_k cost_k): almost zero for every path once the
     router is sure of one, so that it would hardly leave a path that turns bad. """
-    own = softmax_per_question(-cost / temperature, question)
-    even = softmax_per_question(torch.zeros_like(cost), question)
-    wanted = own.lerp(even, explore)
+    wanted = softmax_per_question(-cost / temperature, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
 

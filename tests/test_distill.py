@@ -1107,8 +1107,8 @@ def test_router_learns_from_probed_losses_under_the_length_penalty(monkeypatch, 
     stepped, router_step = [], distill.router_step
     monkeypatch.setattr(distill, "router_step", lambda *a: stepped.append(a) or router_step(*a))
     train("--max_steps", 1, "--length_penalty", penalty)
-    _, cost, question, _, _ = heard[0]
-    _, _, _, _, nll, probed, length, _, _, _ = stepped[0]
+    _, cost, question, _ = heard[0]
+    _, _, _, _, nll, probed, length, _, _ = stepped[0]
     nll, length = nll[probed].double(), length[probed].double()
     assert len(nll) > 1 and (question == 0).all()  # one question is probed
     assert torch.allclose(cost.double(), nll * (length.mean(0) / length) ** penalty)
@@ -1139,16 +1139,6 @@ def test_a_compiler_that_is_missing_ends_a_run_in_a_sentence(monkeypatch, world,
     monkeypatch.setattr(torch, "compile", no_compiler)
     error = refused(capsys, flags_of(world, tmp_path / "run", "--compile", *frozen))
     assert "no working C++ compiler" in error and "leave --compile out" in error
-
-
-def test_exploration_fades_to_the_students_own_choice_by_the_end(monkeypatch, train):
-    heard, plain = [], distill.qr.posterior_loss
-    monkeypatch.setattr(distill.qr, "posterior_loss", lambda *a: heard.append(a[3:]) or plain(*a))
-    train("--max_steps", 4, "--explore", 0.5, "--posterior_temperature", 5)
-    assert heard == [(5, 0.5), (4, 0.375), (3, 0.25), (2, 0.125)]
-    heard.clear()
-    train("--max_steps", 2, name="plain")
-    assert heard == [(1, 0), (1, 0)]
 
 
 @pytest.mark.parametrize("flags", [["--route", "random"], ["--route", "all"], ["--no-score_input"], ["--as_printed"]])

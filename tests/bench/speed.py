@@ -144,7 +144,7 @@ def our_step(b, repeat, collaborate=True):
     args = b.args if collaborate else argparse.Namespace(**{**vars(b.args), "mutual_weight": 0})
     nll, _ = distill.student_step(b.students, b.collab, b.rows, b.question, routed, weight.detach(), b.scaler, args)
     if collaborate:
-        distill.router_step(logits, alpha, p, weight, nll.cpu(), probed(b), b.length, b.question, 1, args)
+        distill.router_step(logits, alpha, p, weight, nll.cpu(), probed(b), b.length, b.question, args)
     finish(b)
     return int(b.length[routed].sum())
 
@@ -170,7 +170,7 @@ def plain_step(b, repeat):
             loss = plain_nll(student, s, [b.rows[p] for p in part], b.args.max_len)
             ((loss / b.length[part, s].to(b.device)) * weight.detach()[part, s].to(b.device)).sum().backward()
             nll[part, s] = loss.detach().cpu()
-    distill.router_step(logits, alpha, p, weight, nll, probed(b), b.length, b.question, 1, b.args)
+    distill.router_step(logits, alpha, p, weight, nll, probed(b), b.length, b.question, b.args)
     finish(b)
     return int(b.length[routed].sum())
 

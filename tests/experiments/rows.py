@@ -57,7 +57,7 @@ TABLES = {
         Row("binary gates", "--gate binary --reward sum --router_lr 0.1"),
         Row("reward: total loss through the gates (Eq 9)", "--reward sum --router_lr 0.1"),
         Row("reward: mean loss through the gates (Eq 9)", "--reward loss --router_lr 0.1"),
-        Row("exploring: half of the choice even at first, temperature 4", "--explore 0.5 --posterior_temperature 4"),
+        Row("the student's choice at temperature 4", "--posterior_temperature 4"),
         Row("paths compared by the token", "--length_penalty 1"),
         Row("half by the token", "--length_penalty 0.5"),
         Row("scores in the input", "--score_input"),
