@@ -19,15 +19,16 @@ class Row:
 ALL = Row("all paths to both", "--route all")
 RANDOM = Row("a random path", "--route random")
 SHORT = Row("the shortest path", "--route short")
+LIKELIEST = Row("the likeliest path", "--route nll")
 MAIN = [
     Row(FULL), ALL, RANDOM,
     SHORT,
-    Row("the likeliest path", "--route nll"),
+    LIKELIEST,
     Row("only STYLE", "--route all --styles STYLE"),
     Row("no collaboration", "--mutual_weight 0"),
 ]
 HARMFUL = [Row(f"{row.name}, STYLE scrambled", row.flags, f"{FULL}, STYLE scrambled", (1,), "STYLE")
-           for row in (Row(FULL), ALL, RANDOM, SHORT)]
+           for row in (Row(FULL), ALL, RANDOM, SHORT, LIKELIEST)]
 SAMPLES = [Row(FULL), ALL]
 for share in (0.5, 0.25, 0.1):
     fewer = f", {share:.0%} of the questions"
