@@ -532,8 +532,9 @@ def collaborate(collab, z, segment, segments, routed, nll, figures, args):
         for s in range(len(z)):
             mine = routed[path, s]  # (N,) bool
             its_raw = raw[s, mine].detach()
+            # Not std(): it warns where the student shares no path, which is nan here.
             deviation = (its_raw - its_raw.mean(0)).square().mean(0).sqrt()
-            spread.append(deviation.nan_to_num().mean())  # nan: the student shares no path
+            spread.append(deviation.nan_to_num().mean())
             rank.append(qr.effective_rank(zt[s, mine].detach()))
         figures["spread"].append(torch.stack(spread)[None])
         figures["rank"].append(torch.stack(rank)[None])
@@ -954,8 +955,8 @@ def nf4(device, dtype):
 
 
 def check_student(student):
-    """One trial forward and backward; stop() where the model does more between last hidden states
-    and logits than response_nll knows of, or where it can't be trained."""
+    """A trial forward, and for a student that learns a backward; stop() where the model does more
+    between last hidden states and logits than response_nll knows of, or where it can't be run."""
     device = student.model.device
     ids = torch.tensor([[student.end, 1, 2, 3]], device=device)
     with torch.no_grad(), autocast(student):
@@ -974,8 +975,9 @@ def check_student(student):
             if not student.frozen:
                 nll.sum().backward()
     except (RuntimeError, AttributeError, TypeError, ValueError) as e:
-        stop(f"student {student.source}: it can't be trained here ({tasks.in_a_line(e)}); "
-             "pass another model, or try --lora_rank 0, or leave --compile out")
+        stop(f"student {student.source}: it can't be run here as training needs it "
+             f"({tasks.in_a_line(e)}); pass another model, or try --lora_rank 0, or leave "
+             "--compile out")
     finally:
         student.model.eval()
     if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):
@@ -1451,7 +1453,7 @@ def writing(out):
         yield
     except (OSError, SafetensorError) as e:
         next_step = "start again"
-        if (out / "args.json").exists():
+        if (out / "checkpoint.safetensors").exists():
             next_step = f"go on with: python distill.py --resume {shlex.quote(str(out))}"
         stop(f"{out} can't be written ({tasks.in_a_line(e)}): make room, then {next_step}")
 

@@ -1,16 +1,16 @@
 """Does the router follow its students? Runs of the demo in which a style turns bad, or good, halfway.
 
-    python tests/experiments/turn.py --seeds 20 21 22        # three minutes a seed and core
+    python tests/experiments/turn.py --seeds 20 21 22        # two minutes a seed and core
 
 leave: from step 75 of 150 on, the paths of the style that a student is on are scrambled for it; how
 often is it still given them, 15 to 25 steps later? find: the paths of one style, by default vanilla,
 the shortest, are scrambled for both students in the first 30 steps; how often are they given it in
-the last 30? told: the same, but from step 30 on only that style's paths are left, so that no router
-has to find it: what would finding be worth? harm: they are scrambled for student 1 alone, in the whole run; how often is each student
+the last 30? told: the same, but from step 30 on only that style's paths are left, and the questions
+that have one: what would finding be worth? harm: they are scrambled for student 1 alone, in the whole run; how often is each student
 given them in the first tenth and in the last fifth? This one can be run on real students, too:
 
     python tests/experiments/turn.py --kinds harm --style fact_retrieval --steps 30 --seeds 0 1 2 \
-        --more --students A B --paths POOL.jsonl --batch_size 4 --encoder MINILM
+        --more --students A B --paths POOL.jsonl --eval_questions TEST.jsonl --batch_size 4 --encoder MINILM
 
 A line for each run is added to results/turn.jsonl.
 """
