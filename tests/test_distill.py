@@ -1106,11 +1106,11 @@ def test_router_learns_from_probed_losses_under_the_length_penalty(monkeypatch, 
     monkeypatch.setattr(distill.qr, "posterior_loss", lambda *a: heard.append(a) or plain(*a))
     stepped, router_step = [], distill.router_step
     monkeypatch.setattr(distill, "router_step", lambda *a: stepped.append(a) or router_step(*a))
-    train("--max_steps", 1, "--length_penalty", penalty)
-    _, cost, question, _ = heard[0]
+    train("--max_steps", 1, "--length_penalty", penalty, "--posterior_temperature", 3)
+    _, cost, question, temperature = heard[0]
     _, _, _, _, nll, probed, length, _, _ = stepped[0]
     nll, length = nll[probed].double(), length[probed].double()
-    assert len(nll) > 1 and (question == 0).all()  # one question is probed
+    assert temperature == 3 and len(nll) > 1 and (question == 0).all()  # one question is probed
     assert torch.allclose(cost.double(), nll * (length.mean(0) / length) ** penalty)
 
 

@@ -21,9 +21,7 @@ RANDOM = Row("a random path", "--route random")
 SHORT = Row("the shortest path", "--route short")
 LIKELIEST = Row("the likeliest path", "--route nll")
 MAIN = [
-    Row(FULL), ALL, RANDOM,
-    SHORT,
-    LIKELIEST,
+    Row(FULL), ALL, RANDOM, SHORT, LIKELIEST,
     Row("only STYLE", "--route all --styles STYLE"),
     Row("no collaboration", "--mutual_weight 0"),
 ]

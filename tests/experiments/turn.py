@@ -6,8 +6,9 @@ leave: from step 75 of 150 on, the paths of the style that a student is on are s
 often is it still given them, 15 to 25 steps later? find: the paths of one style, by default vanilla,
 the shortest, are scrambled for both students in the first 30 steps; how often are they given it in
 the last 30? told: the same, but from step 30 on only that style's paths are left, and the questions
-that have one: what would finding be worth? harm: they are scrambled for student 1 alone, in the whole run; how often is each student
-given them in the first tenth and in the last fifth? This one can be run on real students, too:
+that have one: what would finding be worth? harm: they are scrambled for student 1 alone, in the whole
+run; how often is each student given them in the first tenth and in the last fifth? This one can be run
+on real students, too:
 
     python tests/experiments/turn.py --kinds harm --style fact_retrieval --steps 30 --seeds 0 1 2 \
         --more --students A B --paths POOL.jsonl --eval_questions TEST.jsonl --batch_size 4 --encoder MINILM
