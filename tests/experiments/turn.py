@@ -1,4 +1,4 @@
-"""Does the router follow its students? Runs of the demo in which a style turns bad, or good, halfway.
+r"""Does the router follow its students? Runs of the demo in which a style turns bad, or good, halfway.
 
     python tests/experiments/turn.py --seeds 20 21 22        # two minutes a seed and core
 
