@@ -1115,7 +1115,9 @@ def test_router_learns_from_probed_losses_under_the_length_penalty(monkeypatch, 
 
 
 def test_compiled_students_learn_what_plain_ones_do(monkeypatch, train):
-    same, compiled, compile_plainly = ("words", "words"), [], torch.compile
+    same = ("words", "words")
+    compiled = []
+    compile_plainly = torch.compile
 
     def compile_without_a_compiler(blocks, **more):
         compiled.append(blocks)
@@ -1454,6 +1456,9 @@ def test_full_disk_ends_a_run_in_a_sentence_that_says_how_to_go_on(world, tmp_pa
 
 
 def test_full_disk_at_the_start_names_no_resume(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text("{}")  # of a run that never got to its start
+
     def full(*args, **more):
         raise OSError(28, "No space left on device")
 

@@ -20,13 +20,14 @@ ALL = Row("all paths to both", "--route all")
 RANDOM = Row("a random path", "--route random")
 SHORT = Row("the shortest path", "--route short")
 LIKELIEST = Row("the likeliest path", "--route nll")
+CONTROLLED = [Row(FULL), ALL, RANDOM, SHORT, LIKELIEST]
 MAIN = [
-    Row(FULL), ALL, RANDOM, SHORT, LIKELIEST,
+    *CONTROLLED,
     Row("only STYLE", "--route all --styles STYLE"),
     Row("no collaboration", "--mutual_weight 0"),
 ]
 HARMFUL = [Row(f"{row.name}, STYLE scrambled", row.flags, f"{FULL}, STYLE scrambled", (1,), "STYLE")
-           for row in (Row(FULL), ALL, RANDOM, SHORT, LIKELIEST)]
+           for row in CONTROLLED]
 SAMPLES = [Row(FULL), ALL]
 for share in (0.5, 0.25, 0.1):
     fewer = f", {share:.0%} of the questions"

@@ -29,6 +29,9 @@ from statistics import mean
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 STEPS, LEAVE_AT, FIND_AT = 150, 75, 30
+# For whom a style's paths are scrambled from the first step on, and in which runs they are restored.
+SCRAMBLED_FOR = {"leave": [], "find": [0, 1], "told": [0, 1], "harm": [1]}
+RESTORED = ["find", "told"]
 
 
 class Stage:
@@ -41,10 +44,8 @@ class Stage:
     def encode(self, *args):
         self.rows = self.plain["encode"](*args)
         self.whole = [[tokens.copy() for tokens in row["responses"]] for row in self.rows]
-        if self.kind != "leave":
-            self.scramble(1, self.style)
-        if self.kind in ("find", "told"):
-            self.scramble(0, self.style)
+        for s in SCRAMBLED_FOR[self.kind]:
+            self.scramble(s, self.style)
         return self.rows
 
     def scramble(self, s, style):
@@ -61,14 +62,22 @@ class Stage:
             self.styles = [self.favourite(s) for s in range(2)]
             for s, style in enumerate(self.styles):
                 self.scramble(s, style)
-        if self.kind in ("find", "told") and step == FIND_AT:
-            for row, whole in zip(self.rows, self.whole):
-                for tokens, before in zip(row["responses"], whole):
-                    tokens[:] = before
+        if self.kind in RESTORED and step == FIND_AT:
+            self.restore()
         if self.kind == "told" and step >= FIND_AT:
-            questions = [[i for i in paths if self.rows[i]["style"] == self.style] for paths in questions]
+            questions = [self.of_style(paths) for paths in questions]
             questions = [paths for paths in questions if paths]
         return self.plain["step_paths"](questions, step, args)
+
+    def restore(self):
+        """Every path is whole again."""
+        for row, whole in zip(self.rows, self.whole):
+            for tokens, before in zip(row["responses"], whole):
+                tokens[:] = before
+
+    def of_style(self, paths):
+        """Of a question's paths, as numbers of rows, those of the style."""
+        return [i for i in paths if self.rows[i]["style"] == self.style]
 
     def step_numbers(self, *args):
         numbers = self.plain["step_numbers"](*args)
@@ -103,7 +112,7 @@ def run(job):
     if kind == "leave":
         rates = [stage.rate(style, s, LEAVE_AT + 15, LEAVE_AT + 25) for s, style in enumerate(stage.styles)]
         before = [stage.rate(style, s, LEAVE_AT - 10, LEAVE_AT) for s, style in enumerate(stage.styles)]
-    elif kind in ("find", "told"):
+    elif kind in RESTORED:
         before = [stage.rate(style, s, FIND_AT - 10, FIND_AT) for s in range(2)]
         rates = [stage.rate(style, s, -30, None) for s in range(2)]
     else:
@@ -119,7 +128,7 @@ def run(job):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22], help="(20 to 22)")
-    p.add_argument("--kinds", nargs="+", choices=["leave", "find", "told", "harm"],
+    p.add_argument("--kinds", nargs="+", choices=[*SCRAMBLED_FOR],
                    default=["leave", "find"], help="(leave and find)")
     p.add_argument("--style", default="vanilla", help="of all but leave (vanilla)")
     p.add_argument("--steps", type=int, default=STEPS, help="of harm (150)")
