@@ -38,6 +38,7 @@ TABLES = {
     "real": [
         *MAIN,
         Row("no scores in the input", "--no-score_input"),
+        Row("half by the token", "--length_penalty 0.5"),
         Row("whole paths count", "--length_penalty 0 --no-score_input"),
         Row("products in float32", "--dtype float32"),
     ],
