@@ -294,7 +294,7 @@ import router as qr  # the README's router.X: "router" is the network in main
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
-SCORE_SCALE = 3  # Eq 1: a loss one deviation off weighs about as much as one of six styles (2.4)
+SCORE_SCALE = 3  # Eq 1: a loss one deviation off weighs about as much as one of six styles, 6**0.5
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
@@ -335,6 +335,8 @@ def main(args=None):
 
     # Start, or go on where a killed run stopped.
     lock = lock_run_folder(out)
+    if not args.resume:
+        check_out_dir(out)  # again: another run may have been there since
     state = State(students, router, collab, optimizer, router_optimizer, scaler, gate_rng)
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
@@ -366,15 +368,15 @@ def main(args=None):
         weight = qr.path_weights(alpha, question, args.normalize)  # (P, S) of the losses in Eq 9
 
         # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that
-        # others got too.
+        # another student got too.
         nll, figures = student_step(students, collab, paths, question, routed, weight.detach(),
                                     scaler, args)
 
         # The probe: of a few questions the other paths run too, forward only, so that the router
         # hears about what it did not choose.
-        probed = probed_questions(question, args)  # (P,) bool
-        others = probe(students, paths, question, probed, routed, args)  # (P, S), nats
-        known_nll = torch.where(routed.to(nll.device), nll, others).cpu()  # 0 where neither ran
+        probed = probed_paths(question, args)  # (P,) bool
+        probed_nll = probe(students, paths, question, probed, routed, args)  # (P, S)
+        known_nll = torch.where(routed.to(nll.device), nll, probed_nll).cpu()  # 0 if neither ran
         nll = nll.cpu()
 
         # The router learns. By default from probed questions alone: its choice is pulled to the
@@ -480,7 +482,7 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     device = students[0].model.device
     nll = torch.zeros(routed.shape, device=device)
     token_weight = weight / response_lengths(paths)  # (P, S): Eq 9 has a path's mean over tokens
-    segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
+    n_segments = torch.tensor([row["n_segments"] for row in paths])  # (P,)
     co_routed = routed.sum(1) > 1  # (P,)
     figures = defaultdict(list)
     for batch in micro_batches(question, args):  # (p,) numbers of paths
@@ -489,7 +491,7 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
         # The segments of shared paths are numbered through the batch: of two with 3 and 2 segments
         # the first begins at 0, the second at 3. -1: a path is not shared.
         first_segment = torch.full_like(question, -1)  # (P,)
-        first_segment[shared] = segments[shared].cumsum(0) - segments[shared]  # those before it
+        first_segment[shared] = n_segments[shared].cumsum(0) - n_segments[shared]
         loss = torch.zeros((), device=device)
         z, segment = [], []
         for s, student in enumerate(students):
@@ -504,7 +506,7 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
             if not student.frozen:  # Eq 9: L_distill^(s)
                 loss = loss + (token_weight[mine, s].to(device) * nll_s).sum()
         if len(shared):
-            together = collaborate(collab, z, segment, segments[shared], routed[shared],
+            together = collaborate(collab, z, segment, n_segments[shared], routed[shared],
                                    nll[shared], figures, args)
             # departs (Eq 9): a mean over the step's shared paths.
             loss = loss + together / co_routed.sum()
@@ -514,35 +516,41 @@ def student_step(students, collab, paths, question, routed, weight, scaler, args
     return nll, {"co_routed": float(co_routed.float().mean()), **figures}
 
 
-def collaborate(collab, z, segment, segments, routed, nll, figures, args):
+def collaborate(collab, z, segment, n_segments, routed, nll, figures, args):
     """Eq 5 to Eq 8 on C co-routed paths -> l2 L_mutual + L_competence, summed over them.
 
-    z, segment: see Collaboration; segments (C,): a path's number of shared segments; routed, nll
+    z, segment: see Collaboration; n_segments (C,): how many shared segments a path has; routed, nll
     (C, S). Adds to the figures of the log. """
     device = nll.device
-    path = torch.arange(len(segments)).repeat_interleave(segments).to(device)  # (N,) 0..C-1
+    path = torch.arange(len(n_segments)).repeat_interleave(n_segments).to(device)  # (N,) 0..C-1
     routed = routed.to(device)
     # Nats per segment can be compared across tokenizers, nats per token can't.
-    per_segment = nll / segments[:, None].to(device)
+    per_segment = nll / n_segments[:, None].to(device)
     l_mutual, l_competence, gamma, raw, zt = collab(z, segment, path, routed, per_segment)
     figures["mutual"].append(l_mutual.detach())
     figures["gamma"].append(gamma.detach())
     if "spread" not in figures:  # on a step's first micro-batch, to see a collapse (open point 8)
-        spread, rank = [], []
-        for s in range(len(z)):
-            mine = routed[path, s]  # (N,) bool
-            its_raw = raw[s, mine].detach()
-            # Not std(): it warns where the student shares no path, which is nan here.
-            deviation = (its_raw - its_raw.mean(0)).square().mean(0).sqrt()
-            spread.append(deviation.nan_to_num().mean())
-            rank.append(qr.effective_rank(zt[s, mine].detach()))
-        figures["spread"].append(torch.stack(spread)[None])
-        figures["rank"].append(torch.stack(rank)[None])
+        spread, rank = collapse_figures(raw.detach(), zt.detach(), routed[path])
+        figures["spread"].append(spread[None])
+        figures["rank"].append(rank[None])
     return args.mutual_weight * l_mutual.sum() + l_competence.sum()
 
 
-def probed_questions(question, args):
-    """(P,) bool: the paths of the step's first few questions, whose order is random anyway."""
+def collapse_figures(raw, zt, own):
+    """Spread (S,) of each student's projected states raw (S, N, d), and effective rank (S,) of the
+    standardised ones, zt, over its own segments: own (N, S) bool."""
+    spread, rank = [], []
+    for s in range(len(raw)):
+        its_raw = raw[s, own[:, s]]
+        # Not std(): it warns where the student shares no path, which is nan here.
+        deviation = (its_raw - its_raw.mean(0)).square().mean(0).sqrt()
+        spread.append(deviation.nan_to_num().mean())
+        rank.append(qr.effective_rank(zt[s, own[:, s]]))
+    return torch.stack(spread), torch.stack(rank)
+
+
+def probed_paths(question, args):
+    """(P,) bool: all paths of the step's first few questions, whose order is random anyway."""
     share = args.probe if args.route == "learned" else 0
     return question < math.ceil(share * (int(question.max()) + 1))
 
@@ -609,7 +617,8 @@ def micro_batches(question, args):
 
 
 def fixed_route(rows, questions, lengths, students, args):
-    """alpha (all paths, S) of the routes that don't learn, None for those that draw.
+    """alpha (all paths, S) of the routes that are fixed before training; None for learned and
+    random, which draw in every step.
 
     all: every path; short: a question's shortest path in the student's tokens; nll: the one that
     the untrained student finds likeliest by the token (GRAPE, Zhang et al., 2025, arXiv
@@ -1162,8 +1171,8 @@ def held_out_questions(rows, ids, args):
     fields = ("id", "task", "question", "choices", "answer", "level")
     test = {}
     for row in rows:
-        # train_only: a row that a baseline made of another one is no test question.
-        if row["id"] in held_out and not row.get("train_only"):
+        # By source_of: a row that a baseline made of another question is no test question.
+        if row["id"] in held_out:
             test[row["id"]] = {field: row[field] for field in fields if field in row}
     if not test:
         stop(f"{args.paths}: no test question; pass --eval_questions, or a larger --test_frac")
@@ -1177,11 +1186,11 @@ def without_test_questions(rows, test, args):
 
     ids = {row["id"] for row in test}
     texts = {text(row) for row in test}
-    tested = {source_of(row) for row in rows if source_of(row) in ids or text(row) in texts}
-    if tested and args.eval_questions:
-        print(f"left out {len(tested)} questions of the pool whose id or text stands in "
+    leaked = {source_of(row) for row in rows if source_of(row) in ids or text(row) in texts}
+    if leaked and args.eval_questions:
+        print(f"left out {len(leaked)} questions of the pool whose id or text stands in "
               f"{args.eval_questions}")
-    return [row for row in rows if source_of(row) not in tested]
+    return [row for row in rows if source_of(row) not in leaked]
 
 
 def encode(rows, students):
@@ -1244,8 +1253,9 @@ def response_lengths(rows):
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, students, lengths, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: the embedding of question and
-    path, and departs (Eq 1): standardised and scaled, beside it its style and each student's loss
-    on it, nats per token, before training. lengths (all paths, S): response tokens. """
+    path. departs (Eq 1): it is standardised and scaled; appended are the path's style and each
+    student's loss on it before training, nats per token. lengths (all paths, S): response tokens.
+    """
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -1257,7 +1267,7 @@ def embed(rows, students, lengths, args, device):
     h = unit_variance(h)
     if not args.router_hidden:
         # A step of Adam moves every weight alike, and so a linear router's logit by the sum of a
-        # path's features: the embedding (d of them) shall move it about as much as style or score.
+        # path's features: the d of the embedding shall not outweigh style and score.
         h = h / h.shape[1]
     if args.style_input:
         styles = sorted({row["style"] for row in rows})

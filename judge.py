@@ -5,7 +5,7 @@
     python judge.py --paths pool.jsonl --judge MODEL@URL --canaries 20 --out judged.jsonl
 
 A pool is a JSON Lines file, one path a line: id, task, question, answer, style, teacher, path, and
-optionally choices, level, prompt, sample, finish_reason, usage, refusal, train_only. Grading (step
+optionally choices, level, prompt, sample, finish_reason, usage, refusal. Grading (step
 1 of the filter) adds prediction and correct, judging (step 2) adds valid and verdict.
 A model is MODEL@URL, behind any OpenAI-compatible chat endpoint, or the name or folder of a Hugging
 Face model.
@@ -255,7 +255,7 @@ def clean_path(row, where):
     tasks.require_text(row, ("style", "teacher"), where)
     if not isinstance(row.get("path"), str):  # it may be empty: recorded, never trains
         tasks.stop(f"{where}: field 'path' is missing or not a string")
-    for key in ("correct", "valid", "train_only"):
+    for key in ("correct", "valid"):
         if key in row and row[key] not in (0, 1):  # 1.0 is pandas' true
             tasks.stop(f"{where}: field {key!r} is neither true nor false")
         if key in row:
@@ -703,7 +703,7 @@ class Calls:
         self.name, self.file, self.args, self.spent, self.bar = name, file, args, spent, bar
         self.has_answered = has_answered  # ever: then a refusal is about its prompt
         self.problem = ""  # why no further call is made: the first reason
-        self.ending = asyncio.Event()
+        self.stopping = asyncio.Event()
         self.retried = self.lost = self.cut = 0
         self.streak = []  # the questions of calls that came to nothing since the last reply
         self.refusals = []  # rows of refused calls, not written before the model has answered once
@@ -713,16 +713,16 @@ class Calls:
     def end(self, why):
         """No further call; what is in flight is waited for."""
         self.problem = self.problem or why
-        self.ending.set()
+        self.stopping.set()
 
     def begin(self, most):
         """Book a call; False if none may be made any more."""
         try:
-            if not self.ending.is_set() and not self.spent.reserve(most):
+            if not self.stopping.is_set() and not self.spent.reserve(most):
                 self.end(self.OVER_BUDGET)
         except OSError as error:
             self.end(f"cannot write {self.spent.file.name}: {error.strerror}")
-        return not self.ending.is_set()
+        return not self.stopping.is_set()
 
     def save(self, job, reply, most):
         """A reply came: on disk at once, and what it did not cost into the book."""
@@ -783,8 +783,8 @@ class Calls:
             tasks.stop(f"{why}; {saved} replies were saved to {out}, the same command goes on "
                        "from there")
         if self.problem:
-            spent = f"{self.spent.calls} calls and {self.spent.tokens} tokens in all runs"
-            print(f"stopped: {self.problem}, after {spent} ({self.spent.file.name}); "
+            so_far = f"{self.spent.calls} calls and {self.spent.tokens} tokens in all runs"
+            print(f"stopped: {self.problem}, after {so_far} ({self.spent.file.name}); "
                   f"{n - saved} of {n} replies are missing, the same command with a larger "
                   "budget goes on from here")
             raise SystemExit(0)
@@ -823,7 +823,7 @@ async def serve(client, url, job, prompt, calls, parameters, key):
             changes.append(change)
             continue
         with contextlib.suppress(asyncio.TimeoutError):  # an end of the run ends the wait
-            await asyncio.wait_for(calls.ending.wait(), max(error.wait, back_off(tries)))
+            await asyncio.wait_for(calls.stopping.wait(), max(error.wait, back_off(tries)))
         tries += 1
     if error:  # stopped between attempts
         calls.lost += 1
@@ -852,9 +852,9 @@ async def ask_server(url, todo, calls, temperature):
             try:
                 await serve(client, url, job, prompt, calls, parameters, key)
             except Exception:  # such as a broken pipe: the others still save what they paid for
-                calls.ending.set()
+                calls.stopping.set()
                 raise
-            if calls.ending.is_set():
+            if calls.stopping.is_set():
                 return
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -867,7 +867,6 @@ async def ask_server(url, todo, calls, temperature):
         raise raised
 
 
-@functools.lru_cache(maxsize=1)
 def load_local(spec, device):
     """(model, tokenizer) of a local teacher or judge, in bfloat16 where the device has it."""
     import torch
@@ -906,7 +905,7 @@ def ask_local(student, tokenizer, todo, calls, temperature):
             tasks.generate(student, tokenizer, [prompt for _, prompt, _ in asked],
                            args.max_new_tokens, args.batch_size, temperature=temperature,
                            seed=secrets.randbits(32), done=save)
-            if calls.ending.is_set():
+            if calls.stopping.is_set():
                 return
     except KeyboardInterrupt:  # what is not finished is lost, and counts with its most
         calls.end("interrupted")
@@ -961,8 +960,7 @@ def fill(template, **fields):
 def style_jobs(questions, teacher, styles, samples):
     """The jobs that sample paths: every question in every style, `samples` times."""
     for question in questions:
-        fields = ("id", "task", "question", "answer", "choices", "level", "prompt", "train_only",
-                  "made_from")
+        fields = ("id", "task", "question", "answer", "choices", "level", "prompt", "made_from")
         kept = {k: question[k] for k in fields if k in question}
         for style in styles:
             end = END[tasks.TASKS[question["task"]]]
@@ -1141,7 +1139,7 @@ def annotate(rows, args, spent):
 
 
 # ---------------------------------------------------------------- the command
-def sample(args, spent):
+def sample_paths(args, spent):
     """Sample paths for the questions of a file into args.out, and print what came."""
     questions = tasks.read_questions(args.questions, args.task)
     texts = {row["id"]: row["question"] for row in questions}
@@ -1272,7 +1270,7 @@ def main(argv=None):
     with lock(args.out):
         try:
             if args.questions:
-                sample(args, Spending(args))
+                sample_paths(args, Spending(args))
             else:
                 rows = read_pool(args.paths) if args.paths else \
                     demo_paths(demo_questions(args.demo, args.seed), args.seed)

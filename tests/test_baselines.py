@@ -36,7 +36,7 @@ def test_revthink_rows_need_a_consistent_backward_question(tmp_path, server):
     assert all(r["prompt"] and r["path"].startswith("Backward of") for r in rows if r["style"] == "backward_question")
     back = [r for r in rows if r["style"] == "backward_reasoning"]
     assert {r["made_from"] for r in back} == {"q1", "q2"}
-    assert all(r["question"].startswith("Backward") and r["train_only"] and r["answer"] == "1" for r in back)
+    assert all(r["question"].startswith("Backward") and r["answer"] == "1" for r in back)
     assert len(judge.filter_pool(judge.grade_paths(rows), "full")) == 7
 
 
@@ -56,7 +56,7 @@ def test_new_questions_need_an_answer_that_samples_agree_on_and_never_test(tmp_p
     rows = judge.read_pool(tmp_path / "b.jsonl")
     kept = {"q0": "2"} if name == "rephrased" else {"q0": "2", "q1": "5"}  # q1 agrees on a wrong answer, q2 on none
     assert {r["made_from"]: r["answer"] for r in rows} == kept and len(rows) == 3 * len(kept)
-    assert all(r["train_only"] and r["question"].startswith("New") and r["id"] != r["made_from"] for r in rows)
+    assert all(r["question"].startswith("New") and r["id"] != r["made_from"] for r in rows)
 
 
 def test_an_unrelated_file_is_never_written_to_and_bad_flags_are_one_sentence(tmp_path):

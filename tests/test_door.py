@@ -201,6 +201,18 @@ def test_second_run_in_the_same_folder_is_refused(world, tmp_path, capsys):  # n
         pass  # freed by the system
 
 
+def test_a_run_that_ended_there_while_this_one_loaded_is_not_written_over(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    load, results = distill.load_data, tmp_path / "run" / "results.json"
+
+    def load_while_another_run_ends(args):
+        results.parent.mkdir()
+        results.write_text("of the other run")
+        return load(args)
+    monkeypatch.setattr(distill, "load_data", load_while_another_run_ends)
+    assert "holds a run already" in refused(capsys, flags_of(world, tmp_path / "run", *SHORT))
+    assert results.read_text() == "of the other run"
+
+
 def test_ctrl_c_writes_a_checkpoint_and_names_the_command_that_goes_on(world, tmp_path):  # noqa: F811
     flags = "--max_steps", 40, "--save_every", 1000
     process = subprocess.Popen([sys.executable, ROOT / "distill.py", *flags_of(world, tmp_path / "run", *flags)],

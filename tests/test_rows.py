@@ -79,8 +79,8 @@ def test_a_verdict_without_a_grade_is_kept_and_the_answer_graded(tmp_path):
 
 @pytest.mark.parametrize("value, truth", [(True, True), (False, False), (1, True), (0, False), (1.0, True), (0.0, False)])
 def test_truth_values_are_read_as_such(tmp_path, value, truth):
-    [row] = judge.read_pool(written(tmp_path, {**GRADED, "valid": value, "correct": value, "train_only": value}))
-    assert row["valid"] is row["correct"] is row["train_only"] is truth
+    [row] = judge.read_pool(written(tmp_path, {**GRADED, "valid": value, "correct": value}))
+    assert row["valid"] is row["correct"] is truth
 
 
 QUESTION = {key: PATH[key] for key in ("id", "task", "question", "choices", "answer")}
@@ -120,7 +120,7 @@ BAD = [  # a change to a row, what the sentence names
     ({"task": "gsm8k", "answer": "1" * 5000}, "'answer'")]
 BAD_PATH = [
     ({"style": 5}, "'style'"), ({"teacher": None}, "'teacher'"), ({"path": None}, "'path'"), ({"path": ["x"]}, "'path'"), ({"correct": "yes"}, "'correct'"),
-    ({"valid": 0.5}, "'valid'"), ({"valid": "false"}, "'valid'"), ({"valid": []}, "'valid'"), ({"train_only": "1"}, "'train_only'"),
+    ({"valid": 0.5}, "'valid'"), ({"valid": "false"}, "'valid'"), ({"valid": []}, "'valid'"), ({"correct": "1"}, "'correct'"),
     ({"verdict": "valid"}, "'verdict'"), ({"verdict": {"j": True}}, "'verdict'"), ({"prediction": ["A"]}, "'prediction'"),
     ({"finish_reason": ["stop"]}, "'finish_reason'"), ({"baseline": "revthink"}, "'correct'")]
 
@@ -170,7 +170,7 @@ def test_nulls_nans_and_half_characters_are_gone_at_every_depth(tmp_path):
 
 
 def test_rows_made_from_other_rows_need_no_answer_of_their_task(tmp_path):
-    made = {**GRADED, "baseline": "revthink", "answer": "unknown", "train_only": True}
+    made = {**GRADED, "baseline": "revthink", "answer": "unknown", "made_from": "q0"}
     del made["choices"]
     assert judge.read_pool(written(tmp_path, made)) == [made]
 

@@ -235,7 +235,7 @@ ACCEPTED = {
     "id": [17, 0, "q~1", "../x", " spaces in it", "é", "a/b", "-1", 10**30, "x" * 3000, "~", "%s {id}"],
     "prompt": [None, "Own prompt?", [{"role": "user", "content": "Own prompt?"}]], "verdict": [None],
     "level": [1, "1", 2.5, None, True, "é"], "sample": [None, 0], "finish_reason": [None, "stop"], "usage": [None, {}],
-    "more": [None, [1, [2]], {"a": {"b": None}}, "x" * 10000, 1e300], "train_only": [None, False], "choices": [None],
+    "more": [None, [1, [2]], {"a": {"b": None}}, "x" * 10000, 1e300], "choices": [None],
 }
 
 

@@ -127,7 +127,7 @@ def gates(b, repeat):
 
 
 def probed(b):
-    return distill.probed_questions(b.question, b.args)
+    return distill.probed_paths(b.question, b.args)
 
 
 def finish(b):

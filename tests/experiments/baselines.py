@@ -62,7 +62,7 @@ def baseline_rows(name, rows, args, spent):
             fields = ("task", "answer", "choices", "level")
             kept = {field: plain[key][field] for field in fields if field in plain[key]}
             made[key] = {**kept, "id": key, "question": reply["path"].strip(), "teacher": teacher,
-                         "train_only": True, "made_from": key.removesuffix(f"~{name}")}
+                         "made_from": key.removesuffix(f"~{name}")}
     if name == "revthink":
         return [*rows, *revthink(first, plain, made, stage, teacher)]
     return agreed_paths(name, made, args, spent)
