@@ -565,11 +565,14 @@ NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
 # ("5 of 7").
 OPERATOR = re.compile(
     r"(?: [a-z]+){1,3} (?:[-+*/x×÷]|\\times) [$€£]?\d"  # 12 eggs - 4
+    r"|(?: ?%| percent) of [$€£]?\d|,? (?:squared|cubed|multiplied by|added to)\b"
     r"|[(^²³⁴-⁹√π]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])"
     r"|\\(?:times|cdot|div|sqrt|pi)"
     r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
-# Before a number it says that this is not the value: more than 5, sqrt(16), -(5).
-INSIDE = re.compile(r"(?:\bthan\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\()\Z")
+# Before a number it says that this is not the value: more than 5, sqrt(16), -(5), half of 10.
+INSIDE = re.compile(
+    r"(?i)(?:\bthan(?: or equal to)?\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\(|\|"
+    r"|\b(?:minus|over|under|twice|double|triple|(?:half|third|quarter|square|root|cube) of)\s)\Z")
 SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
          "trillion": 10**12}
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
@@ -607,6 +610,7 @@ def number_in(text):
     """The one number that a text gives: its first, or what its last equation comes to. None for
     open arithmetic, several numbers, and one that is denied."""
     text = digits_for_words(text.translate(SIGNS))
+    text = re.sub(r"(?i)(?:^\W*minus|\bnegative)\s(?=[$€£]?\d)", "-", text)
     m = NUMBER.search(text)
     if not m:
         return None
@@ -658,8 +662,8 @@ def digits_for_words(text):
 # ---- yes or no
 def read_yesno(statement, choices=None):
     """The "yes" or "no" that begins a statement ("most likely No", "technically, yes"), or None."""
-    m = re.match(r"(?i)(?:\W|\w+ly\b|most\b|very\b|a\b|therefore\b|thus\b|hence\b|indeed\b"
-                 r"|\\text\b)*(yes|no|true|false)\b", statement)
+    m = re.match(r"(?i)(?:\W|(?!hardly|unlikely)\w+ly\b|most\b|very\b|a\b|therefore\b|thus\b"
+                 r"|hence\b|indeed\b|\\text\b)*(yes|no|true|false)\b", statement)
     both = r"\W{0,3}(?:(?:or|and|but)\W+)?(?:yes|no|true|false)\b(?!\sone)"
     phrase = r"\s(?:longer|one|idea|doubt|way|such|more|(?:\w+\s)?(?:answer|consensus|evidence))\b"
     if not m or re.match(f"(?i){both}|{phrase}", statement[m.end():]):
@@ -1632,16 +1636,16 @@ def has_bfloat16(device="cpu"):
 def laid_out(model, dtype=None):
     """Inside, LoRA is merged and the weights are of type `dtype` (None: bfloat16 where has_bfloat16
     and the model is no toy); afterwards the model is what it was, bit for bit. For models in
-    floating point on a CPU or a GPU, which then holds the weights twice; others stay as they are.
-    """
+    floating point on a CPU or a GPU; others stay as they are. """
     import torch
 
     device = model.device.type
-    weights = [(weight, weight.data) for weight in model.parameters()]
-    floating = all(weight.is_floating_point() for weight, _ in weights)
+    floating = all(weight.is_floating_point() for weight in model.parameters())
     if device not in ("cpu", "cuda") or not floating:
         yield
         return
+    # In the host's memory: beside the merged ones a GPU might have no room for them.
+    weights = [(weight, weight.data.cpu()) for weight in model.parameters()]
     if dtype is None:
         large = sum(weight.numel() for weight, _ in weights) > 10**7
         dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
@@ -1661,7 +1665,7 @@ def laid_out(model, dtype=None):
             yield
     finally:
         for weight, data in weights:
-            weight.data = data
+            weight.data = data.to(weight.device)
         for module in replaced:
             del module.forward
 

@@ -329,7 +329,7 @@ def test_choice_answers(text, expected):
 
 YESNO = [
     ("So the answer is Yes.", "yes"), ("Therefore, the answer (Yes or No) is No.", "no"),
-    ("the answer is most likely No", "no"),
+    ("the answer is most likely No", "no"), ("The answer is hardly yes.", None), ("The answer is unlikely yes.", None),
     ("the answer (Yes or No) is technically Yes, but it is small", "yes"), ("The answer is: \"Yes\".", "yes"),
     ("The answer is **no**.", "no"), ("\\boxed{\\text{No}}", "no"), ("The answer is true.", "yes"),
     ("#### yes", "yes"), ("Therefore, the answer (Yes or No) is dependent on whether no one knows", None),
@@ -416,6 +416,12 @@ STATED = [  # task, text, choices, what it states (None: nothing that is sure)
     ("gsm8k", "The answer is 4 hours and thirty minutes.", None, None), ("gsm8k", "The answer is 10\u00b2.", None, None), ("gsm8k", "The answer is 2^{10}.", None, None),
     ("gsm8k", "The answer is \u221a16.", None, None), ("gsm8k", "The answer is \\sqrt{16}.", None, None), ("gsm8k", "The answer is \\frac{10}{2+3}.", None, None),
     ("gsm8k", "The answer is more than 5.", None, None), ("gsm8k", "The answer is -(5).", None, None), ("gsm8k", "The answer is 3 quarters.", None, None),
+    *(("gsm8k", f"The answer is {text}.", None, None) for text in (
+        "half of 10", "a third of 12", "the square root of 16", "the square of 5", "twice 5", "20% of 50", "20 percent of 50", "5 squared",
+        "5 multiplied by 6", "5 added to 6", "over 100", "under 5", "less than or equal to 5", "|-5|", "x minus 5", "minus five")),
+    *(("gsm8k", f"The answer is {text}.", None, value) for text, value in (
+        ("negative 5", "-5"), ("minus $5", "-5"), ("20 minus 5 = 15", "15"), ("5 multiplied by 6 = 30", "30"), ("20% of the eggs", "20"),
+        ("equal to 5", "5"))),
     ("gsm8k", "The answer is 18 eggs. He sells 2.", None, "18"), ("gsm8k", "The answer is not 5.", None, None), ("gsm8k", "The answer is not 5 but 6.", None, "6"), ("gsm8k", "The answer is 5? No.", None, None),
     ("gsm8k", "$3.2 \\times 10^{3}$", None, "3200"), ("gsm8k", "The answer is $3.2 \\times 10^{3}$.", None, "3200"),
     ("gsm8k", "The answer is \u201312.", None, "-12"), ("gsm8k", "The answer is \u2014 12.", None, "12"),
