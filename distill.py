@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def make_parser():
 
     g = p.add_argument_group("run")
     g.add_argument("--out_dir", help="run folder (default: out/ and the time)")
-    g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
+    g.add_argument("--resume", metavar="DIR",
+                   help="go on with the run in DIR, with its own flags; --micro_batch_size and "
+                        "--checkpointing may be new, if it ran out of memory")
     g.add_argument("--seed", type=within(int, 0, 2**31), default=0,
                    help="seeds weights, gates, data order and split (0)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps ... (auto)")
@@ -188,9 +191,14 @@ def parse_args(argv=None):
     p = make_parser()
     args = p.parse_args(argv)
     if args.resume is not None:
-        if sum(word.startswith("--") for word in argv) > 1:
-            stop("--resume goes on with the run's own flags: leave all others out")
-        return resumed_args(args.resume, vars(args).keys() - {"resume"})
+        given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+        if given - {"--resume", "--micro_batch_size", "--checkpointing"}:
+            stop("--resume goes on with the run's own flags: leave all others out, but for "
+                 "--micro_batch_size and --checkpointing")
+        saved = resumed_args(args.resume, vars(args).keys() - {"resume"})
+        saved.micro_batch_size = args.micro_batch_size or saved.micro_batch_size
+        saved.checkpointing = args.checkpointing or saved.checkpointing
+        return saved
     if args.as_printed:
         p.set_defaults(**AS_PRINTED)
         args = p.parse_args(argv)
@@ -261,6 +269,9 @@ def check_out_dir(folder):
     if any(os.path.exists(out / name) for name in ("checkpoint.safetensors", "results.json")):
         stop(f"--out_dir {folder} holds a run already: pass another folder, or only --resume "
              f"{folder}")
+    if (out / "test.jsonl").exists() and not (out / "args.json").exists():
+        stop(f"--out_dir {folder} holds a test.jsonl of your own, which a run would write over: "
+             "pass another folder")
     new = not os.path.exists(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -341,11 +352,12 @@ def main(args=None):
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
     if run is None:
-        run = {"step": 0, "tokens": [0] * len(students), "seconds": prepared, "digest": digest}
+        run = {"step": 0, "tokens": [0] * len(students), "seconds": prepared, "digest": digest,
+               "wandb": args.wandb and uuid.uuid4().hex}
         start_run_folder(out, args, test)
         run["before"] = answer(students, tested, args)["summary"]
         save_checkpoint(out, state, run)
-    board = start_wandb(out, args)
+    board = start_wandb(out, run, args)
     pressed = note_ctrl_c()
     for student in students:
         student.model.train(not student.frozen)
@@ -404,7 +416,8 @@ def main(args=None):
         run["tokens"] = [a + b for a, b in zip(run["tokens"], trained)]
         line = {"step": step + 1, "epoch": epoch, "lr_scale": scale,
                 **step_numbers(paths, nll / length, routed), "entropy": entropy, **figures,
-                "grad_norm": norms[:len(students)], "router_grad_norm": norms[-1],
+                "grad_norm": [x if math.isfinite(x) else None for x in norms[:len(students)]],
+                "router_grad_norm": norms[-1],
                 "tokens_per_s": round(sum(trained) / seconds, 1)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
             line["accuracy"] = answer(students, tested, args)["summary"]["accuracy"]
@@ -1180,16 +1193,21 @@ def held_out_questions(rows, ids, args):
 
 
 def without_test_questions(rows, test, args):
-    """The rows whose question is not in the test set, by id or by text."""
+    """The rows whose question is not in the test set."""
     def text(row):
         return " ".join(row["question"].lower().split())
 
     ids = {row["id"] for row in test}
     texts = {text(row) for row in test}
-    leaked = {source_of(row) for row in rows if source_of(row) in ids or text(row) in texts}
+    leaked = set()
+    for row in rows:
+        # Ids of two files may be equal by chance, but a question that a baseline made of a test
+        # question has another text.
+        ids_count = not args.eval_questions or "made_from" in row
+        if text(row) in texts or (ids_count and source_of(row) in ids):
+            leaked.add(source_of(row))
     if leaked and args.eval_questions:
-        print(f"left out {len(leaked)} questions of the pool whose id or text stands in "
-              f"{args.eval_questions}")
+        print(f"left out {len(leaked)} questions of the pool that stand in {args.eval_questions}")
     return [row for row in rows if source_of(row) not in leaked]
 
 
@@ -1294,12 +1312,13 @@ def encode_pairs(pairs, encoder, device):
             encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
         model = model.to(device).eval()
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        qr.encoder_embed(model, tokenizer, pairs[:1])  # a T5 wants a decoder's input, too
     except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
         stop(f"--encoder {encoder}: not an encoder that transformers can load "
              f"({tasks.in_a_line(e)})")
     if missing := sorted(key for key in report["missing_keys"] if "pooler" not in key):
         stop(f"--encoder {encoder}: its file of weights lacks {missing[0]}; it is damaged")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     # RoBERTa has 514 positions for 512 tokens.
     positions = getattr(model.config, "max_position_embeddings", 514) - 2
     limit = min(512, tokenizer.model_max_length, positions)
@@ -1399,6 +1418,8 @@ def lock_run_folder(out):
     except Timeout:
         stop(f"--out_dir {out}: another run is writing there; wait for it, or choose another "
              "folder")
+    except OSError as e:  # a network file system may know no locks
+        stop(f"--out_dir {out}: can't be locked ({e.strerror}); choose a folder on another disk")
     return lock
 
 
@@ -1449,6 +1470,13 @@ def resume(out, state, digest):
     return run
 
 
+def how_to_go_on(out):
+    """What to do after the run in a folder has ended early, as the end of a sentence."""
+    if not (out / "checkpoint.safetensors").exists():
+        return "start again"
+    return f"go on with: python distill.py --resume {shlex.quote(str(out))}"
+
+
 def write_atomic(text, file):
     """Write a text file such that a kill leaves the old one or the new one."""
     with writing(file.parent):
@@ -1462,21 +1490,21 @@ def writing(out):
     try:
         yield
     except (OSError, SafetensorError) as e:
-        next_step = "start again"
-        if (out / "checkpoint.safetensors").exists():
-            next_step = f"go on with: python distill.py --resume {shlex.quote(str(out))}"
-        stop(f"{out} can't be written ({tasks.in_a_line(e)}): make room, then {next_step}")
+        stop(f"{out} can't be written ({tasks.in_a_line(e)}): make room, then {how_to_go_on(out)}")
 
 
-def start_wandb(out, args):
+def start_wandb(out, run, args):
     """A run of Weights & Biases, None without --wandb; a resumed run goes on with its own."""
     if not args.wandb:
         return None
     import wandb  # installed: check_flags has looked
 
-    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
-    return wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
-                      resume="allow", id=name)
+    try:
+        return wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
+                          resume="allow", id=run["wandb"])
+    except wandb.Error as e:
+        stop(f"--wandb {args.wandb} ({tasks.in_a_line(e)}): run `wandb login`, or set "
+             f"WANDB_MODE=offline, then {how_to_go_on(out)}")
 
 
 def log_step(line, out, bar, board):
@@ -1719,14 +1747,15 @@ def warm_start(model, tokenizer, sentences, label):
 
 
 def command():
-    """main() as a command: Ctrl-C says how to go on."""
+    """main() as a command: Ctrl-C and a full memory say how to go on."""
+    out = Path(FLAGS.out_dir)
     try:
         main(FLAGS)
     except KeyboardInterrupt:
-        if (Path(FLAGS.out_dir) / "checkpoint.safetensors").exists():
-            print("\nstopped; go on with: python distill.py --resume "
-                  f"{shlex.quote(FLAGS.out_dir)}", file=sys.stderr)
+        print(f"\nstopped; {how_to_go_on(out)}", file=sys.stderr)
         raise
+    except torch.OutOfMemoryError:
+        stop(f"out of memory: add --micro_batch_size 1 --checkpointing and {how_to_go_on(out)}")
 
 
 if __name__ == "__main__":

@@ -674,7 +674,7 @@ async def attempt(client, url, body, timeout):
         status, headers, data = await asyncio.wait_for(post(client, url, body), timeout)
         if status == 200:
             return read_reply(data)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise CallError("again", f"no whole reply in {timeout:g} seconds", billed=True) from None
     except (HTTPError, InvalidURL, OSError, ValueError, RecursionError) as error:
         words, paid = f"{type(error).__name__}: {error}", not isinstance(error, ConnectError)

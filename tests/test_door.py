@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -211,6 +214,78 @@ def test_a_run_that_ended_there_while_this_one_loaded_is_not_written_over(world,
     monkeypatch.setattr(distill, "load_data", load_while_another_run_ends)
     assert "holds a run already" in refused(capsys, flags_of(world, tmp_path / "run", *SHORT))
     assert results.read_text() == "of the other run"
+
+
+def test_a_folder_that_knows_no_locks_is_one_sentence(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def no_locks(*a, **k):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    assert "No locks available" in refused(capsys, flags_of(world, tmp_path / "run", *SHORT))
+
+
+def test_a_test_file_in_the_run_folder_is_not_written_over(world, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "test.jsonl").write_text("mine")
+    assert "test.jsonl" in refused(capsys, flags_of(world, tmp_path, *SHORT))
+    assert (tmp_path / "test.jsonl").read_text() == "mine"
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_batches(world, killed, tmp_path, capsys, monkeypatch):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(killed / "killed", run)
+
+    def full(args):
+        raise torch.OutOfMemoryError("2 GiB wanted")
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "main", full)
+        patch.setattr(distill, "FLAGS", distill.parse_args(["--resume", str(run)]), raising=False)
+        with pytest.raises(SystemExit):
+            distill.command()
+    assert f"--micro_batch_size 1 --checkpointing and go on with: python distill.py --resume {run}" in capsys.readouterr().err
+    sizes, micro_batches = [], distill.micro_batches
+
+    def noted(question, args):
+        for batch in micro_batches(question, args):
+            sizes.append(len(set(question[batch].tolist())))
+            yield batch
+    monkeypatch.setattr(distill, "micro_batches", noted)
+    distill.main(["--resume", str(run), "--micro_batch_size", "1"])
+    assert set(sizes) == {1} and (run / "log.jsonl").read_text().count("\n") == 4
+
+
+def test_each_run_has_its_own_page_of_weights_and_biases_and_a_resumed_one_the_same(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    class NoKey(Exception):
+        pass
+    ids, wandb = [], types.ModuleType("wandb")
+    wandb.__spec__, wandb.Error = ModuleSpec("wandb", None), NoKey
+    board = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+    wandb.init = lambda **k: ids.append(k["id"]) or board
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    flags = flags_of(world, tmp_path / "run", *SHORT, "--wandb", "p")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        die_after(patch, distill, "router_step", 4)
+        distill.main(flags)
+    distill.main(["--resume", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run")
+
+    def not_logged_in(**k):
+        ids.append(k["id"])
+        raise NoKey("No API key configured")
+    wandb.init = not_logged_in
+    error = refused(capsys, flags)
+    assert "No API key configured" in error and f"python distill.py --resume {tmp_path / 'run'}" in error
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_log_is_json_where_fp16_skips_a_step(train):  # noqa: F811
+    run = train("--dtype", "fp16", "--mutual_weight", 1e4, "--max_steps", 3)
+    assert run.log[0]["grad_norm"] == [None, None]
+
+
+def test_an_encoder_with_a_decoder_is_refused(world, tmp_path, capsys):  # noqa: F811
+    config = transformers.T5Config(vocab_size=300, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    transformers.T5Model(config).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(world.students["words"]).save_pretrained(tmp_path / "t5")
+    assert "not an encoder" in refused(capsys, flags_of(world, tmp_path / "run", "--encoder", tmp_path / "t5"))
 
 
 def test_ctrl_c_writes_a_checkpoint_and_names_the_command_that_goes_on(world, tmp_path):  # noqa: F811
