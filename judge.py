@@ -578,8 +578,17 @@ class CallError(Exception):
         self.kind, self.words, self.wait, self.billed = kind, words, wait, billed
 
 
-def kind_of(status):
-    """The kind of CallError that an HTTP status other than 200 makes."""
+# What servers say, with whatever status, when the account is used up. "You exceeded your current
+# quota" alone is not among it: Gemini says so when only the minute's quota is used up.
+NO_CREDIT = re.compile(r"credit balance is too low|insufficient[_ ](quota|balance|credit)"
+                       r"|billing_(error|hard|not|disabled)|monthly spending limit|arrearage"
+                       r"|reached your specified .{0,20}usage limits", re.IGNORECASE)
+
+
+def kind_of(status, words):
+    """The kind of CallError that an HTTP status other than 200 makes, with the server's words."""
+    if NO_CREDIT.search(words):
+        return "fatal"
     if status in (408, 409, 425, 429) or status >= 500:
         return "again"
     return "fatal" if status < 400 or status in (401, 402, 404, 405) else "refused"
@@ -600,7 +609,7 @@ def read_reply(data):
     if error:
         code = error.get("code") if isinstance(error, dict) else None
         is_status = isinstance(code, int) and 400 <= code < 600
-        raise CallError(kind_of(code) if is_status else "again", text, billed=True)
+        raise CallError(kind_of(code if is_status else 500, text), text, billed=True)
     try:
         choice, usage = answer["choices"][0], usage_of(answer.get("usage"))
         message, reason = choice.get("message"), choice.get("finish_reason")
@@ -682,7 +691,7 @@ async def attempt(client, url, body, timeout):
     words = f"HTTP {status} {data.decode('utf-8', 'replace')}"
     if status // 100 == 3:
         words = f"HTTP {status}: it redirects; pass the URL that it redirects to"
-    raise CallError(kind_of(status), words, retry_after(headers.get("retry-after", "")))
+    raise CallError(kind_of(status, words), words, retry_after(headers.get("retry-after", "")))
 
 
 def back_off(tries):
@@ -702,6 +711,7 @@ class Calls:
     def __init__(self, name, file, args, spent, bar, has_answered):
         self.name, self.file, self.args, self.spent, self.bar = name, file, args, spent, bar
         self.has_answered = has_answered  # ever: then a refusal is about its prompt
+        self.fails_always = False  # whatever the prompt: then no refusal is recorded
         self.problem = ""  # why no further call is made: the first reason
         self.stopping = asyncio.Event()
         self.retried = self.lost = self.cut = 0
@@ -732,7 +742,7 @@ class Calls:
         self.cut += ending(reply) == "cut"
         self.streak.clear()
         self.has_answered = True
-        while self.refusals:
+        while self.refusals and not self.fails_always:
             self.write(self.refusals.pop(0))
         self.bar.set_postfix_str(f"{self.spent.calls} calls, {self.spent.tokens} tokens, "
                                  f"{self.retried} retried, {self.lost} failed", refresh=False)
@@ -751,6 +761,7 @@ class Calls:
         """A call came to nothing in the end: refused, or failed in its last attempt."""
         self.last = error.words
         if error.kind == "fatal":
+            self.fails_always = True
             self.end(f"{self.name} answers {self.last}")
         if error.kind == "refused":
             self.refusals.append(refused(job, self.last))
@@ -759,11 +770,15 @@ class Calls:
         self.streak.append(job["id"])
         # all paths of one question may be refused: that says nothing about the others
         if len(self.streak) >= max(10, self.args.concurrency) and len(set(self.streak)) > 2:
+            self.fails_always = True
             self.end(f"{len(self.streak)} calls in a row failed, the last with {self.last}")
 
     def finish(self, n):
         """Say how the n calls went; ends the program if a reply is missing."""
-        if self.refusals and not self.has_answered:
+        hint = ""
+        if self.refusals and (self.fails_always or not self.has_answered):
+            ids = list(dict.fromkeys(row["id"] for row in self.refusals))
+            hint = f"if the fault is in the questions {ids}, leave them out"
             self.spent.settle(0, 0, failed=len(self.refusals))
             self.lost += len(self.refusals)
             self.refusals = []
@@ -779,7 +794,7 @@ class Calls:
                   f"raise --max_new_tokens {self.args.max_new_tokens}")
         if self.lost or self.problem not in ("", self.OVER_BUDGET):
             lost = f"{self.lost} calls failed in the end, the last with {self.last}"
-            why = "; ".join(filter(None, [self.problem, self.lost and lost]))
+            why = "; ".join(filter(None, [self.problem, self.lost and lost, hint]))
             tasks.stop(f"{why}; {saved} replies were saved to {out}, the same command goes on "
                        "from there")
         if self.problem:

@@ -362,6 +362,56 @@ def test_a_server_that_refuses_everything_ends_the_run_and_poisons_nothing(tmp_p
     assert len(read(tmp_path / "p.jsonl")) == 120 == sum(r["path"] == TWO for r in read(tmp_path / "p.jsonl"))
 
 
+def test_refusals_that_end_the_run_are_no_rows_even_if_a_reply_comes_after_them(tmp_path, server):
+    def reply(model, prompt):
+        while "time 1?" in prompt and len(server.requests) < 12:  # until ten calls were refused
+            time.sleep(0.01)
+        if "time 1?" in prompt:
+            time.sleep(0.5)
+        return TWO if re.search("time [01][?]", prompt) else (400, {"error": "no more of this"})
+    server.reply = reply
+    args = ("--questions", questions(tmp_path / "q.jsonl", 20), "--teacher", f"m@{server.url}", "--styles", "vanilla",
+            "--concurrency", 2, "--out", "p.jsonl")
+    err = run(*args, cwd=tmp_path, code=2)[1]
+    assert "10 calls in a row failed" in err and "'q2', 'q3'" in err and "leave them out" in err
+    assert [row["id"] for row in read(tmp_path / "p.jsonl")] == ["q0", "q1"] and booked(tmp_path)[::2] == (12, 10)
+    server.reply = lambda model, prompt: TWO
+    run(*args, cwd=tmp_path)
+    assert [row["path"] for row in read(tmp_path / "p.jsonl")] == [TWO] * 20
+
+
+LOW = {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the "
+                                  "Anthropic API. Please go to Plans & Billing to upgrade or purchase credits."}}
+GEMINI = {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "You exceeded your current quota, please check your "
+                    "plan and billing details. Please retry in 17 s."}}
+NO_QUOTA = {"error": {"message": "You exceeded your current quota, please check your plan and billing details.",
+                      "type": "insufficient_quota", "param": None, "code": "insufficient_quota"}}
+XAI = "Your team has either used all available credits or reached its monthly spending limit."
+
+
+@pytest.mark.parametrize("status, body, kind", [
+    (400, LOW, "fatal"), (429, NO_QUOTA, "fatal"), (402, {}, "fatal"), (403, XAI, "fatal"), (429, XAI, "fatal"),
+    (403, {"error": {"status": "PERMISSION_DENIED", "reason": "BILLING_DISABLED"}}, "fatal"),
+    (400, {"code": "Arrearage", "message": "Access denied"}, "fatal"),
+    (400, {"error": {"message": "You have reached your specified API usage limits."}}, "fatal"),
+    (429, GEMINI, "again"), (403, {"error": {"message": "Your input was flagged"}}, "refused"),
+    (400, {"error": {"message": "content filter"}}, "refused")])
+def test_an_account_that_is_used_up_is_told_from_a_limit_per_minute(status, body, kind):
+    assert judge.kind_of(status, json.dumps(body)) == kind
+
+
+@pytest.mark.parametrize("status, body", [(400, LOW), (429, NO_QUOTA), (200, NO_QUOTA)])
+def test_credits_that_run_out_end_the_run_at_once_and_cost_no_question(tmp_path, server, status, body):
+    server.reply = lambda model, prompt: (status, body) if len(server.requests) > 12 else TWO
+    args = ("--questions", questions(tmp_path / "q.jsonl", 10), "--teacher", f"m@{server.url}", "--concurrency", 2, "--out", "p.jsonl")
+    err = run(*args, cwd=tmp_path, code=2)[1]
+    assert body["error"]["message"] in err and len(server.requests) <= 12 + 2
+    assert {row["path"] for row in read(tmp_path / "p.jsonl")} == {TWO}
+    server.reply = lambda model, prompt: TWO  # topped up
+    run(*args, cwd=tmp_path)
+    assert [row["path"] for row in read(tmp_path / "p.jsonl")] == [TWO] * 60
+
+
 def test_a_server_of_other_parameters_is_adapted_to_once(tmp_path, server):
     def reply(model, prompt):
         sent = server.requests[-1]
@@ -528,7 +578,7 @@ def test_which_statuses_are_worth_another_attempt_refuse_one_prompt_or_end_the_r
     kinds = {"again": (408, 409, 425, 429, 500, 502, 503, 529, 599), "refused": (400, 403, 413, 422, 451),
              "fatal": (301, 307, 308, 401, 402, 404, 405)}
     for kind, statuses in kinds.items():
-        assert {judge.kind_of(status) for status in statuses} == {kind}
+        assert {judge.kind_of(status, "") for status in statuses} == {kind}
 
 
 HOSTILE_KEYS = [f' "{KEY}"\n', f"\t'{KEY}' \r\n", f'{KEY}"quoted"/+&<\\x', f"{KEY} a b"]
