@@ -875,7 +875,15 @@ async def ask_server(url, todo, calls, temperature):
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows
             asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=None) as client:
+    try:
+        client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=None)
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        # not its words: they may quote a proxy's password
+        tasks.stop("the environment names a proxy or certificates that cannot be used "
+                   f"({type(error).__name__}): ALL_PROXY, HTTP_PROXY and HTTPS_PROXY must be like "
+                   "http://HOST:PORT (for socks5:// pip install socksio), SSL_CERT_FILE a file of "
+                   "certificates, or be unset")
+    async with client:
         ends = await asyncio.gather(*(work() for _ in range(args.concurrency)),
                                     return_exceptions=True)
     for raised in filter(None, ends):

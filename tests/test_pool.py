@@ -412,6 +412,18 @@ def test_credits_that_run_out_end_the_run_at_once_and_cost_no_question(tmp_path,
     assert [row["path"] for row in read(tmp_path / "p.jsonl")] == [TWO] * 60
 
 
+@pytest.mark.parametrize("name, value", [
+    ("ALL_PROXY", "socks://127.0.0.1:7891/"), ("ALL_PROXY", "socks5://127.0.0.1:1080"), ("ALL_PROXY", f"http://{KEY[:2]}:{KEY}/@h"),
+    ("SSL_CERT_FILE", "/nonexist.pem"), ("SSL_CERT_FILE", "/"), ("SSL_CERT_FILE", __file__)])
+def test_a_proxy_or_certificate_that_does_not_work_is_one_true_sentence(tmp_path, server, monkeypatch, name, value):
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as if it was not installed
+    monkeypatch.setenv(name, value)
+    out, err = run("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--out", "p.jsonl",
+                   cwd=tmp_path, code=2)
+    [said] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert name in said and "p.jsonl" not in said and KEY not in out + err and not server.requests
+
+
 def test_a_server_of_other_parameters_is_adapted_to_once(tmp_path, server):
     def reply(model, prompt):
         sent = server.requests[-1]
