@@ -1165,12 +1165,13 @@ def annotate(rows, args, spent):
 def sample_paths(args, spent):
     """Sample paths for the questions of a file into args.out, and print what came."""
     questions = tasks.read_questions(args.questions, args.task)
-    texts = {row["id"]: row["question"] for row in questions}
+    asked = {row["id"]: (row["question"], row["answer"]) for row in questions}
     open_pool(args.out).close()  # repairs a torn last line
     for row in pool_rows(args.out):
-        if texts.get(row["id"], row["question"]) != row["question"]:
-            tasks.stop(f"{args.out} has another question with the id '{row['id']}': choose another "
-                       "--out")
+        there = (row["question"], row["answer"])
+        if asked.get(row["id"], there) != there:
+            tasks.stop(f"{args.out} has another question or answer with the id '{row['id']}': "
+                       "correct its rows, or choose another --out")
     for spec in args.teacher:
         jobs = functools.partial(style_jobs, questions, split_spec(spec)[0], args.styles,
                                  args.samples)

@@ -424,6 +424,20 @@ def test_a_proxy_or_certificate_that_does_not_work_is_one_true_sentence(tmp_path
     assert name in said and "p.jsonl" not in said and KEY not in out + err and not server.requests
 
 
+@pytest.mark.parametrize("change", [{"answer": "3"}, {"question": "What is 1 + 2?"}])
+def test_a_question_that_was_corrected_since_is_found_before_anything_is_paid_for(tmp_path, server, change):
+    q = questions(tmp_path / "q.jsonl", 2)
+    args = ("--questions", q, "--teacher", f"m@{server.url}", "--out", "p.jsonl")
+    run(*args, "--styles", "vanilla", cwd=tmp_path)
+    write(q, [{**row, **change} if row["id"] == "q1" else row for row in read(q)])
+    server.requests.clear()
+    err = run(*args, cwd=tmp_path, code=2)[1]
+    assert "'q1'" in err and "p.jsonl" in err and "choose another --out" in err and not server.requests
+    write(tmp_path / "p.jsonl", [{**row, **change} if row["id"] == "q1" else row for row in read(tmp_path / "p.jsonl")])
+    run(*args, cwd=tmp_path)  # as the message says
+    assert len(judge.read_pool(tmp_path / "p.jsonl")) == 12
+
+
 def test_a_server_of_other_parameters_is_adapted_to_once(tmp_path, server):
     def reply(model, prompt):
         sent = server.requests[-1]
