@@ -791,7 +791,9 @@ class Calls:
             print(*map(json.dumps, self.unwritten), sep="\n")
         if self.cut:
             print(f"{self.name}: {self.cut} replies did not come to their end: if these are many, "
-                  f"raise --max_new_tokens {self.args.max_new_tokens}")
+                  f"delete their lines (finish_reason is length or the like) from {out}, so that "
+                  "they are asked for again, and run the command with more than "
+                  f"--max_new_tokens {self.args.max_new_tokens}")
         if self.lost or self.problem not in ("", self.OVER_BUDGET):
             lost = f"{self.lost} calls failed in the end, the last with {self.last}"
             why = "; ".join(filter(None, [self.problem, self.lost and lost, hint]))

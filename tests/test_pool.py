@@ -438,6 +438,18 @@ def test_a_question_that_was_corrected_since_is_found_before_anything_is_paid_fo
     assert len(judge.read_pool(tmp_path / "p.jsonl")) == 12
 
 
+def test_the_way_out_that_is_named_for_cut_replies_asks_for_them_again(tmp_path, server):
+    server.reply = lambda model, prompt: message(TWO, "length" if server.requests[-1]["max_tokens"] < 9 else "stop")
+    args = ("--questions", questions(tmp_path / "q.jsonl", 1), "--teacher", f"m@{server.url}", "--out", "p.jsonl")
+    said = run(*args, "--max_new_tokens", 8, cwd=tmp_path)[0]
+    assert "delete their lines" in said and "from p.jsonl" in said and "more than --max_new_tokens 8" in said
+    run(*args, "--max_new_tokens", 9, cwd=tmp_path)
+    assert len(server.requests) == 6  # a larger number alone changes nothing
+    write(tmp_path / "p.jsonl", [row for row in read(tmp_path / "p.jsonl") if row["finish_reason"] != "length"])
+    run(*args, "--max_new_tokens", 9, cwd=tmp_path)
+    assert [row["finish_reason"] for row in read(tmp_path / "p.jsonl")] == ["stop"] * 6
+
+
 def test_a_server_of_other_parameters_is_adapted_to_once(tmp_path, server):
     def reply(model, prompt):
         sent = server.requests[-1]
