@@ -419,13 +419,14 @@ THOUGHT = re.compile(r"""(?ix)
     | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
     | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
 # What announces an answer: #### 5, \boxed{5}, "So the best option (of the four) is", "Answer: 5";
-# "the answer is correct" doesn't. `A:` opens GSM8K's answers, but elsewhere an option.
+# "the answer is correct" doesn't. "isn't 5" is announced whole. `A:` opens only GSM8K's answers.
 ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:)
     | <(?:final_)?answer> | \bfinal\ answer\s*\n
     | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b ["'`]?\s?
       (?:\([^()\n]{1,80}\)\s?)? (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s?)?
       (?:choice\b|option\b|letter\b)? \s?
-      (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=] )
+      (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=]
+        | (?=(?P<denial>(?:is|are|was)n['’]t | (?:\w+n['’]t|cannot|\w+\ not)\ be)\b) )
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
 # "If the answer is ..." announces nothing, nor does "A common wrong answer is ...".
 SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check)\b [^.,:!?\n]{0,30}
@@ -433,6 +434,9 @@ SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check
       (?: (?!\b(?:so|thus|therefore|hence|hand|words)\b) [^.,:!?\n] ){0,30} )\Z""")
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
                     r"|except|rule[sd]? out|unlikely|least likely)\b|n['’]t\b")
+# A box right behind it is no answer, but a part of one: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}}
+PARTLY = re.compile(r"(?:(?<![\w})])-|[$=(\[] ?- |\d ?[*/]? ?|\^|\\(?:sqrt|cdot|times|div|pm) ?)"
+                    r"\{?\Z|\\[dtc]?frac[^$=)\n]{0,60}\{\Z")
 # What is right behind it is no answer: "It cannot be $\boxed{5}$".
 NOT_BE = re.compile(r"(?i)(?:\bnot|\bcannot|n['’]t)\s(?:be\s|equal\s)?\W*\Z")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
@@ -460,7 +464,8 @@ def extract_answer(task, text, choices=None):
     """
     kind, choices = TASKS[task], choices or {}
     text = plain(after_thought(text))
-    found = [m for m in ANNOUNCED.finditer(text) if not (m["colon"] and kind == "choice")]
+    found = [m for m in ANNOUNCED.finditer(text)
+             if not (kind == "choice" and (m["colon"] or m["denial"]))]
     announced = [m for m in found if not is_taken_back(text, m)]
     if not announced:
         if found:  # what follows the sentence: "The wrong answer is 5. It is 6."
@@ -469,6 +474,8 @@ def extract_answer(task, text, choices=None):
         return read_end(kind, text.strip(), choices)
     statement = statement_after(text, announced[-1])
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
+        return None
+    if announced[-1][0].startswith("\\") and PARTLY.search(text[:announced[-1].start()][-80:]):
         return None
     if kind == "math":
         return read_math(text, announced)
@@ -521,8 +528,11 @@ def read_end(kind, text, choices):
     leaves no doubt."""
     *before, line = re.split(r"\n+", text)[-2:]
     if kind == "number":
-        numbers = [canonical(m) for m in NUMBER.finditer(text.translate(SIGNS))]
-        return next((n for n in reversed(numbers) if n is not None), None)
+        text = text.translate(SIGNS)
+        numbers = [m for m in NUMBER.finditer(text) if canonical(m) is not None]
+        if not numbers or NOT_BE.search(text[:numbers[-1].start()]):
+            return None
+        return None if ONE_OF_SEVERAL.match(text[numbers[-1].end():]) else canonical(numbers[-1])
     if kind == "math":
         formulas = [m for m in FORMULA.finditer(text) if m.end() > len(text) - len(line)]
         if formulas:
@@ -588,13 +598,16 @@ _WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
 SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
                             rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
 # After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
-# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5.
+# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5; or that it may have another unit: $10K, 3 dozen,
+# 1.5 hours = 90 minutes (not: 5 since x = 5).
 _PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
 ONE_OF_SEVERAL = re.compile(
     rf"(?i):\d|h\d|[\s-]{_PART}"
     r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
     rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
-    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?=")
+    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?="
+    r"|(?-i:[kKMB])\b|\sdozens?\b"
+    r"|(?: (?!(?:as|because|since|if|when|where)\b)[\w$/]+(?:\.\d+)?)+ ?=")
 SIGNS = str.maketrans("−–‒﹣－‐‑", "-------")
 SIGNS |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
 

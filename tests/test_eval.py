@@ -284,6 +284,14 @@ NUMBERS = [  # text, the number it states (None: none)
     ("\\boxed{2\\sqrt{3}}", None), ("\\boxed{2\\pi}", None), ("The answer is 2π.", None), ("Answer: 12 eggs - 4 eggs = 8 eggs", "8"),
     ("The answer is $10 per hour * 5 hours = $50.", "50"), ("The answer is 10 dollars - 5 dollars.", None),
     ("**Answer:**\n\n- 18", "18"), ("**Answer:**\n\n-18", "-18"),
+    ("The answer isn't 5.", None), ("The answer can't be 5.", None), ("The answer should not be 5.", None), ("It isn't 5.", None),
+    ("The answer is 4. But the answer isn’t $5.", None), ("The answer isn't 5 but 6.", "6"), ("It isn't 5 but 6.", "6"),
+    ("The answer is $10K.", None), ("The answer is $2M", None), ("He earns $1.5M.", None), ("The answer is 5kg", "5"),
+    ("The answer is 3 dozen eggs.", None), ("She buys 3 dozens", None), ("The answer is two dozen.", None),
+    ("The answer is 12 hours per day for 3 days = 36 hours", None), ("The answer is 1.5 hours = 90 minutes.", None),
+    ("The answer is 12 hours/day for 2.5 days = 30 hours.", None), ("The answer is 5 since x = 5.", "5"),
+    ("The answer is 18 eggs because y = 9.", "18"), ("The answer is 18 eggs, y = 9.", "18"),
+    ("The answer is $-\\boxed{3}$.", None), ("so 2\\boxed{3}", None),
     ("He has 13 eggs and sells them for 26 dollars", "26"), ("He came 2nd of 7", "7"),
     ("The 3rd of them", None), ("no number here", None), ("", None),
 ]
@@ -358,6 +366,12 @@ MATH_TEXTS = [
     ("The answer is not $5$.", None), ("The answer is greater than $5$.", None), ("It cannot be $\\boxed{5}$.", None),
     ("The answer is $5$? No, $6$.", None), ("The answer is $5$ because $2+3=5$.", "5"), ("It is not $\\boxed{5}$. So it is $6$.", "6"),
     ("The answer is $5$ apples, since $2+3=5$.", "5"), ("The answer is most likely $5$.", "5"),
+    ("The answer isn't $5$.", None), ("The answer cannot be $5$.", None),
+    *((f"So {formula}.", None) for formula in (
+        "$-\\boxed{3}$", "$2\\boxed{3}$", "$\\frac{1}{\\boxed{3}}$", "-\\boxed{3}", "\\( - \\boxed{3}\\)", "$x = -\\boxed{3}$", "$\\pm\\boxed{3}$",
+        "$\\frac{\\boxed{3}}{2}$", "$\\dfrac{\\sqrt{2}}{\\boxed{3}}$", "$\\sqrt{\\boxed{3}}$", "$2^{\\boxed{3}}$", "$2 \\cdot \\boxed{3}$")),
+    *((f"So {formula}.", "3") for formula in (
+        "$x = \\boxed{3}$", "${\\boxed{3}}$", "$\\frac{6}{2} = {\\boxed{3}}$", "\\(\\frac{6}{2}\\) is \\textbf{\\boxed{3}}", "\n- \\boxed{3}", "$5 - 2 = \\boxed{3}$")),
 ]
 
 
