@@ -1716,11 +1716,18 @@ def evaluate(students, rows, max_new_tokens, batch_size=None, samples=1, tempera
     questions with any right response, "predictions": per question {"id", "question", "answer",
     "ensemble", "ensemble_correct", "responses": [student][sample] with "prediction", "correct"}}.
     """
+    prompts = []  # [student][question]: all are checked before any answer is written
+    for s, (model, tokenizer) in enumerate(students):
+        prompts.append([encode_prompt(tokenizer, student_prompt(row)) for row in rows])
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for row, prompt in zip(rows, prompts[s]):
+            if context and len(prompt) >= context:
+                stop(f"question {row['id']!r}: its prompt of {len(prompt)} tokens leaves no room "
+                     f"in student {s}'s context of {context}; leave out the question or student")
     responses = []  # [student][question][sample]
     asked = [ASKED[TASKS[row["task"]]] for row in rows]
     for s, (model, tokenizer) in enumerate(students):
-        prompts = [encode_prompt(tokenizer, student_prompt(row)) for row in rows]
-        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size, samples,
+        responses.append(generate(model, tokenizer, prompts[s], max_new_tokens, batch_size, samples,
                                   temperature, seed + s, f"student {s} answers", asked))
         for row, answers in zip(rows, responses[s]):
             for r in answers:
@@ -1989,9 +1996,11 @@ def main():
     args = parse_args()
     if args.plot:
         return plot(args.plot)
-    if args.out:
-        check_output(args.out)
     rows = read_questions(args.questions, args.task)[:args.limit]
+    if args.out:
+        if os.path.exists(args.out) and os.path.samefile(args.out, args.questions):
+            stop(f"--out {args.out} would overwrite the questions: choose another place")
+        check_output(args.out)
 
     import torch
 

@@ -864,7 +864,7 @@ def scripted(monkeypatch, *students):
 
     monkeypatch.setattr(E, "generate", generate)
     monkeypatch.setattr(E, "encode_prompt", lambda tokenizer, prompt: [1])
-    return [(None, None)] * len(students)
+    return [(tiny_llama(), None)] * len(students)
 
 
 ROWS = [{"id": str(i), "task": "gsm8k", "question": "Q?", "answer": "18"} for i in range(2)]
@@ -897,6 +897,17 @@ def test_evaluation_of_real_students_reads_their_own_text_only():
     assert all(0 <= x <= 1 for x in (*r["accuracy"], *r["unparsed"], *r["stopped"], r["ensemble"], r["upper_bound"]))
 
 
+def test_a_prompt_too_long_for_one_student_stops_before_any_student_answers(monkeypatch, capsys):
+    monkeypatch.setattr(E, "generate", lambda *a, **k: pytest.fail("answers were written"))
+    students = [(tiny_llama(), word_tokenizer()), (tiny_gpt2(), word_tokenizer())]  # 2048 and 48 tokens
+    rows = [{**ROWS[0], "prompt": "w5 w6"}, {**ROWS[1], "id": "q7", "prompt": "w5 " * 48}]
+    with pytest.raises(SystemExit) as e:
+        E.evaluate(students, rows, 5)
+    message = capsys.readouterr().err
+    assert e.value.code == 2 and message.count("\n") == 1 and "question 'q7'" in message and "leave out" in message
+    assert "48 tokens" in message and "student 1's context of 48" in message
+
+
 def run_main(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
     E.main()
@@ -918,6 +929,18 @@ def test_command_line_prints_a_table_and_writes_the_responses(tmp_path, monkeypa
     assert "3 questions" in table and table.count(str(student)) == 4 and "ensemble" in table and "upper bound" in table
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["questions"] == 3 and [len(s) for s in results["predictions"][0]["responses"]] == [2, 2]
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_results_do_not_overwrite_the_questions(tmp_path, monkeypatch, capsys, link):
+    questions = written(tmp_path, "q.jsonl", GOOD)
+    out = tmp_path / ("link" if link else "q.jsonl")
+    if link:
+        link(questions, out)
+    with pytest.raises(SystemExit) as e:
+        run_main(monkeypatch, "--students", "none", "--questions", questions, "--out", out)
+    assert e.value.code == 2 and "would overwrite the questions" in capsys.readouterr().err
+    assert E.read_jsonl(questions) == [GOOD]
 
 
 @pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e999", "-1", "x", ""])
