@@ -363,6 +363,13 @@ def student_prompt(row):
             f"Reason step by step and end with {end}\n")
 
 
+# Set before a chat template, so that one that writes today's date writes the same tomorrow. It is a
+# macro, since transformers hands no function of ours to a template.
+FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')"
+              " | replace('%B', 'July') | replace('%b', 'Jul') | replace('%m', '07')"
+              " | replace('%d', '26') }}{% endmacro %}\n")
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, in which the names of control tokens are text.
 
@@ -398,6 +405,7 @@ def two_chats(tokenizer, prompt):
     try:
         chats = [list(tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
             sanitize_control_tokens=True, return_dict=False)) for answer in answers]
     except Exception as e:  # noqa: BLE001 (a template is a program and may raise what it likes)
         stop(f"{tokenizer.name_or_path}: its chat template can't write a question and an answer "
@@ -1118,7 +1126,11 @@ def load_student(name, device="cpu", dtype=None, **more):
     if not tokenizer.is_fast:
         stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give "
              "character offsets")
-    if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
+    # No text becomes a special token, so some need no embedding (Gemma 3's <image_soft_token>).
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {*tokenizer.get_vocab().values()} - special
+    used.update(encode_prompt(tokenizer, "Q"), [end_token(tokenizer)])
+    if max(used) >= len(model.get_input_embeddings().weight):
         stop(f"{name}: its tokenizer has more tokens than the model has embeddings")
     model = model.to(device).eval()
     for module in model.modules():
@@ -1164,12 +1176,12 @@ def read_adapter(folder):
 
 def fingerprint(model):
     """Eight hex digits that tell a model's weights from others, the same in float32 and bfloat16,
-    from 64 values of each; None for a quantised model. To be called before LoRA is added."""
+    from 64 values of each; None in another type, as float16 or quantised. Called before LoRA."""
     import torch
 
     digest = 0
     for weight in model.parameters():
-        if not weight.is_floating_point():
+        if weight.dtype not in (torch.float32, torch.bfloat16):
             return None
         values = weight.detach().flatten()
         values = values[::max(1, len(values) // 64)].to("cpu", torch.bfloat16)
@@ -1185,6 +1197,10 @@ def merge_adapter(model, config, weights, base=None):
     """
     more = [key for key in ("use_dora", "alpha_pattern", "modules_to_save", "layers_to_transform",
                             "exclude_modules", "target_parameters") if config.get(key)]
+    # Other initial weights (pissa, olora, corda, loftq, lora_ga) change those of the base.
+    initial = config.get("init_lora_weights")
+    if initial not in (None, True, False, "gaussian", "eva", "orthogonal", "mica"):
+        more.append(f"init_lora_weights {initial}")
     pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
     for key, weight in weights.items():
         m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
@@ -1194,7 +1210,7 @@ def merge_adapter(model, config, weights, base=None):
         pairs[m[1]][m[2]] = weight.float()
     if not pairs:
         raise ValueError("the adapter is empty")
-    if base and base != fingerprint(model):
+    if base and fingerprint(model) not in (base, None):
         raise ValueError(f"its base {config['base_model_name_or_path']} has changed since")
     lacking = sorted(targets(model, config["target_modules"]) - pairs.keys())
     if lacking:

@@ -1,4 +1,5 @@
 """Generation, the door for models and the prompt's place in a chat template."""
+import datetime
 import json
 from types import SimpleNamespace
 
@@ -233,6 +234,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
+HEAD_AND_TAIL = "{% for m in messages %} w40 {{ m.content }} <eos> {% endfor %}"
 A1 = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 B1 = A1.replace("lora_A", "lora_B")
 
@@ -256,6 +258,55 @@ def test_an_adapter_knows_its_base(adapter, capsys):
     E.load_student(str(adapter))
     edit(base, lambda w: w["model.layers.0.mlp.up_proj.weight"].mul_(1.1))
     assert "has changed" in refusal(capsys, adapter)
+
+
+def test_weights_in_float16_have_no_fingerprint(adapter):
+    """They are rounded twice, and would differ from the same ones in float32."""
+    assert E.fingerprint(E.load_student(str(adapter.parent / "base"), dtype=torch.float16)[0]) is None
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt", "base": "0a0a0a0a"})
+    E.load_student(str(adapter), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("begin", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_adapters_whose_base_was_left_alone_are_merged(adapter, begin):
+    set_begin(adapter, begin)
+    E.load_student(str(adapter))
+
+
+@pytest.mark.parametrize("begin", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["new"]])
+def test_adapters_whose_base_was_changed_stop(adapter, capsys, begin):
+    set_begin(adapter, begin)
+    assert f"only plain LoRA adapters can be merged ['init_lora_weights {begin}" in refusal(capsys, adapter).replace('"', "'")
+
+
+def set_begin(adapter, begin):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": begin}))
+
+
+@pytest.mark.parametrize("template", [None, HEAD_AND_TAIL])
+def test_a_special_token_that_nothing_writes_needs_no_embedding(tmp_path, template):
+    """As Gemma 3's <image_soft_token>; no text becomes it."""
+    saved(tiny_llama(), tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    _, tokenizer = E.load_student(str(tmp_path))
+    assert tokenizer.convert_tokens_to_ids("<image>") == 64
+    assert max(E.encode_prompt(tokenizer, "w5 <image> w6")) < 64
+
+
+@pytest.mark.parametrize("special, template", [(False, None), (True, "<new>" + HEAD_AND_TAIL), (True, "{{ messages[0].content }} w40 {{ messages[1].content }} <new>")],
+                         ids=["in a text", "in a prompt", "the end"])
+def test_a_token_that_occurs_needs_an_embedding(tmp_path, capsys, special, template):
+    saved(tiny_llama(), tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["<new>"], special_tokens=special)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    assert "more tokens than the model has embeddings" in refusal(capsys, tmp_path)
 
 
 REFUSED = {
@@ -332,6 +383,24 @@ def test_the_prompt_ends_where_the_family_writes_the_answer(shape):
     words = tokenizer.decode(E.encode_prompt(tokenizer, "w5 w6 ")).split()
     assert words[-len(between.split()) - 2:] == ["w5", "w6", *between.split()] and words[:2] == ["<turn>", "w40"]
     assert tokenizer.decode([E.end_token(tokenizer)]) == ("<return>" if "channels" in shape else "<end>")
+
+
+LLAMA = "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}"
+DATED = {"Llama 3.2": LLAMA + "{{ date_string }} ", "SmolLM3": "\n{%- set today = strftime_now('%d %B %Y') -%}\n{{ today }} ",
+         "GPT-OSS": "{%- macro head() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ head() }} "}
+
+
+@pytest.mark.parametrize("family, date", [("Llama 3.2", "26 Jul 2024"), ("SmolLM3", "26 July 2024"), ("GPT-OSS", "2024-07-26")])
+def test_a_prompt_is_the_same_on_another_day(monkeypatch, family, date):
+    clock = SimpleNamespace(now=lambda: datetime.datetime(2031, 5, 17))
+    monkeypatch.setattr(tf.utils.chat_template_utils, "datetime", clock)
+    words = {f"w{20 + i}": word for i, word in enumerate([*date.split(), "17", "May", "2031", "2031-05-17"])}
+    tokenizer = word_tokenizer(names=words)
+    tokenizer.chat_template = DATED[family] + HEAD_AND_TAIL
+    ids = E.encode_prompt(tokenizer, "w5")
+    assert tokenizer.decode(ids) == f"{date} w40 w5 <eos> w40"
+    clock.now = lambda: datetime.datetime(2032, 6, 18)
+    assert E.encode_prompt(tokenizer, "w5") == ids and E.end_token(tokenizer) == 2
 
 
 @pytest.mark.parametrize("template, word", [
