@@ -1874,11 +1874,13 @@ def running_mean(values):
 
 def new_figure(heading, panels):
     """A figure with so many panels, two a row, and their axes."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a "$" in a name begins no formula
     rows, columns = math.ceil(panels / 2), min(2, panels)
     figure = Figure((1 + 5.5 * columns, 0.5 + 3.3 * rows), dpi=150, layout="constrained")
-    figure.suptitle(heading, wrap=True)
+    figure.suptitle(heading, wrap="$" not in heading)  # to wrap a text, it is parsed after all
     axes = [figure.add_subplot(rows, columns, i) for i in range(1, panels + 1)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -1942,7 +1944,8 @@ def plot(folders):
     into the first (comparison.png)."""
     if not importlib.util.find_spec("matplotlib"):
         stop("--plot needs matplotlib: pip install matplotlib")
-    runs = {folder: read_run(folder) for folder in dict.fromkeys(folders)}
+    once = {os.path.realpath(folder): folder for folder in folders}  # "a" and "a/" are one run
+    runs = {folder: read_run(folder) for folder in once.values()}
     figures = {os.path.join(folder, "training.png"): draw_run(run) for folder, run in runs.items()}
     ended = [run for run in runs.values() if run["results"]]
     for run in runs.values():

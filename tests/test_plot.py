@@ -97,6 +97,19 @@ def test_pictures_go_into_each_run_and_the_comparison_into_the_first(tmp_path, c
     assert "killed has no results.json" in said
 
 
+def test_a_dollar_in_a_name_is_no_formula(tmp_path, capsys):
+    log = [step(1, [2.0, 3.0], [1.0, 1.0], {"$_$": [0.2, 0.8]})]
+    E.plot([write_run(tmp_path / f"run $_{i}$", log, students=["a $^$", "b"], route=f"$_{i}^$") for i in range(2)])
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+
+
+def test_a_run_that_is_named_twice_is_one_run(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    (tmp_path / "link").symlink_to(folder)
+    E.plot([folder, folder + "/", str(tmp_path / "link")])
+    assert not list(tmp_path.rglob("comparison.png"))
+
+
 @pytest.mark.parametrize("file, text, complaint", [
     ("args.json", None, "args.json"),
     ("args.json", "[]", "args.json"),
