@@ -1313,7 +1313,7 @@ def encode_pairs(pairs, encoder, device):
             output_loading_info=True)
         model = model.to(device).eval()
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        qr.encoder_embed(model, tokenizer, pairs[:1])  # a T5 wants a decoder's input, too
+        qr.encoder_embed(model, tokenizer, [("question", "path")])  # a T5 wants more input
     except Exception as e:  # noqa: BLE001 (what the libraries raise at a folder of something else)
         stop(f"--encoder {encoder}: not an encoder that transformers can load "
              f"({tasks.in_a_line(e)})")
@@ -1501,7 +1501,7 @@ def start_wandb(out, run, args):
 
     try:
         return wandb.init(project=args.wandb, name=out.name, config=vars(args), dir=str(out),
-                          resume="allow", id=run["wandb"])
+                          resume="allow", id=run.get("wandb"))
     except wandb.Error as e:
         stop(f"--wandb {args.wandb} ({tasks.in_a_line(e)}): run `wandb login`, or set "
              f"WANDB_MODE=offline, then {how_to_go_on(out)}")
