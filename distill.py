@@ -186,7 +186,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """The run's flags; with --resume, which stands alone, those that the run was started with."""
+    """The run's flags; with --resume those that the run was started with."""
     argv = sys.argv[1:] if argv is None else argv
     p = make_parser()
     args = p.parse_args(argv)
@@ -269,9 +269,10 @@ def check_out_dir(folder):
     if any(os.path.exists(out / name) for name in ("checkpoint.safetensors", "results.json")):
         stop(f"--out_dir {folder} holds a run already: pass another folder, or only --resume "
              f"{folder}")
-    if (out / "test.jsonl").exists() and not (out / "args.json").exists():
-        stop(f"--out_dir {folder} holds a test.jsonl of your own, which a run would write over: "
-             "pass another folder")
+    for name in ("test.jsonl", "log.jsonl", "predictions.jsonl"):
+        if (out / name).exists() and not (out / "args.json").exists():
+            stop(f"--out_dir {folder} holds a {name} that is no run's, which a run would write "
+                 "over: pass another folder")
     new = not os.path.exists(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -305,7 +306,7 @@ import router as qr  # the README's router.X: "router" is the network in main
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
-SCORE_SCALE = 3  # Eq 1: a loss one deviation off weighs about as much as one of six styles, 6**0.5
+SCORE_SCALE = 3  # Eq 1: a loss one deviation off weighs about as much as a style, 6**0.5 of six
 SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
@@ -351,7 +352,9 @@ def main(args=None):
     state = State(students, router, collab, optimizer, router_optimizer, scaler, gate_rng)
     digest = digest_of(rows, test, students)
     run = resume(out, state, digest) if args.resume else None
-    if run is None:
+    if run:
+        write_flags(out, args)  # --micro_batch_size and --checkpointing may be new
+    else:
         run = {"step": 0, "tokens": [0] * len(students), "seconds": prepared, "digest": digest,
                "wandb": args.wandb and uuid.uuid4().hex}
         start_run_folder(out, args, test)
@@ -1184,7 +1187,7 @@ def held_out_questions(rows, ids, args):
     fields = ("id", "task", "question", "choices", "answer", "level")
     test = {}
     for row in rows:
-        # By source_of: a row that a baseline made of another question is no test question.
+        # Ids are those of source_of: what a baseline made of another question is not among them.
         if row["id"] in held_out:
             test[row["id"]] = {field: row[field] for field in fields if field in row}
     if not test:
@@ -1193,18 +1196,18 @@ def held_out_questions(rows, ids, args):
 
 
 def without_test_questions(rows, test, args):
-    """The rows whose question is not in the test set."""
+    """The rows whose question is not in the test set, by text or by id."""
     def text(row):
         return " ".join(row["question"].lower().split())
 
-    ids = {row["id"] for row in test}
+    answers = {row["id"]: row["answer"] for row in test}
     texts = {text(row) for row in test}
     leaked = set()
     for row in rows:
-        # Ids of two files may be equal by chance, but a question that a baseline made of a test
-        # question has another text.
-        ids_count = not args.eval_questions or "made_from" in row
-        if text(row) in texts or (ids_count and source_of(row) in ids):
+        same_id = source_of(row) in answers
+        if args.eval_questions and "made_from" not in row:  # ids of two files: chance, or a typo
+            same_id = same_id and row["answer"] == answers[row["id"]]
+        if same_id or text(row) in texts:
             leaked.add(source_of(row))
     if leaked and args.eval_questions:
         print(f"left out {len(leaked)} questions of the pool that stand in {args.eval_questions}")
@@ -1423,10 +1426,15 @@ def lock_run_folder(out):
     return lock
 
 
-def start_run_folder(out, args, test):
-    """args.json, test.jsonl and an empty log."""
+def write_flags(out, args):
+    """args.json."""
     flags = {name: value for name, value in vars(args).items() if name != "resume"}
     write_atomic(json.dumps(flags, indent=1), out / "args.json")
+
+
+def start_run_folder(out, args, test):
+    """args.json, test.jsonl and an empty log."""
+    write_flags(out, args)
     write_atomic("".join(json.dumps(row) + "\n" for row in test), out / "test.jsonl")
     write_atomic("", out / "log.jsonl")
 
@@ -1494,7 +1502,7 @@ def writing(out):
 
 
 def start_wandb(out, run, args):
-    """A run of Weights & Biases, None without --wandb; a resumed run goes on with its own."""
+    """A run of Weights & Biases, None without --wandb; a resumed run goes on with its page."""
     if not args.wandb:
         return None
     import wandb  # installed: check_flags has looked
@@ -1755,7 +1763,8 @@ def command():
         print(f"\nstopped; {how_to_go_on(out)}", file=sys.stderr)
         raise
     except torch.OutOfMemoryError:
-        stop(f"out of memory: add --micro_batch_size 1 --checkpointing and {how_to_go_on(out)}")
+        stop("out of memory: with --micro_batch_size 1 and --checkpointing a step needs less; "
+             f"{how_to_go_on(out)}")
 
 
 if __name__ == "__main__":

@@ -427,14 +427,15 @@ THOUGHT = re.compile(r"""(?ix)
     | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
     | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
 # What announces an answer: #### 5, \boxed{5}, "So the best option (of the four) is", "Answer: 5";
-# "the answer is correct" doesn't. "isn't 5" is announced whole. `A:` opens only GSM8K's answers.
+# "the answer is correct" doesn't. "The answer isn't 5" announces "isn't 5", which is denied. `A:`
+# opens only GSM8K's answers.
 ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:)
     | <(?:final_)?answer> | \bfinal\ answer\s*\n
     | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b ["'`]?\s?
       (?:\([^()\n]{1,80}\)\s?)? (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s?)?
       (?:choice\b|option\b|letter\b)? \s?
       (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=]
-        | (?=(?P<denial>(?:is|are|was)n['’]t | (?:\w+n['’]t|cannot|\w+\ not)\ be)\b) )
+        | (?=(?P<denial>(?:is|are|was)n['’]t | (?:\w+n['’]t|cannot|\w+\ not)\ be)\b[^\w\n]{1,3}\d) )
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
 # "If the answer is ..." announces nothing, nor does "A common wrong answer is ...".
 SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check)\b [^.,:!?\n]{0,30}
@@ -443,8 +444,9 @@ SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
                     r"|except|rule[sd]? out|unlikely|least likely)\b|n['’]t\b")
 # A box right behind it is no answer, but a part of one: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}}
-PARTLY = re.compile(r"(?:(?<![\w})])-|[$=(\[] ?- |\d ?[*/]? ?|\^|\\(?:sqrt|cdot|times|div|pm) ?)"
-                    r"\{?\Z|\\[dtc]?frac[^$=)\n]{0,60}\{\Z")
+PARTLY = re.compile(r"(?:(?<![-\w})])[-−–]|[$=(\[] ?[-−–] |\d(?: ?[*/] ?)?|\^"
+                    r"|\\(?:sqrt|cdot|times|div|pm) ?)\{?\Z"
+                    r"|\\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z")
 # What is right behind it is no answer: "It cannot be $\boxed{5}$".
 NOT_BE = re.compile(r"(?i)(?:\bnot|\bcannot|n['’]t)\s(?:be\s|equal\s)?\W*\Z")
 BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
@@ -483,7 +485,8 @@ def extract_answer(task, text, choices=None):
     statement = statement_after(text, announced[-1])
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
         return None
-    if announced[-1][0].startswith("\\") and PARTLY.search(text[:announced[-1].start()][-80:]):
+    before_box = text[:announced[-1].start()] if announced[-1][0].startswith("\\") else ""
+    if kind in ("number", "math") and PARTLY.search(before_box[-80:]):
         return None
     if kind == "math":
         return read_math(text, announced)
@@ -540,7 +543,7 @@ def read_end(kind, text, choices):
         numbers = [m for m in NUMBER.finditer(text) if canonical(m) is not None]
         if not numbers or NOT_BE.search(text[:numbers[-1].start()]):
             return None
-        return None if ONE_OF_SEVERAL.match(text[numbers[-1].end():]) else canonical(numbers[-1])
+        return canonical(numbers[-1])
     if kind == "math":
         formulas = [m for m in FORMULA.finditer(text) if m.end() > len(text) - len(line)]
         if formulas:
@@ -606,16 +609,14 @@ _WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
 SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
                             rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
 # After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
-# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5; or that it may have another unit: $10K, 3 dozen,
-# 1.5 hours = 90 minutes (not: 5 since x = 5).
+# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5; or that it is in thousands: $10K.
 _PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
 ONE_OF_SEVERAL = re.compile(
     rf"(?i):\d|h\d|[\s-]{_PART}"
     r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
     rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
     r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?="
-    r"|(?-i:[kKMB])\b|\sdozens?\b"
-    r"|(?: (?!(?:as|because|since|if|when|where)\b)[\w$/]+(?:\.\d+)?)+ ?=")
+    r"|(?-i:[kKMB])\b")
 SIGNS = str.maketrans("−–‒﹣－‐‑", "-------")
 SIGNS |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
 
@@ -631,7 +632,7 @@ def number_in(text):
     """The one number that a text gives: its first, or what its last equation comes to. None for
     open arithmetic, several numbers, and one that is denied."""
     text = digits_for_words(text.translate(SIGNS))
-    text = re.sub(r"(?i)(?:^\W*minus|\bnegative)\s(?=[$€£]?\d)", "-", text)
+    text = re.sub(r"(?i)(?:^\W*minus|(?<!-)\bnegative)\s(?=[$€£]?\d)", "-", text)
     m = NUMBER.search(text)
     if not m:
         return None
@@ -1665,7 +1666,7 @@ def has_bfloat16(device="cpu"):
 def laid_out(model, dtype=None):
     """Inside, LoRA is merged and the weights are of type `dtype` (None: bfloat16 where has_bfloat16
     and the model is no toy); afterwards the model is what it was, bit for bit. For models in
-    floating point on a CPU or a GPU; others stay as they are. """
+    floating point on a CPU or a GPU; others stay as they are."""
     import torch
 
     device = model.device.type
@@ -1673,15 +1674,20 @@ def laid_out(model, dtype=None):
     if device not in ("cpu", "cuda") or not floating:
         yield
         return
-    # In the host's memory: beside the merged ones a GPU might have no room for them.
-    weights = [(weight, weight.data.cpu()) for weight in model.parameters()]
     if dtype is None:
-        large = sum(weight.numel() for weight, _ in weights) > 10**7
+        large = sum(weight.numel() for weight in model.parameters()) > 10**7
         dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
+    lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]  # distill.LoRA
+    merged = {id(module.base.weight) for module in lora}
+    weights = []
+    for weight in model.parameters():
+        is_replaced = weight.dtype != dtype or id(weight) in merged
+        # In the host's memory: beside the new ones a GPU might have no room for them.
+        weights.append((weight, weight.data.cpu() if is_replaced else weight.data))
     replaced = []  # modules whose forward is another one inside
     try:
         for module in model.modules():
-            if hasattr(module, "base") and hasattr(module, "A"):  # distill.LoRA
+            if module in lora:
                 merge_lora(module, dtype)
                 module.forward = module.base.__call__
                 replaced.append(module)

@@ -578,11 +578,11 @@ class CallError(Exception):
         self.kind, self.words, self.wait, self.billed = kind, words, wait, billed
 
 
-# What servers say, with whatever status, when the account is used up. "You exceeded your current
-# quota" alone is not among it: Gemini says so when only the minute's quota is used up.
-NO_CREDIT = re.compile(r"credit balance is too low|insufficient[_ ](quota|balance|credit)"
-                       r"|billing_(error|hard|not|disabled)|monthly spending limit|arrearage"
-                       r"|reached your specified .{0,20}usage limits", re.IGNORECASE)
+# What servers say, with whatever status, when the account is used up. Not "quota": that may be the
+# minute's, and is asked for again.
+NO_CREDIT = re.compile(r"credit balance is too low|billing_(error|hard|not|disabled)|arrearage"
+                       r"|monthly spending limit|reached your specified .{0,20}usage limits",
+                       re.IGNORECASE)
 
 
 def kind_of(status, words):
@@ -711,7 +711,7 @@ class Calls:
     def __init__(self, name, file, args, spent, bar, has_answered):
         self.name, self.file, self.args, self.spent, self.bar = name, file, args, spent, bar
         self.has_answered = has_answered  # ever: then a refusal is about its prompt
-        self.fails_always = False  # whatever the prompt: then no refusal is recorded
+        self.fails_always = False  # every call: then a refusal says nothing about its prompt
         self.problem = ""  # why no further call is made: the first reason
         self.stopping = asyncio.Event()
         self.retried = self.lost = self.cut = 0

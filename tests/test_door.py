@@ -240,7 +240,8 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_batches(world, killed
         patch.setattr(distill, "FLAGS", distill.parse_args(["--resume", str(run)]), raising=False)
         with pytest.raises(SystemExit):
             distill.command()
-    assert f"--micro_batch_size 1 --checkpointing and go on with: python distill.py --resume {run}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--micro_batch_size 1" in error and f"go on with: python distill.py --resume {run}" in error
     sizes, micro_batches = [], distill.micro_batches
 
     def noted(question, args):
@@ -250,6 +251,7 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_batches(world, killed
     monkeypatch.setattr(distill, "micro_batches", noted)
     distill.main(["--resume", str(run), "--micro_batch_size", "1"])
     assert set(sizes) == {1} and (run / "log.jsonl").read_text().count("\n") == 4
+    assert json.loads((run / "args.json").read_text())["micro_batch_size"] == 1  # also after the next kill
 
 
 def test_each_run_has_its_own_page_of_weights_and_biases_and_a_resumed_one_the_same(world, tmp_path, capsys, monkeypatch):  # noqa: F811
