@@ -1295,12 +1295,14 @@ def test_test_question_in_the_pool_under_another_id_is_not_trained(world, tmp_pa
         }
         for i, q in enumerate(list(questions.values())[:5])
     ]
-    same_id = [{"id": "demo-0-00007", "task": "demo", "question": "How many?", "answer": "3"}]
-    file = write_jsonl(tmp_path / "test.jsonl", again + same_id)
+    seventh, eighth = list(questions)[6:8]
+    chance = {"id": seventh, "task": "demo", "question": "How many?", "answer": "1000"}  # ids of two files say nothing
+    typo = {"id": eighth, "task": "demo", "question": "How mnay?", "answer": questions[eighth]["answer"]}
+    file = write_jsonl(tmp_path / "test.jsonl", [*again, chance, typo])
     for limit in (0, 1):  # a test question that --eval_limit leaves out is none to train on either
         rows, test = data_of("--eval_questions", file, "--filter", "none", "--eval_limit", limit)
-        assert len(test) == (limit or 6)
-        assert {r["id"] for r in rows} == set(questions) - set(list(questions)[:5])  # ids of two files say nothing
+        assert len(test) == (limit or 7)
+        assert {r["id"] for r in rows} == set(questions) - set(list(questions)[:5]) - {eighth}
 
 
 def test_duplicated_question_under_two_ids_is_not_split_over_both_sides(world, tmp_path, data_of):
