@@ -435,7 +435,8 @@ ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P
       (?:\([^()\n]{1,80}\)\s?)? (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s?)?
       (?:choice\b|option\b|letter\b)? \s?
       (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=]
-        | (?=(?P<denial>(?:is|are|was)n['’]t | (?:\w+n['’]t|cannot|\w+\ not)\ be)\b[^\w\n]{1,3}\d) )
+        | (?= (?P<denial>(?:is|are|was)n['’]t | (?:\w+n['’]t|cannot|\w+\ not)\ be)
+              \b[^\w\n]{1,3}\d ) )
       (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
 # "If the answer is ..." announces nothing, nor does "A common wrong answer is ...".
 SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check)\b [^.,:!?\n]{0,30}
@@ -485,8 +486,9 @@ def extract_answer(task, text, choices=None):
     statement = statement_after(text, announced[-1])
     if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
         return None
-    before_box = text[:announced[-1].start()] if announced[-1][0].startswith("\\") else ""
-    if kind in ("number", "math") and PARTLY.search(before_box[-80:]):
+    in_box = announced[-1][0].startswith("\\")
+    before = text[:announced[-1].start()][-80:]
+    if in_box and kind in ("number", "math") and PARTLY.search(before):
         return None
     if kind == "math":
         return read_math(text, announced)

@@ -5,8 +5,8 @@
     python judge.py --paths pool.jsonl --judge MODEL@URL --canaries 20 --out judged.jsonl
 
 A pool is a JSON Lines file, one path a line: id, task, question, answer, style, teacher, path, and
-optionally choices, level, prompt, sample, finish_reason, usage, refusal. Grading (step
-1 of the filter) adds prediction and correct, judging (step 2) adds valid and verdict.
+optionally choices, level, prompt, sample, finish_reason, usage, refusal. Grading (step 1 of the
+filter) adds prediction and correct, judging (step 2) adds valid and verdict.
 A model is MODEL@URL, behind any OpenAI-compatible chat endpoint, or the name or folder of a Hugging
 Face model.
 """
@@ -839,7 +839,7 @@ async def serve(client, url, job, prompt, calls, parameters, key):
         if change:
             changes.append(change)
             continue
-        with contextlib.suppress(asyncio.TimeoutError):  # an end of the run ends the wait
+        with contextlib.suppress(TimeoutError):  # an end of the run ends the wait
             await asyncio.wait_for(calls.stopping.wait(), max(error.wait, back_off(tries)))
         tries += 1
     if error:  # stopped between attempts
