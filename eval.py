@@ -8,8 +8,6 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 """
 import argparse
 import contextlib
-import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -19,8 +17,19 @@ import sys
 import zlib
 from collections import defaultdict
 from fractions import Fraction
-from functools import lru_cache, partial
-from types import SimpleNamespace
+from functools import lru_cache
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+)
+from transformers.utils import cached_file, logging
 
 # One line per task, and no more is needed for a new one: which kind of answer it has.
 TASKS = {
@@ -49,11 +58,9 @@ YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
 
 
-# ---------------------------------------------------------------- commands
+# ---------------------------------------------------------------- commands: how they end
 def stop(message):
     """End the program with one sentence on stderr and exit code 2 (raises SystemExit)."""
-    from tqdm import tqdm
-
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     raise SystemExit(2)
 
@@ -71,104 +78,57 @@ def within(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
 
-    # argparse says "invalid whole number value: 'x'"
-    parse.__name__ = "whole number" if kind is int else "number"
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value"
     return parse
 
 
-def nonempty(text):
-    """An argparse type: text that is not blank, as an unset shell variable would make it."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty")
-    return text
-
-
-def check_output(path):
-    """Stop, before any work is done, where no file can be written at `path`; leaves no trace."""
-    existed = os.path.lexists(path)  # a link to a file that is not there stays
-    try:
-        with open(path, "ab"):
-            pass
-        if not existed:
-            os.remove(path)
-    except OSError as e:
-        stop(f"cannot write {path} ({e.strerror}): choose another place")
-
-
-def run_command(main):
-    """Run a script's main(): what a terminal can't show is escaped, a closed pipe ends it."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-# ---------------------------------------------------------------- rows: the one door
-# Whoever wrote a file (our own commands, pandas, datasets, a hand), it comes in here. What has
-# passed numbered_rows and clean_row (for paths: judge.pool_rows) is not checked further in.
+# ---------------------------------------------------------------- rows: one door for every file
 def read_jsonl(path):
-    """The rows of a JSON Lines file as a list; see numbered_rows."""
+    """The rows of a file as a list; see numbered_rows."""
     return [row for _, row in numbered_rows(path)]
 
 
 def numbered_rows(path):
-    """Yield ("FILE:LINE", row) for each JSON object of a JSON Lines file; blank lines are skipped.
+    """Yield ("FILE:LINE", row) for each object of JSON Lines, or each row of one JSON list.
 
-    A field that is null or NaN is absent, and half a surrogate pair is replaced, at every depth.
-    Stops with FILE:LINE at anything but a JSON object.
+    The content decides which of them it is. A field that is null or NaN is absent and half a
+    surrogate pair is replaced, at every depth. Stops with FILE:LINE at anything but an object.
     """
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                row = parse_json(line, where)
-                if not isinstance(row, dict):
-                    stop(f"{where}: expected a JSON object, found {type(row).__name__}")
-                yield where, row
+            data = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     except OSError as e:
         stop(f"cannot read {path}: {e.strerror}")
+    if data.lstrip()[:1] == b"[" or data.split(b"\n", 1)[0].strip() == b"{":
+        value = parse_json(data, path)  # over all lines
+        rows = value if isinstance(value, list) else [value]
+        places = [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
+    else:
+        lines = enumerate(data.split(b"\n"), 1)  # U+2028 ends no line
+        lines = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+        places = ((where, parse_json(line, where)) for where, line in lines)
+    for where, row in places:
+        if not isinstance(row, dict):
+            stop(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row
 
 
 def parse_json(data, where):
     """The value of a JSON text (bytes), cleaned as numbered_rows says; stops with `where`."""
-    def clean(value, depth=0):
-        if depth > 50:
-            raise ValueError("nested more than 50 deep")
+    def clean(value):
         match value:
             case str():
                 return re.sub("[\ud800-\udfff]", "\ufffd", value)
             case list():
-                return [clean(item, depth + 1) for item in value]
+                return [clean(item) for item in value]
             case dict():
-                return {clean(key): clean(item, depth + 1)
-                        for key, item in value.items() if item is not None}
+                return {clean(key): clean(item) for key, item in value.items() if item is not None}
         return value
 
-    def finite(text):
-        return float(text) if math.isfinite(float(text)) else None
-
-    try:  # Infinity becomes null, too, and what is as large (1e999)
-        return clean(json.loads(data.decode("utf-8-sig"), parse_float=finite,
-                                parse_constant=lambda name: None))
-    except (ValueError, RecursionError) as e:  # ValueError: no JSON, no UTF-8, or 5,000 digits
-        stop(f"{where}: not valid JSON ({str(e)[:200]}); a .jsonl file has one object a line")
-
-
-def read_json(path):
-    """The value of a JSON file, cleaned as numbered_rows says."""
     try:
-        with open(path, "rb") as file:
-            return parse_json(file.read(), path)
-    except OSError as e:
-        stop(f"cannot read {path}: {e.strerror}")
+        return clean(json.loads(data.decode(), parse_constant=lambda name: None))  # NaN, Infinity
+    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, 5,000 digits
+        stop(f"{where}: not valid JSON ({str(e)[:200]})")
 
 
 def require_text(row, keys, where):
@@ -199,8 +159,7 @@ def clean_row(row, where):
     row["id"] = as_text(row.get("id"))
     require_text(row, ("id", "question"), where)
     if "level" in row:
-        level = row["level"]
-        row["level"] = str(level) if isinstance(level, bool) else as_text(level)
+        row["level"] = as_text(row["level"])
         require_text(row, ("level",), where)
     match row.pop("prompt", ""):
         case str(text) | [{"role": "user", "content": str(text)}]:
@@ -208,12 +167,8 @@ def clean_row(row, where):
                 row["prompt"] = text
         case _:
             stop(f"{where}: field 'prompt' is neither a string nor one user turn")
-    labels = read_choices(row, where)
-    if "baseline" in row:  # graded when it was made from other rows: its answer may be "unknown"
-        row["answer"] = as_text(row.get("answer"))
-        require_text(row, ("answer",), where)
-    else:
-        row["answer"] = clean_answer(row, labels, where)
+    letters = read_choices(row, where)
+    row["answer"] = clean_answer(row, letters, where)
     return row
 
 
@@ -228,17 +183,17 @@ def read_choices(row, where):
             pairs = [*zip(labels, texts)]
         case {**fields}:
             pairs = [*fields.items()]
-        case [*items] if all(isinstance(item, dict) for item in items):
+        case [{}, *_] as items if all(isinstance(item, dict) for item in items):
             pairs = [(item.get("label"), item.get("text")) for item in items]
-        case [*texts] if len(texts) <= len(LETTERS):
+        case [*texts]:
             pairs = [*zip(LETTERS, texts)]
         case _:
             pairs = [(None, None)]
     pairs = [(as_text(label), as_text(text)) for label, text in pairs if text not in (None, "")]
-    labels = [label for label, text in pairs if label is not None and text is not None]
+    labels = [label for label, text in pairs if None not in (label, text)]
     if len(set(labels)) < len(pairs) or len(pairs) > len(LETTERS):
         stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list of texts")
-    if len(pairs) < 2 and TASKS[row["task"]] == "choice" and "baseline" not in row:
+    if len(pairs) < 2 and TASKS[row["task"]] == "choice":
         stop(f"{where}: task {row['task']} needs 'choices', two or more")
     kept = all(label in LETTERS for label in labels)
     letters = dict(zip(labels, labels if kept else LETTERS))
@@ -261,33 +216,30 @@ def clean_answer(row, letters, where):
     elif kind == "number" and number_in(answer) is None:
         right = None
     if not right:
-        of = f"choices {', '.join(choices)}" if kind == "choice" else f"kind {kind}"
         stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {row['task']} "
-             f"({of})")
+             f"(kind {kind})")
     return right
 
 
-# ---------------------------------------------------------------- readers of questions
+# ---------------------------------------------------------------- readers: published questions
 def read_questions(path, task=None):
     """Rows of a file of questions, each id once, clean (see clean_row).
 
     The file is in a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI,
-    StrategyQA), flat JSONL, or a path pool. `task` overrides what the file says.
+    StrategyQA), flat rows, or a path pool. `task` overrides what the file says.
     """
-    if task not in (None, *TASKS):
-        stop(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     stem = os.path.splitext(os.path.basename(path))[0]
     guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
     questions = {}
-    for i, (where, record) in enumerate(records(str(path))):
+    for i, (where, record) in enumerate(records(path)):
         try:
             row = flatten(record, guess)
-            given = [record[k] for k in ("id", "qid", "uid") if k in record]
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-            stop(f"{where}: not a question in a format that I know ({type(e).__name__}: {e})")
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            stop(f"{where}: not a question in a format that I know ({in_a_line(e)})")
+        given = [record[key] for key in ("id", "qid", "uid") if key in record]
         row = {"id": given[0] if given else f"{stem}-{i:05d}", **row, "task": task or row["task"]}
         row = clean_row({k: v for k, v in row.items() if v is not None}, where)
-        if questions.setdefault(row["id"], row)["question"] != row["question"]:
+        if question_of(questions.setdefault(row["id"], row)) != question_of(row):
             stop(f"{where}: the id {row['id']!r} belongs to another question already; give each "
                  "question its own")
     if not questions:
@@ -296,15 +248,12 @@ def read_questions(path, task=None):
 
 
 def records(path):
-    """(place, record) for a JSONL file's lines, or a .json file's list or BIG-bench "examples"."""
-    if not path.endswith(".json"):
-        yield from numbered_rows(path)
-        return
-    data = read_json(path)
-    data = data.get("examples") if isinstance(data, dict) else data
-    if not isinstance(data, list):
-        stop(f"{path}: expected a list of questions or an object with 'examples'")
-    yield from ((f"{path}, example {i}", record) for i, record in enumerate(data))
+    """(place, record) of the rows of a file, or of the "examples" in BIG-bench's one object."""
+    for where, row in numbered_rows(path):
+        if isinstance(row.get("examples"), list):
+            yield from ((f"{where}, example {i}", r) for i, r in enumerate(row["examples"]))
+        else:
+            yield where, row
 
 
 def flatten(r, guess):
@@ -340,11 +289,11 @@ def flatten(r, guess):
         task = task or "strategyqa"
     elif "####" in str(answer):  # GSM8K
         answer, task = answer.rsplit("####", 1)[1].strip(), task or "gsm8k"
-    more = {k: r.get(k) for k in ("choices", "level", "prompt")}
+    more = {key: r.get(key) for key in ("choices", "level", "prompt")}
     return {"task": task, "question": r.get("question"), "answer": answer, **more}
 
 
-# ---------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- prompts: what a student reads
 def question_of(row):
     """The question with its choices, a line "(A) text" each."""
     choices = row.get("choices") or {}
@@ -352,8 +301,8 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row: its own `prompt`, which questions held out of a pool lose, or
-    one that is the same in training and at test time (open point 11)."""
+    """What a student sees of a row, the same in training and at test time: the row's own `prompt`,
+    or the question and how the answer is to end."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
@@ -402,14 +351,10 @@ def two_chats(tokenizer, prompt):
     answers = ["The", "9"]
     if tokenizer(answers[0])["input_ids"] == tokenizer(answers[1])["input_ids"]:  # both unknown
         answers = sorted(filter(str.isalnum, tokenizer.get_vocab()))[:2]
-    try:
-        chats = [list(tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
-            sanitize_control_tokens=True, return_dict=False)) for answer in answers]
-    except Exception as e:  # noqa: BLE001 (a template is a program and may raise what it likes)
-        stop(f"{tokenizer.name_or_path}: its chat template can't write a question and an answer "
-             f"({in_a_line(e)})")
+    chats = [list(tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+        chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+        sanitize_control_tokens=True, return_dict=False)) for answer in answers]
     if chats[0] == chats[1]:
         stop(f"{tokenizer.name_or_path}: its chat template does not write what the assistant says")
     return chats
@@ -1097,192 +1042,83 @@ def evaluate_formula(mp, formula, point):
     return x
 
 
-# ---------------------------------------------------------------- students
+# ---------------------------------------------------------------- students: load, merge adapters
 def load_student(name, device="cpu", dtype=None, **more):
-    """(model, tokenizer) of a Hugging Face causal LM, or of a folder with a LoRA adapter in PEFT's
-    format (merged). dtype: of the weights (None: float32); `more` goes to from_pretrained. Code
-    that comes with a model is never run. Stops with one sentence at what is no such model, at
-    weights that are missing, left over or not finite, and at what check_model finds."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
+    """(model, tokenizer) of a Hugging Face causal LM, or of a LoRA adapter in PEFT's format
+    (merged), by folder or name on the hub. dtype: of the weights (None: float32); `more` goes to
+    from_pretrained. Code that comes with a model is never run. Stops with one sentence at what is
+    no such model, is saved quantised, lacks a weight, or is an adapter without its base."""
     loud = logging.get_verbosity()
     logging.set_verbosity_error()  # no table of missing weights: the sentence names one of them
     try:
-        adapter = read_adapter(name)
-        base = adapter[0]["base_model_name_or_path"] if adapter else name
-        own_tokenizer = os.path.isfile(os.path.join(name, "tokenizer_config.json"))
-        tokenizer = AutoTokenizer.from_pretrained(name if own_tokenizer else base,
-                                                  trust_remote_code=False)
+        base, adapter = name, file_of(name, "adapter_config.json")
+        if adapter:
+            with open(adapter, encoding="utf-8") as file:
+                adapter = json.load(file)
+            base = adapter["base_model_name_or_path"]
+            more = {"revision": adapter.get("revision") or "main", **more}
+            if not file_of(base, "config.json", more["revision"]):
+                raise ValueError(f"the base of this adapter, {base}, is not there: write where it "
+                                 "is now into adapter_config.json")
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False,
+                                            revision=more.get("revision"))
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are saved quantised, and LoRA can't be merged into them: "
+                             "take the model that was quantised")
+        own = file_of(name, "tokenizer_config.json")
+        tokenizer = AutoTokenizer.from_pretrained(name if own else base, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **more)  # reported, not ignored
-        check_weights(model, report)
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if report[kind]:
+                raise ValueError(f"the checkpoint has {kind.replace('_', ' ')}: "
+                                 f"{min(map(str, report[kind]))}, {len(report[kind])} in all")
         if adapter:
-            merge_adapter(model, *adapter)
+            merge_adapter(model, adapter, load_file(file_of(name, "adapter_model.safetensors")))
     except Exception as e:  # noqa: BLE001 (whatever libraries raise at a folder that is no model)
-        stop(f"{name}: not a causal language model that can be loaded from safetensors "
-             f"({in_a_line(e)})")
+        stop(f"{name}: can't be loaded as a causal language model ({in_a_line(e)})")
     finally:
         logging.set_verbosity(loud)
     if not tokenizer.is_fast:
         stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give "
              "character offsets")
-    # No text becomes a special token, so some need no embedding (Gemma 3's <image_soft_token>).
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    used = {*tokenizer.get_vocab().values()} - special
-    used.update(encode_prompt(tokenizer, "Q"), [end_token(tokenizer)])
-    if max(used) >= len(model.get_input_embeddings().weight):
-        stop(f"{name}: its tokenizer has more tokens than the model has embeddings")
-    model = model.to(device).eval()
     for module in model.modules():
         # bitsandbytes on some CPUs: the first answer would repack 4-bit weights for good, and they
         # give no gradient then.
         module.support_avx512bf16_for_cpu = False
-    check_model(model, name)
-    return model, tokenizer
+    return model.to(device).eval(), tokenizer
 
 
-def check_weights(model, report):
-    """Raise ValueError where from_pretrained's report or a weight that isn't finite shows that the
-    checkpoint is not whole or not this model's. (A renamed weight is missing and left over.)"""
-    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of"),
-                       ("unexpected_keys", "has what the model of its config.json has not,")):
-        names = sorted(map(str, report[kind]))
-        if names:
-            raise ValueError(f"the checkpoint {what} {names[0]}, {len(names)} such weights in all")
-    for name, weight in model.named_parameters():
-        check_finite(name, weight)
-
-
-def check_finite(name, weight):
-    some = weight.is_floating_point() and weight.numel()
-    if some and not all(math.isfinite(end) for end in weight.detach().aminmax()):
-        raise ValueError(f"{name} holds NaN or infinity")
-
-
-def read_adapter(folder):
-    """(config, weights, its base's fingerprint or None) of a PEFT adapter; None if it is none."""
-    from safetensors import safe_open
-
-    file = os.path.join(folder, "adapter_config.json")
-    if not os.path.isfile(file):
+def file_of(name, file, revision=None):
+    """Path of a file of a model, in its folder or from the hub; None where there is none."""
+    try:
+        return cached_file(name, file, revision=revision, _raise_exceptions_for_gated_repo=False,
+                           _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)
+    except (OSError, ValueError):  # no name of a repository
         return None
-    with open(file, encoding="utf-8") as f:
-        config = json.load(f)
-    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as f:
-        keys = f.keys()
-        weights = {key: f.get_tensor(key) for key in keys}
-        return config, weights, (f.metadata() or {}).get("base")
 
 
-def fingerprint(model):
-    """Eight hex digits that tell a model's weights from others, the same in float32 and bfloat16,
-    from 64 values of each; None in another type, as float16 or quantised. Called before LoRA."""
-    import torch
-
-    digest = 0
-    for weight in model.parameters():
-        if weight.dtype not in (torch.float32, torch.bfloat16):
-            return None
-        values = weight.detach().flatten()
-        values = values[::max(1, len(values) // 64)].to("cpu", torch.bfloat16)
-        digest = zlib.crc32(values.view(torch.int16).numpy().tobytes(), digest)
-    return f"{digest:08x}"
-
-
-def merge_adapter(model, config, weights, base=None):
-    """W += scale B A for every module with a LoRA pair.
-
-    Raises ValueError at what is more than plain LoRA, lacks a part or is not finite, and where the
-    model hasn't the fingerprint `base`.
-    """
-    more = [key for key in ("use_dora", "alpha_pattern", "modules_to_save", "layers_to_transform",
-                            "exclude_modules", "target_parameters") if config.get(key)]
-    # Other initial weights (pissa, olora, corda, loftq, lora_ga) change those of the base.
-    initial = config.get("init_lora_weights")
-    if initial not in (None, True, False, "gaussian", "eva", "orthogonal", "mica"):
-        more.append(f"init_lora_weights {initial}")
+def merge_adapter(model, config, weights):
+    """W += scale B A for every pair in the weights of a PEFT adapter; ValueError at what is more
+    than plain LoRA. (Initial weights such as pissa's change those of the base.)"""
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(f"init_lora_weights {config['init_lora_weights']} can't be merged")
     pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
     for key, weight in weights.items():
         m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if more or not m:
-            raise ValueError(f"only plain LoRA adapters can be merged {more or key}")
-        check_finite(key, weight)
+        if not m or config.get("alpha_pattern"):
+            raise ValueError(f"only plain LoRA adapters can be merged, this one has {key}")
         pairs[m[1]][m[2]] = weight.float()
-    if not pairs:
-        raise ValueError("the adapter is empty")
-    if base and fingerprint(model) not in (base, None):
-        raise ValueError(f"its base {config['base_model_name_or_path']} has changed since")
-    lacking = sorted(targets(model, config["target_modules"]) - pairs.keys())
-    if lacking:
-        raise ValueError(f"the adapter lacks {lacking[0]}, {len(lacking)} of its target_modules")
     for name, pair in pairs.items():
-        if len(pair) < 2:
-            raise ValueError(f"the adapter has only one of the two matrices of {name}")
         rank = len(pair["A"])
         scale = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
         delta = scale * (pair["B"] @ pair["A"])
         if config.get("fan_in_fan_out"):  # GPT-2's Conv1D keeps (in, out)
             delta = delta.T
         weight = model.get_submodule(name).weight
-        if delta.shape != weight.shape:
-            raise ValueError(f"{name} of the base has the shape {tuple(weight.shape)}, that of the "
-                             f"adapter {tuple(delta.shape)}")
         weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype).detach()
-
-
-def targets(model, modules):
-    """The linear layers that an adapter's target_modules name, as PEFT reads it: endings of their
-    names, a pattern for the whole name, or "all-linear"."""
-    from torch.nn import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    linear = {name for name, module in model.named_modules() if type(module) in (Linear, Conv1D)
-              and module is not model.get_output_embeddings()}
-    if modules == "all-linear":
-        return linear
-    if isinstance(modules, str):
-        return {name for name in linear if re.fullmatch(modules, name)}
-    return {name for name in linear if any(f".{name}".endswith(f".{end}") for end in modules)}
-
-
-def check_model(model, name="the model"):
-    """Stop unless the model is causal (a changed last token moves no earlier logits) and gives the
-    same logits from the cache that generate uses as without (those of models that keep their state
-    elsewhere would ignore the context)."""
-    import torch
-
-    size = model.config.get_text_config().vocab_size
-    tokens = [(size // 2 + 11 * j) % size for j in range(9)]
-    limit = 1e-3 if model.dtype == torch.float32 else 0.1
-    try:
-        with torch.no_grad():
-            ids = torch.tensor([tokens[:8], tokens[:7] + tokens[8:]], device=model.device)
-            whole, changed = (model(input_ids=row[None]).logits[0].float() for row in ids)  # (8, V)
-            cache, reader = empty_cache(model), empty_reader(model)
-            starts = [tokens[:5], tokens[:3]] if reader.can_cut else [tokens[:5]]
-            new = read_prompts(model, reader, starts)
-            cache = join(cache, new, starts, len(starts)) if can_join(cache) else new
-            steps, wanted = [], []
-            for n in range(3):
-                ids = [[tokens[len(start) + n]] for start in starts]
-                lengths = [len(start) + n + 1 for start in starts]
-                steps.append(next_logits(model, cache, ids, lengths))
-                wanted.append(whole[[length - 1 for length in lengths]])
-    except Exception as e:  # noqa: BLE001 (whatever a model that is none raises)
-        stop(f"{name}: does not run as a causal language model with a cache "
-             f"({in_a_line(e)})")
-
-    def differ(a, b):
-        return not (a - b).norm() <= limit * (b - b.mean()).norm()  # also where one is NaN
-
-    if differ(changed[:7], whole[:7]):
-        stop(f"{name}: not a causal model: a token changes what is predicted before it")
-    if differ(torch.cat(steps), torch.cat(wanted)):
-        stop(f"{name}: its answers from a cache are not those without; its kind of model is not "
-             "supported")
 
 
 def logit_factor(config):
@@ -1295,76 +1131,88 @@ def logit_factor(config):
     return factor * scaling if config.model_type.startswith("hyperclovax") else factor / scaling
 
 
-# ---------------------------------------------------------------- generation
-READ_TOGETHER = 16  # prompts: one pass over the weights for all of them, and room for their states
+def context_of(model):
+    """How many tokens a model can read; infinity where its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, samples=1,
-             temperature=None, seed=0, desc=None, until=None, done=None, dtype=None):
-    """Responses to prompts (lists of token ids): [prompt][sample] of {"text", "tokens": their
-    number, "logprob": their mean log-probability, "stopped": it ended by itself}.
+# ---------------------------------------------------------------- generation: answers to prompts
+def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, temperature=0.0,
+             until=None, desc=None):
+    """One response to each prompt (a list of token ids), in their order: {"text", "ids": its
+    tokens, "tokens": their number, "stopped": it ended by itself}. Greedy at temperature 0.
 
-    Greedy for one sample or at temperature 0; several samples have temperature 0.8 by default. A
-    sample hangs on seed, prompt and sample number, not on the batch around it. It ends with an end
-    token (which counts, but is not in the text), after max_new_tokens, where the model's context
-    ends, or with the first match of `until`, a pattern for each prompt, which is looked for every
-    16 tokens. batch_size responses are written at a time (None: see rows_at_once); when sample k of
-    prompt i ends, done(i, k, response) is called, and when an eighth has ended, others take their
-    places. For `dtype` see laid_out.
+    It ends with an end token (which counts, but is not in the text), after max_new_tokens, where a
+    batch would leave the model's context, or with the first match of `until`, a pattern for each
+    prompt. batch_size prompts of about one length are answered together (None: rows_at_once).
     """
-    import torch
-    from tqdm import tqdm
-
-    if temperature is None:
-        temperature = 0.8 if samples > 1 else 0
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = max(map(len, prompts), default=0)
-    if longest >= context:
-        stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    longest = len(prompts[order[0]]) if order else 0
+    if longest >= context_of(model):
+        stop(f"a prompt of {longest} tokens leaves no room in the model's context of "
+             f"{context_of(model)}")
     ends = end_tokens(model, tokenizer)
-
-    def read(row, n):
-        """The text of a row's first n tokens, and the match of `until` in it, or None."""
-        text = tokenizer.decode(row.tokens[:n], skip_special_tokens=True)
-        thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
-        return text, until[row.i].search(text, thought) if until else None
-
-    def ended(row):
-        n = len(row.tokens)
-        if row.tokens[-1] in ends or n == max_new_tokens or row.length > context:
-            return True
-        return bool(until) and n % 16 == 0 and read(row, n)[1] is not None
-
-    def response(row):
-        n, stopped = len(row.tokens), row.tokens[-1] in ends
-        text, said = read(row, n - stopped)
-        if said and said.end() < len(text):  # what follows the answer does not count
-            text = text[:said.end()]
-            n = next(n for n in range(1, n + 1) if read(row, n)[1])
-        return {"text": text, "tokens": n, "logprob": sum(row.logprobs[:n]) / n, "stopped": stopped}
-
-    rows = [new_row(prompts[i], i, k, max_new_tokens, temperature, seed)
-            for i in range(len(prompts)) for k in range(samples)]
-    results = [[None] * samples for _ in prompts]
-    was_training = model.training
-    bar = tqdm(total=len(rows), desc=desc, disable=desc is None, leave=False)
-    with torch.no_grad(), laid_out(model.eval(), dtype), bar:
-        at_once = batch_size or rows_at_once(model, longest + max_new_tokens)
-        for row in write(model, rows, at_once, temperature, ended):
-            results[row.i][row.k] = response(row)
-            bar.update()
-            if done:
-                done(row.i, row.k, results[row.i][row.k])
-    model.train(was_training)
+    results = [None] * len(prompts)
+    with answering(model), tqdm(total=len(order), desc=desc, disable=not desc, leave=False) as bar:
+        size = batch_size or rows_at_once(model, longest + max_new_tokens)
+        for start in range(0, len(order), size):
+            batch = order[start:start + size]
+            width = len(prompts[batch[0]])
+            padded = [[ends[0]] * (width - len(prompts[i])) + prompts[i] for i in batch]
+            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+            said = AnswerSaid(tokenizer, ends, width, [until[i] for i in batch] if until else [])
+            sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
+            ids = model.generate(
+                torch.tensor(padded, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                max_new_tokens=min(max_new_tokens, context_of(model) + 1 - width),
+                do_sample=temperature > 0, **sampling, eos_token_id=ends, pad_token_id=ends[0],
+                stopping_criteria=[said])
+            for row, (i, tokens) in enumerate(zip(batch, ids[:, width:].tolist())):
+                results[i] = said.response(row, tokens)
+            bar.update(len(batch))
     return results
 
 
-def rows_at_once(model, length):
-    """How many responses of at most `length` tokens, prompts included, are written at a time. More
-    are faster, since all weights are read once for all of them: as many, up to 256, as have their
-    keys and values in 2 GB of a CPU's memory, or in a quarter of what a GPU has free."""
-    import torch
+class AnswerSaid(StoppingCriteria):
+    """Ends a row of a batch once its pattern matches outside a thought; looks every 16 tokens."""
 
+    def __init__(self, tokenizer, ends, width, until):
+        self.tokenizer, self.ends, self.width, self.until = tokenizer, ends, width, until
+        self.length = {}  # number of a row that was ended -> tokens that it had then
+
+    def __call__(self, ids, scores, **kwargs):
+        new = ids.shape[1] - self.width
+        if self.until and new % 16 == 0:
+            for row, tokens in enumerate(ids[:, self.width:].tolist()):
+                going = row not in self.length and not {*self.ends} & {*tokens}
+                if going and self.read(row, tokens)[1]:
+                    self.length[row] = new
+        return torch.tensor([row in self.length for row in range(len(ids))], device=ids.device)
+
+    def read(self, row, tokens):
+        """The text of a row's tokens, and the match of its pattern in it, or None."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
+        return text, self.until[row].search(text, thought) if self.until else None
+
+    def response(self, row, tokens):
+        """What generate returns, of a row's new tokens with what may follow its end."""
+        end = next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
+        tokens = tokens[:self.length.get(row, end)]
+        stopped = tokens[-1] in self.ends
+        text, said = self.read(row, tokens[:len(tokens) - stopped])
+        if said and said.end() < len(text):  # what follows the answer does not count
+            text = text[:said.end()]
+            n = next(n for n in range(1, len(tokens) + 1) if self.read(row, tokens[:n])[1])
+            tokens = tokens[:n]
+        return {"text": text, "ids": tokens, "tokens": len(tokens), "stopped": stopped}
+
+
+def rows_at_once(model, length):
+    """How many responses of at most `length` tokens, prompts included, are written at a time: as
+    many, up to 256, as have their keys and values in 2 GB of a CPU's memory, or in a quarter of
+    what a GPU has free. More are faster: the weights are read once for all of them."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
@@ -1378,286 +1226,47 @@ def rows_at_once(model, length):
 
 
 def end_tokens(model, tokenizer):
-    """The ids that end a response: the chat template's, the tokenizer's, the model's."""
+    """The ids that end a response: the chat template's first, the tokenizer's, the model's."""
     eos = model.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    return {end_token(tokenizer), tokenizer.eos_token_id, *eos} - {None}
+    more = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    first = end_token(tokenizer)
+    return [first, *sorted(more - {first, None})]
 
 
-def new_row(prompt, i, k, max_new_tokens, temperature, seed):
-    """Sample k of prompt i before its first token: `length` is that of prompt and response, `noise`
-    are the random numbers from which its tokens are drawn."""
-    import torch
-
-    noise = None
-    if temperature:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {i} {k}".encode()))
-        noise = torch.rand(max_new_tokens, generator=generator)
-    return SimpleNamespace(prompt=prompt, i=i, k=k, noise=noise, length=len(prompt), tokens=[],
-                           logprobs=[])
-
-
-def write(model, waiting, batch_size, temperature, ended):
-    """Write responses, batch_size at a time; yield each row when it has ended.
-
-    rows[i] is row i of the cache; all end in the same column, the shorter ones begin later. """
-    # Prompts with a common beginning shall follow each other; the next one is the list's last.
-    waiting = sorted(waiting, key=lambda row: row.prompt, reverse=True)
-    cache, reader = empty_cache(model), empty_reader(model)
-    # A prompt of one token leaves a recurrent layer without a state that could join others.
-    if not can_join(cache) or not (reader.can_cut or all(row.prompt[1:] for row in waiting)):
-        batch_size = 1
-    rows = []
-    # Prompts are read together, so a few places may stay empty for some steps.
-    refill_at = batch_size - max(1, batch_size // 8)
-    while waiting or rows:
-        while waiting and len(rows) <= refill_at:
-            most = batch_size - len(rows) if reader.can_cut else 1
-            group = next_group(waiting, min(most, READ_TOGETHER))
-            prompts = [row.prompt[:-1] for row in group]  # the last token is part of the first step
-            new = read_prompts(model, reader, prompts)
-            alone = batch_size == 1 and not reader.can_cut
-            cache = new if alone else join(cache, new, prompts, batch_size)
-            rows += group
-        last = [[row.tokens[-1] if row.tokens else row.prompt[-1]] for row in rows]
-        logits = next_logits(model, cache, last, [row.length for row in rows])
-        add_tokens(rows, logits, temperature)
-        for place in reversed(range(len(rows))):
-            if ended(rows[place]):
-                yield rows[place]
-                leave(cache, place, len(rows))
-                rows[place] = rows[-1]
-                rows.pop()
-        width = max((row.length - 1 for row in rows), default=0)
-        for layer in roomy(cache):  # what lies to the left belonged to longer rows
-            layer.show(len(rows), layer.end - width, layer.end)
-
-
-def next_group(waiting, most):
-    """Take the next rows off the list, at most so many, whose prompts begin alike."""
-    group, alike = [waiting.pop()], 0
-    while waiting and len(group) < most:
-        common = len(os.path.commonprefix([group[-1].prompt, waiting[-1].prompt]))
-        if common < alike / 2:  # the next question's
-            break
-        alike = alike or common
-        group.append(waiting.pop())
-    return group
-
-
-def add_tokens(rows, logits, temperature):
-    """Give each row its next token, and the token's log-probability, from logits (rows, V)."""
-    import torch
-
-    if temperature:  # the token whose stretch of the cumulated probabilities holds the row's number
-        noise = torch.stack([row.noise[len(row.tokens)] for row in rows]).to(logits.device)
-        cumulated = (logits / temperature).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cumulated, noise[:, None] * cumulated[:, -1:], right=True)
-        token = token.clamp(max=logits.shape[1] - 1)  # (rows, 1)
-    else:
-        token = logits.argmax(-1, keepdim=True)
-    logprob = logits.gather(1, token).squeeze(1) - logits.logsumexp(-1)
-    for row, t, p in zip(rows, token.squeeze(1).tolist(), logprob.tolist()):
-        row.tokens.append(t)
-        row.logprobs.append(p)
-        row.length += 1
-
-
-def next_logits(model, cache, ids, lengths):
-    """Logits (rows, V) in float32 after ids, lists of the same length, which the cache takes in:
-    with them the rows have `lengths` tokens, the last of which stand in the last column."""
-    import torch
-
-    lengths = torch.tensor(lengths, device=model.device)[:, None]
-    width = int(lengths.max())
-    position = torch.arange(width, device=model.device) - (width - lengths)  # < 0: no token
-    extra = {"position_ids": position[:, -len(ids[0]):], "logits_to_keep": 1}
-    accepted = inspect.signature(model.forward).parameters
-    out = model(input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=(position >= 0).long(), past_key_values=cache, use_cache=True,
-                **{key: value for key, value in extra.items() if key in accepted})
-    return out.logits[:, -1].float()
-
-
-def empty_reader(model):
-    """What was read last: the common beginning of some prompts, and the cache of its one row."""
-    cache = empty_cache(model)
-    can_cut = len(roomy(cache)) == len(cache.layers)  # a recurrent state can't be cut or padded
-    return SimpleNamespace(prompt=[], cache=cache, can_cut=can_cut)
-
-
-def read_prompts(model, reader, prompts):
-    """-> a cache with a row for each prompt. Their common beginning is read once, and what the
-    prompts before began with, too, is not read again."""
-    if not reader.can_cut:
-        [prompt] = prompts  # write() hands over one at a time
-        cache = empty_cache(model)
-        if prompt:
-            next_logits(model, cache, prompts, [len(prompt)])
-        return cache
-    begin = os.path.commonprefix(prompts)
-    known = len(os.path.commonprefix([begin, reader.prompt]))
-    for layer in roomy(reader.cache):
-        layer.show(1, layer.first, layer.first + known)
-    if known < len(begin):
-        next_logits(model, reader.cache, [begin[known:]], [len(begin)])
-    reader.prompt = begin
-
-    cache = empty_cache(model)
-    for layer, its in zip(roomy(cache), roomy(reader.cache)):
-        layer.repeat(its, len(prompts))
-    longest = max(1, *map(len, prompts))  # at least one column; join() cuts it off
-    if longest > len(begin):
-        # Padded on the right, where a causal model's real tokens cannot look.
-        rests = [prompt[len(begin):] + [0] * (longest - len(prompt)) for prompt in prompts]
-        next_logits(model, cache, rests, [longest] * len(prompts))
-    return cache
-
-
-# ---------------------------------------------------------------- the cache of a batch
-def empty_cache(model):
-    """A cache of the library's whose layers of attention, also of a window, are Roomy."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-
-    CacheLayerMixin.register(Roomy)  # and no subclass: importing this file imports no torch
-    cache = DynamicCache(config=model.config)
-    cache.layers = [Roomy() if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
-                    for layer in cache.layers]
-    return cache
-
-
-def can_join(cache):
-    """Whether rows can come and go; of layers of other kinds, each row is written alone."""
-    from transformers.cache_utils import DummyLayer, LinearAttentionLayer
-
-    return all(type(layer) in (Roomy, LinearAttentionLayer, DummyLayer) for layer in cache.layers)
-
-
-def join(cache, new, prompts, capacity):
-    """-> a cache, of at most `capacity` rows, whose last rows are those of `new`, which read these
-    prompts."""
-    import torch
-
-    for j, (layer, its) in enumerate(zip(cache.layers, new.layers)):
-        if isinstance(layer, Roomy):
-            for row, prompt in enumerate(prompts):
-                layer.join(its, row, len(prompt), capacity)
-        elif is_recurrent(layer) and not any(layer.has_previous_state.values()):
-            cache.layers[j] = its
-        elif is_recurrent(layer):
-            for mine, other in ((layer.conv_states, its.conv_states),
-                                (layer.recurrent_states, its.recurrent_states)):
-                mine.update({s: torch.cat([mine[s], other[s]])
-                             for s in other if other[s] is not None})
-    return cache
-
-
-def leave(cache, place, rows):
-    """The last of so many rows takes the place of one that has ended."""
-    import torch
-
-    order = list(range(rows))
-    order[place] = order[-1]
-    for layer in cache.layers:
-        if isinstance(layer, Roomy):
-            layer.leave(place)
-        elif is_recurrent(layer):
-            layer.reorder_cache(torch.tensor(order[:-1], dtype=torch.long))
-
-
-def is_recurrent(layer):
-    """Whether a cache layer holds one state a row (linear attention, convolutions)."""
-    return hasattr(layer, "conv_states")
-
-
-def roomy(cache):
-    """The Roomy layers of a cache."""
-    return [layer for layer in cache.layers if isinstance(layer, Roomy)]
-
-
-class Roomy:
-    """A cache layer from which rows come and go, all of which end in the same column. Its states
-    (rows, heads, columns, d) lie in buffers with room for more rows and columns: the library's own
-    layers concatenate them, which copies the whole cache for every token."""
-
-    is_sliding = is_compileable = False  # the mask sees to a window
-    keys = values = None
-    room = ()  # the buffers of keys and of values; used are the first rows, columns first to end
-    rows = first = end = 0
-
-    def show(self, rows, first, end):
-        """Use these rows and columns of the buffers."""
-        self.rows, self.first, self.end = rows, first, end
-        if self.room:
-            self.keys, self.values = (room[:rows, :, first:end] for room in self.room)
-
-    def get_seq_length(self):
-        return self.end - self.first
-
-    def get_mask_sizes(self, query_length):
-        return self.get_seq_length() + query_length, 0
-
-    def make_room(self, like, rows, left, right):
-        """Move to new buffers of so many rows, with `left` columns before those in use and right +
-        64 behind; `like` are other keys and values. Zeros, since no mask hides a NaN."""
-        old, end = (self.keys, self.values), left + self.get_seq_length()
-        self.room = [states.new_zeros(rows, states.shape[1], end + right + 64, states.shape[3])
-                     for states in like]
-        for room, states in zip(self.room, old):
-            if states is not None:
-                room[:self.rows, :, left:end] = states
-        self.show(self.rows, left, end)
-
-    def update(self, keys, values, *args, **kwargs):
-        """Take in new columns (rows, heads, columns, d) -> all. What the model calls."""
-        rows, new = len(keys), keys.shape[2]
-        if not self.room or self.room[0].shape[2] < self.end + new:
-            self.make_room((keys, values), len(self.room[0]) if self.room else rows, 0, new)
-        self.show(rows, self.first, self.end + new)
-        self.keys[:, :, -new:], self.values[:, :, -new:] = keys, values
-        return self.keys, self.values
-
-    def repeat(self, other, rows):
-        """So many times another layer's one row, if it has read anything."""
-        if other.get_seq_length():
-            self.update(other.keys.expand(rows, -1, -1, -1), other.values.expand(rows, -1, -1, -1))
-
-    def join(self, other, row, width, capacity):
-        """The first columns, `width` of them, of another layer's row become the last row, which
-        ends where all others end."""
-        if not self.room or self.end < width:
-            left = max(0, width - self.get_seq_length())
-            self.make_room((other.keys, other.values), capacity, left, 0)
-        self.show(self.rows + 1, min(self.first, self.end - width), self.end)
-        start = self.get_seq_length() - width
-        self.keys[-1, :, start:] = other.keys[row, :, :width]
-        self.values[-1, :, start:] = other.values[row, :, :width]
-
-    def leave(self, place):
-        """The last row takes this place."""
-        for states in (self.keys, self.values):
-            states[place] = states[-1]
-        self.show(self.rows - 1, self.first, self.end)
+def mean_logprobs(model, prompts, answers):
+    """Mean log-probability of a token of each answer after its prompt (lists of ids) -> [float]."""
+    order = sorted(range(len(answers)), key=lambda i: len(prompts[i] + answers[i]))
+    means = [0.0] * len(answers)
+    with answering(model):
+        while order:
+            longest = len(prompts[order[-1]] + answers[order[-1]])
+            vocabulary = model.config.get_text_config().vocab_size
+            size = max(1, 2**26 // (longest * vocabulary))  # 256 MB of logits
+            batch, order = order[-size:], order[:-size]
+            rows = [prompts[i] + answers[i] for i in batch]
+            rows = [row + [0] * (longest - len(row)) for row in rows]  # unseen: attention is causal
+            logits = model(torch.tensor(rows, device=model.device)).logits.float()  # (rows, T, V)
+            for i, row in zip(batch, logits):
+                first = len(prompts[i]) - 1
+                said = row[first:first + len(answers[i])].log_softmax(-1)
+                chosen = torch.tensor(answers[i], device=model.device)[:, None]
+                means[i] = said.gather(1, chosen).mean().item()
+    return means
 
 
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
     """The device that --device names, or the default; stop() where this machine has none such."""
-    import torch
-
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        stop(f"--device {name} can't be used ({str(e).splitlines()[0][:100]})")
+        stop(f"--device {name} can't be used ({in_a_line(e)})")
     return name
 
 
 def has_bfloat16(device="cpu"):
     """Whether the device multiplies bfloat16 itself; emulated it is a hundred times slower."""
-    import torch
-
     if torch.device(device).type == "cpu":
         known = torch.cpu.get_capabilities()
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
@@ -1665,356 +1274,186 @@ def has_bfloat16(device="cpu"):
 
 
 @contextlib.contextmanager
-def laid_out(model, dtype=None):
-    """Inside, LoRA is merged and the weights are of type `dtype` (None: bfloat16 where has_bfloat16
-    and the model is no toy); afterwards the model is what it was, bit for bit. For models in
-    floating point on a CPU or a GPU; others stay as they are."""
-    import torch
-
-    device = model.device.type
-    floating = all(weight.is_floating_point() for weight in model.parameters())
-    if device not in ("cpu", "cuda") or not floating:
-        yield
-        return
-    if dtype is None:
-        large = sum(weight.numel() for weight in model.parameters()) > 10**7
-        dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
+def answering(model):
+    """Inside, nothing is trained, LoRA is merged, the weights are bfloat16 where has_bfloat16 and
+    the model is no toy, and generate has its own defaults; afterwards the model is what it was, bit
+    for bit. A model that is quantised keeps its weights."""
+    was_training, defaults = model.training, model.generation_config
+    model.eval().generation_config = GenerationConfig()  # some models penalise repetitions
     lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]  # distill.LoRA
-    merged = {id(module.base.weight) for module in lora}
-    weights = []
-    for weight in model.parameters():
-        is_replaced = weight.dtype != dtype or id(weight) in merged
-        # In the host's memory: beside the new ones a GPU might have no room for them.
-        weights.append((weight, weight.data.cpu() if is_replaced else weight.data))
-    replaced = []  # modules whose forward is another one inside
+    large = sum(weight.numel() for weight in model.parameters()) > 10**7
+    dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
+    kept = []  # (weight, its own data): in the host's memory, a GPU might have no room for both
+    merged = []
     try:
-        for module in model.modules():
-            if module in lora:
-                merge_lora(module, dtype)
+        if all(weight.is_floating_point() for weight in model.parameters()):
+            bases = {id(module.base.weight) for module in lora}
+            for weight in model.parameters():
+                if weight.dtype != dtype or id(weight) in bases:
+                    kept.append((weight, weight.data.cpu()))
+            for module in lora:
+                merge_lora(module)
                 module.forward = module.base.__call__
-                replaced.append(module)
-            elif type(module) is torch.nn.Linear and (device, dtype) == ("cpu", torch.bfloat16):
-                module.forward = partial(weight_first, module)
-                replaced.append(module)
-        for weight, _ in weights:
-            weight.data = weight.data.to(dtype)
-        with torch.autocast(device, enabled=False):
+                merged.append(module)
+            for weight, _ in kept:
+                weight.data = weight.data.to(dtype)
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
-        for weight, data in weights:
+        for weight, data in kept:
             weight.data = data.to(weight.device)
-        for module in replaced:
+        for module in merged:
             del module.forward
+        model.train(was_training).generation_config = defaults
 
 
-def merge_lora(module, dtype):
+def merge_lora(module):
     """W + alpha / rank * B A in a LoRA of distill.py, as a new tensor in place of W's own."""
-    from torch.nn import Linear
-
     delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
     weight = module.base.weight
-    merged = weight.data.float() + (delta if isinstance(module.base, Linear) else delta.T)
-    weight.data = merged.to(dtype)
+    is_linear = isinstance(module.base, torch.nn.Linear)  # GPT-2's Conv1D keeps (in, out)
+    weight.data = weight.data.float() + (delta if is_linear else delta.T)
 
 
-def weight_first(module, x):
-    """A linear layer as (W x^T)^T. The processor's bfloat16 product lays its second matrix out anew
-    in each call: with few rows that costs as much as the product if it is the weight."""
-    from torch.nn.functional import linear
+# ---------------------------------------------------------------- evaluation: accuracy and ensemble
+def evaluate(students, rows, max_new_tokens, batch_size=None):
+    """Students [(model, tokenizer), ...] on rows, in shares of 1, from greedy answers.
 
-    rows = x.flatten(0, -2)
-    if len(rows) > 64:
-        return linear(x, module.weight, module.bias)
-    y = linear(module.weight, rows).T.contiguous()
-    if module.bias is not None:
-        y += module.bias
-    return y.view(*x.shape[:-1], -1)
-
-
-# ---------------------------------------------------------------- evaluation
-def evaluate(students, rows, max_new_tokens, batch_size=None, samples=1, temperature=None, seed=0):
-    """Students [(model, tokenizer), ...] on rows, in shares of 1.
-
-    -> {"questions": their number, "accuracy", "unparsed", "stopped": per student a share of its
-    responses, "ensemble": accuracy of one common answer (see vote), "upper_bound": share of
-    questions with any right response, "predictions": per question {"id", "question", "answer",
-    "ensemble", "ensemble_correct", "responses": [student][sample] with "prediction", "correct"}}.
+    -> {"questions": their number, "left_out": those too long for a student's context, "accuracy",
+    "unparsed", "stopped": a share per student, "ensemble": accuracy of one common answer (see
+    vote), "upper_bound": share of questions with any right response, "predictions": per question
+    {"id", "question", "answer", "ensemble", "ensemble_correct", "responses": [student] with
+    "prediction", "correct"}}.
     """
-    prompts = []  # [student][question]: all are checked before any answer is written
+    prompts = [[encode_prompt(tokenizer, student_prompt(row)) for row in rows]
+               for _, tokenizer in students]
+    fits = [all(len(prompts[s][i]) < context_of(model) for s, (model, _) in enumerate(students))
+            for i in range(len(rows))]
+    if not all(fits):
+        left_out = [row["id"] for row, fit in zip(rows, fits) if not fit]
+        tqdm.write(f"{len(left_out)} questions are longer than a student's context and left out: "
+                   f"{', '.join(left_out)[:200]}")
+    asked = [row for row, fit in zip(rows, fits) if fit]
+    prompts = [[p for p, fit in zip(of_student, fits) if fit] for of_student in prompts]
+    until = [ASKED[TASKS[row["task"]]] for row in asked]
+    responses = []  # [student][question]
     for s, (model, tokenizer) in enumerate(students):
-        prompts.append([encode_prompt(tokenizer, student_prompt(row)) for row in rows])
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        for row, prompt in zip(rows, prompts[s]):
-            if context and len(prompt) >= context:
-                stop(f"question {row['id']!r}: its prompt of {len(prompt)} tokens leaves no room "
-                     f"in student {s}'s context of {context}; leave out the question or student")
-    responses = []  # [student][question][sample]
-    asked = [ASKED[TASKS[row["task"]]] for row in rows]
-    for s, (model, tokenizer) in enumerate(students):
-        responses.append(generate(model, tokenizer, prompts[s], max_new_tokens, batch_size, samples,
-                                  temperature, seed + s, f"student {s} answers", asked))
-        for row, answers in zip(rows, responses[s]):
-            for r in answers:
-                r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
-                r["correct"] = grade(row["task"], r["prediction"], row["answer"])
+        responses.append(generate(model, tokenizer, prompts[s], max_new_tokens, batch_size,
+                                  until=until, desc=f"student {s} answers"))
+        for row, r in zip(asked, responses[s]):
+            r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
+            r["correct"] = grade(row["task"], r["prediction"], row["answer"])
     predictions = []
-    for row, *answers in zip(rows, *responses):  # answers: [student][sample] to this question
-        common = vote(row["task"], [r for of_student in answers for r in of_student], samples > 1)
+    for row, common, *answers in zip(asked, vote(students, asked, prompts, responses), *responses):
         predictions.append({"id": row["id"], "question": row["question"], "answer": row["answer"],
                             "ensemble": common,
                             "ensemble_correct": grade(row["task"], common, row["answer"]),
                             "responses": answers})
 
     def share(flags):
-        flags = list(flags)
         return sum(flags) / max(len(flags), 1)
 
-    def per_student(flag):
-        return [share(flag(r) for answers in student for r in answers) for student in responses]
-
-    return {"questions": len(rows),
-            "accuracy": per_student(lambda r: r["correct"]),
-            "unparsed": per_student(lambda r: r["prediction"] is None),
-            "stopped": per_student(lambda r: r["stopped"]),
-            "ensemble": share(p["ensemble_correct"] for p in predictions),
-            "upper_bound": share(any(r["correct"] for student in p["responses"] for r in student)
-                                 for p in predictions),
+    return {"questions": len(asked), "left_out": len(rows) - len(asked),
+            "accuracy": [share([r["correct"] for r in answers]) for answers in responses],
+            "unparsed": [share([r["prediction"] is None for r in answers])
+                         for answers in responses],
+            "stopped": [share([r["stopped"] for r in answers]) for answers in responses],
+            "ensemble": share([p["ensemble_correct"] for p in predictions]),
+            "upper_bound": share([any(r["correct"] for r in p["responses"]) for p in predictions]),
             "predictions": predictions}
 
 
-def vote(task, responses, majority):
-    """One common answer of responses to a question, None if none is parsed: the one with the best
-    mean log-probability, or with `majority` the one given most often (ties by log-probability)."""
-    votes = []  # [prediction, number of votes, best log-probability]
-    for r in responses:
-        if r["prediction"] is None:
-            continue
-        same = next((v for v in votes if grade(task, r["prediction"], v[0])), None)
-        if same is None:
-            votes.append(same := [r["prediction"], 0, -math.inf])
-        same[1:] = same[1] + 1, max(same[2], r["logprob"])
-    return max(votes, key=lambda v: (v[1] if majority else 0, v[2]), default=[None])[0]
+def vote(students, rows, prompts, responses):
+    """One common answer per question, None where none is parsed: the one that its student gave the
+    best mean log-probability. Takes the ids out of the responses [student][question]."""
+    open_questions = []  # where parsed answers differ: only there probabilities are needed
+    for i, row in enumerate(rows):
+        parsed = [answers[i]["prediction"] for answers in responses]
+        parsed = [prediction for prediction in parsed if prediction is not None]
+        if not all(grade(row["task"], prediction, parsed[0]) for prediction in parsed):
+            open_questions.append(i)
+    sure = [[0.0] * len(rows) for _ in students]  # [student][question]
+    for s, (model, _) in enumerate(students):
+        ids = [r.pop("ids") for r in responses[s]]
+        means = mean_logprobs(model, [prompts[s][i] for i in open_questions],
+                              [ids[i] for i in open_questions])
+        for i, mean in zip(open_questions, means):
+            sure[s][i] = mean
+    common = []
+    for i in range(len(rows)):
+        parsed = [s for s in range(len(students)) if responses[s][i]["prediction"] is not None]
+        best = max(parsed, key=lambda s: sure[s][i], default=None)
+        common.append(responses[best][i]["prediction"] if parsed else None)
+    return common
 
 
 # ---------------------------------------------------------------- pictures of run folders (--plot)
-# Dashes and markers tell the lines apart in grey; the colours are those of Okabe and Ito.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
-LOOKS = [{"color": COLOURS[i % 7], "linestyle": ("-", "--", ":", "-.")[i % 4],
-          "marker": "os^DvPX*"[i % 8], "markersize": 5} for i in range(56)]
-
-
-def read_run(folder):
-    """A run folder of distill.py: {"name", "args", "log": rows, "results": None before the end}.
-
-    Stops where a file lacks something that is drawn.
-    """
-    run = {"name": os.path.basename(os.path.abspath(folder)), "log": [], "results": None}
-    file = os.path.join(folder, "args.json")
-    try:
-        run["args"] = {**read_json(file)}
-        if os.path.exists(file := os.path.join(folder, "results.json")):
-            run["results"] = read_json(file)
-            for when in ("before", "after"):
-                result = run["results"][when]
-                math.fsum([*result["accuracy"], result["ensemble"]])  # raises if one is no number
-            math.fsum([run["results"]["counts"]["steps"]])
-    except (KeyError, TypeError) as e:
-        stop(f"--plot {folder}: {file} is not as distill.py writes it ({type(e).__name__}: {e})")
-    for where, row in numbered_rows(os.path.join(folder, "log.jsonl")):
-        try:
-            per_student = [row["loss"], row["rate"], *row.get("rate_style", {}).values()]
-            per_student += [row["accuracy"]] if "accuracy" in row else []
-            math.fsum([row["step"], *itertools.chain(*per_student)])
-            first = run["log"][0] if run["log"] else row
-            if {len(values) for values in per_student} != {len(first["loss"])}:
-                raise ValueError
-        except (AttributeError, KeyError, TypeError, ValueError):
-            stop(f"{where}: expected a step of distill.py, with a loss and a rate for each student")
-        run["log"].append(row)
-    return run if run["log"] else stop(f"{folder}/log.jsonl: no step in it yet")
-
-
-def panels_of(run):
-    """What a run's figure shows: [(title, y label, {line: (steps, values)})]. The accuracy is
-    there if it was measured during the run."""
-    log, results = run["log"], run["results"]
-    steps = [row["step"] for row in log]
-    sources = run["args"].get("students") or ["demo"] * len(log[0]["loss"])
-    names = [f"student {s} ({os.path.basename(os.path.normpath(source))})"
-             for s, source in enumerate(sources)]
-    # in a step in which a student got no path, the log's 0 is no loss
-    losses = {name: running_mean([row["loss"][s] if row["rate"][s] else None for row in log])
-              for s, name in enumerate(names)}
-    panels = [("loss", "nats per response token",
-               {name: (steps, values) for name, values in losses.items()})]
-    points = [(row["step"], row["accuracy"]) for row in log if "accuracy" in row]
-    if points and results:
-        last = results["counts"]["steps"]
-        points = [(0, results["before"]["accuracy"]), *(p for p in points if p[0] < last),
-                  (last, results["after"]["accuracy"])]
-    if points:
-        measured = [step for step, _ in points]
-        lines = {name: (measured, [100 * shares[s] for _, shares in points])
-                 for s, name in enumerate(names)}
-        panels.append(("accuracy", "right answers (%)", lines))
-    by_style = [row.get("rate_style", {}) for row in log]
-    styles = sorted({style for rates in by_style for style in rates})
-    for s, name in enumerate(names):
-        lines = {style: (steps, running_mean([rates[style][s] if style in rates else None
-                                              for rates in by_style])) for style in styles}
-        panels.append((f"selection rates of {name}", "share of paths selected", lines))
-    return panels
-
-
-def running_mean(values):
-    """The centred mean over a tenth of the values, without those that are None; nan where none is
-    left."""
-    half = len(values) // 20
-    total = [0, *itertools.accumulate(value or 0 for value in values)]  # before each value
-    count = [0, *itertools.accumulate(value is not None for value in values)]
-    means = []
-    for i in range(len(values)):
-        low, high = max(0, i - half), min(i + half + 1, len(values))
-        known = count[high] - count[low]
-        means.append((total[high] - total[low]) / known if known else math.nan)
-    return means
-
-
-def new_figure(heading, panels):
-    """A figure with so many panels, two a row, and their axes."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["text.parse_math"] = False  # a "$" in a name begins no formula
-    rows, columns = math.ceil(panels / 2), min(2, panels)
-    figure = Figure((1 + 5.5 * columns, 0.5 + 3.3 * rows), dpi=150, layout="constrained")
-    figure.suptitle(heading, wrap="$" not in heading)  # to wrap a text, it is parsed after all
-    axes = [figure.add_subplot(rows, columns, i) for i in range(1, panels + 1)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="0.92")
-    return figure, axes
-
-
-def draw_run(run):
-    """Figure of a run: losses, accuracy if it was measured, and what the router selected."""
-    panels = panels_of(run)
-    figure, axes = new_figure(f"{run['name']} (route {run['args'].get('route')})", len(panels))
-    for ax, (title, unit, lines) in zip(axes, panels):
-        for k, (look, (label, (x, y))) in enumerate(zip(LOOKS, lines.items())):
-            every = max(1, len(x) // 5)  # steps between a line's markers
-            ax.plot(x, y, **look, markevery=(k * every // len(lines), every), label=label)
-        ax.set(title=title, xlabel="optimiser step", ylabel=unit)
-        ax.set_ylim(0, 1.02 if "rates" in title else None)
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False,
-                  handlelength=3)  # beside the lines, covers none
-    return figure
-
-
-def by_flags(runs):
-    """{flags as text: runs}, by the flags in which any runs differ, seed and folder aside."""
-    flags = dict.fromkeys(flag for run in runs for flag in run["args"])
-    flags = [flag for flag in flags if flag not in ("seed", "out_dir")
-             and len({str(run["args"].get(flag)) for run in runs}) > 1]
-    groups = defaultdict(list)
-    for run in runs:
-        label = "\n".join(f"{flag} {run['args'].get(flag)}" for flag in flags)
-        groups[label or "all runs"].append(run)
-    return groups
-
-
-def draw_comparison(groups):
-    """Figure of the accuracy of groups of ended runs: mean and standard deviation of each group."""
-    import numpy as np
-
-    shares = [[[*run["results"]["after"]["accuracy"], run["results"]["after"]["ensemble"]]
-               for run in runs] for runs in groups.values()]
-    students = min(len(share) for group in shares for share in group) - 1
-    figure, [ax] = new_figure("accuracy after training (mean and s.d. of runs)", 1)
-    for k, look in zip(range(students + 1), LOOKS):
-        name, which = (f"student {k}", k) if k < students else ("ensemble", -1)
-        percent = [[100 * share[which] for share in group] for group in shares]
-        spread = [np.std(x, ddof=1) if len(x) > 1 else 0 for x in percent]
-        ax.errorbar([np.mean(x) for x in percent], np.arange(len(percent)) + 0.12 * (k - 1),
-                    xerr=spread, **{**look, "linestyle": ""}, capsize=3, label=name)
-    labels = [f"{label}\n{len(runs)} run{'s' * (len(runs) > 1)}" for label, runs in groups.items()]
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.set_xlim(left=max(0, ax.get_xlim()[0]))
-    ax.set_xlabel("right answers (% of test questions)")
-    figure.set_figheight(2 + sum(0.4 + 0.17 * label.count("\n") for label in labels))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
+PANELS = {"loss/": "loss (nats per response token)", "accuracy/": "right answers (share)",
+          "rate/": "paths selected (share)"}
 
 
 def plot(folders):
-    """Draw each run into its folder (training.png) and, of several that have ended, the accuracy
-    into the first (comparison.png)."""
-    if not importlib.util.find_spec("matplotlib"):
+    """Draw training.png into each run folder of distill.py, from its log.jsonl."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
         stop("--plot needs matplotlib: pip install matplotlib")
-    once = {os.path.realpath(folder): folder for folder in folders}  # "a" and "a/" are one run
-    runs = {folder: read_run(folder) for folder in once.values()}
-    figures = {os.path.join(folder, "training.png"): draw_run(run) for folder, run in runs.items()}
-    ended = [run for run in runs.values() if run["results"]]
-    for run in runs.values():
-        if len(runs) > 1 and not run["results"]:
-            print(f"{run['name']} has no results.json yet: left out of the comparison")
-    if len(ended) > 1:
-        figures[os.path.join(folders[0], "comparison.png")] = draw_comparison(by_flags(ended))
-    for file, figure in figures.items():
-        try:
-            figure.savefig(file)
-        except OSError as e:
-            stop(f"cannot write {file}: {e.strerror}")
+    for folder in folders:
+        log = read_jsonl(os.path.join(folder, "log.jsonl"))
+        keys = sorted({key for line in log for key in line})
+        panels = {start: [key for key in keys if key.startswith(start)] for start in PANELS}
+        panels = {start: lines for start, lines in panels.items() if lines}
+        if not panels:
+            stop(f"{folder}/log.jsonl: no step of distill.py in it yet")
+        figure = Figure((5 * len(panels), 3.6), layout="constrained")
+        figure.suptitle(os.path.basename(os.path.abspath(folder)), parse_math=False)
+        for place, (start, lines) in enumerate(panels.items(), 1):
+            ax = figure.add_subplot(1, len(panels), place)
+            for key, look in zip(lines, itertools.cycle(("-", "--", ":", "-."))):
+                points = [(line["step"], line[key]) for line in log if key in line]
+                steps, values = zip(*points)
+                ax.plot(steps, running_mean(values), look, label=f"student {key[len(start):]}")
+            ax.set(xlabel="optimiser step", ylabel=PANELS[start])
+            ax.legend(frameon=False)
+        file = os.path.join(folder, "training.png")
+        figure.savefig(file, dpi=150)
         print(file)
+
+
+def running_mean(values):
+    """The centred mean over a tenth of the values."""
+    half = len(values) // 20
+    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 # ---------------------------------------------------------------- the command
 def parse_args():
     """The command line; bad flags stop with one sentence."""
-    natural, positive = within(int, 0), within(int, 1)
     p = argparse.ArgumentParser(
         usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
         description="Evaluate saved students on a file of questions, or draw runs.",
         epilog="Defaults in brackets.")
     p.error = stop  # one sentence and exit code 2
-    g = p.add_argument_group("what")
-    g.add_argument("--students", nargs="+", type=nonempty, metavar="NAME",
+    p.add_argument("--students", nargs="+", metavar="NAME",
                    help="models or PEFT LoRA adapters, by folder or name")
-    g.add_argument("--questions", type=nonempty, metavar="FILE",
-                   help="a dataset's own file, a pool, or JSON Lines with id, task, question, "
-                        "answer")
-    g.add_argument("--task", choices=TASKS, metavar="TASK",
+    p.add_argument("--questions", metavar="FILE",
+                   help="a dataset's own file, a pool, or rows with id, task, question, answer")
+    p.add_argument("--task", choices=TASKS, metavar="TASK",
                    help=f"overrides the task that the file names: {', '.join(TASKS)}")
-    g.add_argument("--limit", type=positive, metavar="N",
+    p.add_argument("--limit", type=within(int, 1), metavar="N",
                    help="use only the first N questions (all)")
-    g.add_argument("--plot", nargs="+", type=nonempty, metavar="RUN_DIR",
-                   help="draw runs of distill.py instead: training.png in each folder, and of "
-                        "several comparison.png in the first")
-    g = p.add_argument_group("how")
-    g.add_argument("--samples", type=positive, default=1, metavar="N",
-                   help="responses per question, for a vote (1)")
-    g.add_argument("--temperature", type=within(float, 0, 10), metavar="X",
-                   help="sampling temperature (0, greedy, for one sample; else 0.8)")
-    g.add_argument("--max_new_tokens", type=positive, default=512, metavar="N",
+    p.add_argument("--plot", nargs="+", metavar="RUN_DIR",
+                   help="draw runs of distill.py instead: training.png in each folder")
+    p.add_argument("--max_new_tokens", type=within(int, 1), default=512, metavar="N",
                    help="longest response in tokens (512)")
-    g.add_argument("--batch_size", type=positive, metavar="N",
-                   help="responses generated at a time (as many as there is room for, up to "
-                        "256)")
-    g.add_argument("--device", type=nonempty,
-                   help="cpu, cuda, cuda:1, mps ... (cuda where there is one, else cpu)")
-    g.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    g = p.add_argument_group("output")
-    g.add_argument("--out", type=nonempty, metavar="FILE",
-                   help="write the results and every response as JSON")
-    g.add_argument("--show", type=natural, default=3, metavar="N",
-                   help="responses to print per student (3)")
+    p.add_argument("--batch_size", type=within(int, 1), metavar="N",
+                   help="responses written at a time (as there is memory for, up to 256)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
+    p.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
     args = p.parse_args()
     if not args.plot and not (args.students and args.questions):
         stop("pass --students and --questions to test students, or --plot RUN_DIR to draw runs")
-    if args.samples > 1 and args.temperature == 0:
-        stop(f"--samples {args.samples} would repeat one greedy response at temperature 0; pass a "
-             "higher --temperature")
     return args
 
 
@@ -2024,30 +1463,23 @@ def main():
     if args.plot:
         return plot(args.plot)
     rows = read_questions(args.questions, args.task)[:args.limit]
-    if args.out:
-        if os.path.exists(args.out) and os.path.samefile(args.out, args.questions):
-            stop(f"--out {args.out} would overwrite the questions: choose another place")
-        check_output(args.out)
-
-    import torch
-
-    args.device = usable_device(args.device)
-    half = args.device.startswith("cuda") and has_bfloat16(args.device)
+    if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.questions):
+        stop(f"--out {args.out} would overwrite the questions: choose another place")
+    if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
+        stop(f"--out {args.out}: its folder is not there")
+    device = usable_device(args.device)
+    half = device.startswith("cuda") and has_bfloat16(device)
     dtype = torch.bfloat16 if half else torch.float32
-    students = [load_student(name, args.device, dtype) for name in args.students]
-    results = evaluate(students, rows, args.max_new_tokens, args.batch_size, args.samples,
-                       args.temperature, args.seed)
-    for p in results["predictions"][:args.show]:
-        for name, answers in zip(args.students, p["responses"]):
-            print(f"--- {p['id']}, {name}: {answers[0]['prediction']} (right: {p['answer']})")
-            print(answers[0]["text"].strip())
+    students = [load_student(name, device, dtype) for name in args.students]
+    results = evaluate(students, rows, args.max_new_tokens, args.batch_size)
+    for p in results["predictions"][:3]:
+        for name, r in zip(args.students, p["responses"]):
+            print(f"--- {p['id']}, {name}: {r['prediction']} (right: {p['answer']})")
+            print(r["text"].strip())
     print_table(args.students, results)
     if args.out:
-        try:
-            with open(args.out, "w", encoding="utf-8") as f:
-                json.dump({"args": vars(args), **results}, f, indent=1)
-        except OSError as e:
-            stop(f"cannot write {args.out} ({e.strerror}): what is printed above is all there is")
+        with open(args.out, "w", encoding="utf-8") as file:
+            json.dump({"args": vars(args), **results}, file, indent=1)
 
 
 def print_table(names, results):
@@ -2065,4 +1497,4 @@ def print_table(names, results):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()
