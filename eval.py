@@ -99,18 +99,26 @@ def numbered_rows(path):
             data = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     except OSError as e:
         stop(f"cannot read {path}: {e.strerror}")
-    if data.lstrip()[:1] == b"[" or data.split(b"\n", 1)[0].strip() == b"{":
-        value = parse_json(data, path)  # over all lines
-        rows = value if isinstance(value, list) else [value]
-        places = [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
+    lines = enumerate(data.split(b"\n"), 1)  # U+2028 ends no line
+    lines = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    if lines and is_one_value(lines[0][1]):
+        value = parse_json(data, path)
+        values = value if isinstance(value, list) else [value]
+        rows = ((f"{path}, row {i}", row) for i, row in enumerate(values))
     else:
-        lines = enumerate(data.split(b"\n"), 1)  # U+2028 ends no line
-        lines = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-        places = ((where, parse_json(line, where)) for where, line in lines)
-    for where, row in places:
+        rows = ((where, parse_json(line, where)) for where, line in lines)
+    for where, row in rows:
         if not isinstance(row, dict):
             stop(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield where, row
+
+
+def is_one_value(line):
+    """Whether a file with this first line holds a list, or one object over several lines."""
+    try:
+        return isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return True
 
 
 def parse_json(data, where):
