@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -64,7 +63,7 @@ PRINTED_HIDDEN = 256  # Eq 2: width of the paper's MLP
 def make_parser():
     """The flags. None: see DEFAULTS, DEMO, REAL and PRINTED_DEFAULTS."""
     count, natural = within(int, 1), within(int, 0)
-    share, weight, positive = within(float, 0, 1), within(float, 0), within(float, 1e-9)
+    share, weight = within(float, 0, 1), within(float, 0)
     p = argparse.ArgumentParser(usage="python distill.py [flags]",
                                 description=__doc__.split("\n\n")[0],
                                 epilog="Defaults in brackets. README.md has the ablations.")
@@ -105,7 +104,7 @@ def make_parser():
                    help="of LoRA on the blocks' linear layers, alpha is twice that; 0: train all "
                         "weights (32; demo: 0)")
     g.add_argument("--quantize", choices=["nf4"], help="frozen base in 4 bit under LoRA (QLoRA)")
-    g.add_argument("--lr", nargs="+", type=positive,
+    g.add_argument("--lr", nargs="+", type=weight,
                    help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
 
     g = p.add_argument_group("routing")
@@ -190,9 +189,6 @@ def resumed_args(args, argv):
     if not file.is_file():
         stop(f"--resume {args.resume}: no args.json there; pass the --out_dir of an earlier run")
     saved = json.loads(file.read_text())
-    if missing := sorted(vars(args).keys() - saved.keys()):
-        stop(f"--resume {args.resume}: its args.json lacks {missing[0]!r}; another version of this "
-             "code wrote it, start a new run")
     return argparse.Namespace(**saved | {"resume": args.resume, "out_dir": args.resume})
 
 
@@ -239,17 +235,16 @@ def main(argv=None):
     students = load_students(args, device, amp_dtype)
     rows = encode(kept, students)
     questions, question_of = by_question(rows)  # row numbers of each question; (all paths,)
-    lengths = response_lengths(rows)  # (all paths, S), tokens
-    began = time.time()
+    # (all paths, S), tokens that train
+    lengths = torch.tensor([[len(response) for response in row["responses"]] for row in rows])
     h = embed(rows, args, device)  # (all paths, d), Eq 1
     fixed = fixed_route(args.route, rows, question_of, lengths, students)  # (all paths, S), or None
-    prepared = time.time() - began  # counted as training: a route pays for what it looks at
 
     # What trains: the students, the collaboration beside them, and the router.
     torch.manual_seed(args.seed)  # the same numbers from here on, whatever was cached
     router = qr.Router(h.shape[1], len(students), PRINTED_HIDDEN if "eq2" in args.printed else 0)
-    collab = qr.Collaboration([hidden_size(x) for x in students], SHARED_DIM, args.printed)
-    collab = collab.to(device)
+    dims = [student.model.get_output_embeddings().weight.shape[1] for student in students]
+    collab = qr.Collaboration(dims, SHARED_DIM, args.printed).to(device)
     optimizer, router_optimizer = make_optimizers(students, collab, router, args.router_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     gate, gate_rng = qr.GATES[args.gate], torch.Generator().manual_seed(args.seed)
@@ -264,11 +259,10 @@ def main(argv=None):
     run = load_checkpoint(out, parts, gate_rng, data) if args.resume else None
     if run is None:
         start_run_folder(out, args, test)
-        run = {"step": 0, "tokens": torch.zeros(len(students)), "seconds": prepared, "data": data,
-               "drawn": torch.zeros(lengths.shape), "before": answer(students, test, args)[0]}
+        run = {"step": 0, "tokens": 0, "seconds": 0.0, "data": data,
+               "drawn": torch.zeros_like(lengths), "before": answer(students, test, args)[0]}
         save_checkpoint(out, parts, gate_rng, run)
-    wandb_log = start_wandb(args.wandb, out, args)
-    pressed = note_ctrl_c()
+    wandb = start_wandb(args.wandb, out, args) if args.wandb else None
     for student in students:
         student.model.train(not student.frozen)
 
@@ -306,17 +300,11 @@ def main(argv=None):
             figures["entropy"] = entropy.item()
 
         # AdamW for all of them.
-        norms = clip_gradients(optimizer, scaler) + clip_gradients(router_optimizer)
-        stop_if_not_finite(nats, norms, step, scaler, out)
-        if has_gradient(optimizer):  # else fp16's scaler has seen no loss, and complains
-            scaler.step(optimizer)
-            scaler.update()
-        router_optimizer.step()
-        optimizer.zero_grad()
-        router_optimizer.zero_grad()
+        norms = update(optimizer, router_optimizer, scaler, nats, step, out)
 
         # One line is logged, a checkpoint is written.
-        trained = response_tokens(students, length, routed)  # (S,)
+        learns = torch.tensor([not student.frozen for student in students])
+        trained = (length * routed).sum(0) * learns  # (S,), response tokens
         seconds = time.time() - began
         run |= {"step": step + 1, "seconds": run["seconds"] + seconds,
                 "tokens": run["tokens"] + trained}
@@ -326,11 +314,9 @@ def main(argv=None):
                 "tokens_per_s": round(trained.sum().item() / seconds, 1)}
         if args.eval_every and (step + 1) % args.eval_every == 0:
             line |= flat("accuracy", answer(students, test, args)[0]["accuracy"])
-        log_step(line, out, bar, wandb_log)
-        if (step + 1) % args.save_every == 0 or step + 1 == steps or pressed:
+        log_step(line, out, bar, wandb)
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_checkpoint(out, parts, gate_rng, run)
-        if pressed:
-            stop(f"stopped after step {step + 1}; python distill.py --resume {out} goes on")
 
     # The students on disk, the test, the table, and what the router decided.
     for s, student in enumerate(students):
@@ -340,10 +326,9 @@ def main(argv=None):
     _, p = decide(args.route, router(h), fixed, question_of, gate, gate_rng)  # (all paths, S)
     write_results(out, run, after, students, rows, p)
     write_decisions(out, rows, questions, lengths, p, run["drawn"])
-    folders = " ".join(str(out / f"student_{s}") for s in range(len(students)))
-    print(f"\n{out}/ has results.json, log.jsonl, predictions.jsonl, decisions.jsonl and the "
-          f"students; test them again with\npython eval.py --students {folders} "
-          f"--questions {out}/test.jsonl --max_new_tokens {args.eval_max_new_tokens}")
+    print(f"\n{out}/ holds all of this; to test the students again:\npython eval.py --students "
+          f"{out}/student_* --questions {out}/test.jsonl "
+          f"--max_new_tokens {args.eval_max_new_tokens}")
 
 
 def set_up(args):
@@ -444,7 +429,8 @@ def collaborate(collab, states, paths, both, routed, nats):
         none = nats.new_zeros(0, collab.proj[s].in_features)  # of a student that got none of them
         z.append(torch.cat([none, *(its[i].float() for i in mine)]))
         numbers = [torch.from_numpy(paths[i]["segments"][s] + first[i]) for i in mine]
-        segment.append(torch.cat([torch.zeros(0), *numbers]).long().to(nats.device))
+        numbers = torch.cat([torch.zeros(0, dtype=torch.long), *numbers])
+        segment.append(numbers.to(nats.device))
     path = torch.arange(len(both)).repeat_interleave(n_segments).to(nats.device)  # (N,) 0..C-1
     # Nats per segment can be compared across tokenizers, nats per token can't.
     per_segment = nats / n_segments[:, None].to(nats.device)
@@ -488,22 +474,15 @@ def fixed_route(route, rows, question, lengths, students):
     2502.04194). """
     if route in ("learned", "random"):
         return None
+    every_pair = torch.ones(lengths.shape)
     if route == "all":
-        return torch.ones(lengths.shape)
-    cost = lengths if route == "short" else path_nats(rows, students) / lengths
+        return every_pair
+    cost = lengths
+    if route == "nll":
+        batches = tqdm(torch.arange(len(rows)).split(64), "score paths", leave=False)
+        cost = probe(students, rows, batches, every_pair.bool()).cpu() / lengths
     return qr.keep_best(-cost.float(), question)
 
-
-@torch.no_grad()
-def path_nats(rows, students):
-    """The nats (all paths, S) of every path for the students as they are."""
-    nats = torch.empty(len(rows), len(students))
-    for s, student in enumerate(students):
-        for start in tqdm(range(0, len(rows), 64), f"score paths, student {s}", leave=False):
-            nats[start:start + 64, s] = forward(student, s, rows[start:start + 64])[0].cpu()
-    if not nats.isfinite().all():
-        stop("a student's loss on a path is not finite before training: try --dtype float32")
-    return nats
 
 
 # ---------------------------------------- optimisation
@@ -536,29 +515,24 @@ def scale_learning_rates(optimizer, scale):
         group["lr"] = group["peak"] * scale
 
 
-def has_gradient(optimizer):
-    """Whether anything learned in this step: not where all paths went to frozen students."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
-
-def clip_gradients(optimizer, scaler=None):
-    """Clip each group's gradients to CLIP -> their norms before that (0 where there is none)."""
-    if scaler and has_gradient(optimizer):
-        scaler.unscale_(optimizer)
+def update(optimizer, router_optimizer, scaler, nats, step, out):
+    """A step of AdamW for all -> the norms of the gradients of the students, the collaboration and
+    the router before they are clipped to CLIP. stop() where the step would leave weights that are
+    not finite; a gradient that overflows in fp16 alone is skipped by the scaler."""
+    scaler.unscale_(optimizer)
     norms = []
-    for group in optimizer.param_groups:
-        params = [p for p in group["params"] if p.grad is not None]
-        norms.append(float(nn.utils.clip_grad_norm_(params, CLIP)) if params else 0.0)
-    return norms
-
-
-def stop_if_not_finite(nats, norms, step, scaler, out):
-    """stop() before a step that would leave weights that are not finite; the last checkpoint
-    stays. A gradient that overflows in fp16 alone is the scaler's business, which skips it."""
-    overflows = not all(map(math.isfinite, norms)) and not scaler.is_enabled()
-    if overflows or not nats.isfinite().all():
+    for group in optimizer.param_groups + router_optimizer.param_groups:
+        norms.append(float(nn.utils.clip_grad_norm_(group["params"], CLIP)))
+    finite = scaler.is_enabled() or all(map(math.isfinite, norms))
+    if not (finite and nats.isfinite().all()):
         stop(f"step {step + 1}: a loss or gradient is not finite; the last good checkpoint stays "
              f"in {out}; start again with a smaller --lr or --router_lr")
+    scaler.step(optimizer)
+    scaler.update()
+    router_optimizer.step()
+    optimizer.zero_grad()
+    router_optimizer.zero_grad()
+    return norms
 
 
 # ---------------------------------------- forward: one student over the paths that it got
@@ -579,7 +553,7 @@ def forward(student, s, rows):
         return nats, {}
     states = torch.cat(states)  # (N, D), row after row in this order
     sizes = [len(responses[i]) for i in order]
-    target = torch.from_numpy(np.concatenate([responses[i] for i in order]).astype(np.int64))
+    target = torch.from_numpy(np.concatenate([responses[i] for i in order]))
     row_of = torch.tensor(order).repeat_interleave(torch.tensor(sizes))
     nll = response_nll(student, states, target.to(device))  # (N,)
     nats = nats.index_add(0, row_of.to(device), nll)
@@ -715,16 +689,12 @@ class Student:
     model: nn.Module
     blocks: nn.Module  # the model without its output head, compiled with --compile
     tokenizer: object
+    amp_dtype: torch.dtype | None
     source: str  # name or folder
     end: int  # the token that ends a response
     lr: float
     frozen: bool
     max_len: int  # tokens of prompt and path
-    amp_dtype: torch.dtype | None
-
-
-def hidden_size(student):
-    return student.model.get_output_embeddings().weight.shape[1]
 
 
 def load_students(args, device, amp_dtype):
@@ -741,15 +711,14 @@ def load_students(args, device, amp_dtype):
             add_lora(model, args.lora_rank, 2 * args.lora_rank)
         if i in args.freeze:
             model.requires_grad_(False)
-        student = Student(model, model.base_model, tokenizer,
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
+        student = Student(model, blocks, tokenizer, amp_dtype,
                           source=args.students[i] if args.students else "demo",
                           end=tasks.end_token(tokenizer), lr=args.lr[i % len(args.lr)],
                           frozen=i in args.freeze,
-                          max_len=min(args.max_len, tasks.context_of(model)), amp_dtype=amp_dtype)
-        if args.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.compile:
-            student.blocks = torch.compile(model.base_model, dynamic=True)
+                          max_len=min(args.max_len, tasks.context_of(model)))
         check_student(student)
         students.append(student)
     return students
@@ -874,11 +843,12 @@ def load_data(args):
         test = held_out(rows, args.seed)  # before --styles: ablations share their test questions
     else:  # question sets of neighbouring seeds share no question
         test = judge.demo_questions(300, args.seed + 1)
-    test_texts = {text_of(row) for row in test}
-    leaked = {text_of(row) for row in rows} & test_texts
-    if leaked and args.eval_questions:
-        print(f"left out {len(leaked)} questions of the pool that stand in {args.eval_questions}")
-    rows = [row for row in rows if text_of(row) not in test_texts]
+    test_texts = {text_of(row) for row in test}  # not ids: those of two files say nothing
+    in_test = [text_of(row) in test_texts for row in rows]
+    left_out = {row["id"] for row, leaked in zip(rows, in_test) if leaked}
+    rows = [row for row, leaked in zip(rows, in_test) if not leaked]
+    print(f"{len({row['id'] for row in rows})} questions train, {len(left_out)} of the pool do "
+          f"not, since they stand among the {len(test)} test questions")
 
     styles = sorted({row["style"] for row in rows})
     if unknown := sorted(set(args.styles or []) - set(styles)):
@@ -935,17 +905,25 @@ def encode(rows, students):
     several = len({row["teacher"] for row in rows}) > 1
     encoded = []
     known = [{} for _ in students]  # a student's prompts, which many paths share
-    for start in tqdm(range(0, len(rows), 256), desc="tokenise", leave=False):
-        part = [{**row, "text": row["path"].strip(), "prompts": [], "responses": []}
-                for row in rows[start:start + 256]]
-        spans = [encode_for(student, part, prompts) for student, prompts in zip(students, known)]
-        for row, offsets in zip(part, zip(*spans)):
-            row["label"] = f"{row['style']}, {row['teacher']}" if several else row["style"]
-            lengths = [len(p) + len(r) for p, r in zip(row["prompts"], row["responses"])]
-            fits = all(n <= student.max_len for n, student in zip(lengths, students))
-            if all(offsets) and fits:  # an empty path has nothing to train on
-                row["segments"], row["n_segments"] = qr.shared_segments(offsets)
-                encoded.append(row)
+    for row in tqdm(rows, desc="tokenise", leave=False):
+        prompt, text = tasks.student_prompt(row), row["path"].strip()
+        prompts, responses, offsets = [], [], []
+        for student, its_prompts in zip(students, known):
+            if prompt not in its_prompts:
+                its_prompts[prompt] = np.array(tasks.encode_prompt(student.tokenizer, prompt))
+            # split_special_tokens: what looks like a special token in a path is text
+            tokens = student.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False,
+                                       split_special_tokens=True)
+            prompts.append(its_prompts[prompt])
+            responses.append(np.array([*tokens["input_ids"], student.end]))
+            offsets.append(tokens["offset_mapping"])
+        fits = all(len(p) + len(r) <= student.max_len
+                   for p, r, student in zip(prompts, responses, students))
+        if all(offsets) and fits:  # an empty path has nothing to train on
+            label = f"{row['style']}, {row['teacher']}" if several else row["style"]
+            segments, n_segments = qr.shared_segments(offsets)
+            encoded.append({**row, "text": text, "label": label, "prompts": prompts,
+                            "responses": responses, "segments": segments, "n_segments": n_segments})
     if len(encoded) < len(rows):
         print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: empty, or longer, "
               "with their prompt, than --max_len or a student's context")
@@ -953,22 +931,6 @@ def encode(rows, students):
         stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise "
              "--max_len")
     return encoded
-
-
-def encode_for(student, rows, known):
-    """Add one student's tokens to `prompts` and `responses` of the rows -> for each row the
-    characters (start, end) of its text tokens. known: {prompt: token ids}."""
-    # split_special_tokens: what looks like a special token in a path is text
-    tokens = student.tokenizer([row["text"] for row in rows], return_offsets_mapping=True,
-                               return_attention_mask=False, return_token_type_ids=False,
-                               add_special_tokens=False, split_special_tokens=True)
-    for row, ids in zip(rows, tokens["input_ids"]):
-        prompt = tasks.student_prompt(row)
-        if prompt not in known:
-            known[prompt] = np.array(tasks.encode_prompt(student.tokenizer, prompt), np.int32)
-        row["prompts"].append(known[prompt])
-        row["responses"].append(np.array([*ids, student.end], np.int32))
-    return tokens["offset_mapping"]
 
 
 def by_question(rows):
@@ -981,17 +943,6 @@ def by_question(rows):
     for q, paths in enumerate(numbers.values()):
         question[paths] = q
     return list(numbers.values()), question
-
-
-def response_lengths(rows):
-    """The response tokens (P, S) of every path, for each student."""
-    return torch.tensor([[len(tokens) for tokens in row["responses"]] for row in rows])
-
-
-def response_tokens(students, length, routed):
-    """The response tokens (S,) that each student learns from in a step; length, routed (P, S)."""
-    learns = torch.tensor([not student.frozen for student in students])
-    return (length * routed).sum(0) * learns
 
 
 # ---------------------------------------- Eq 1 for the whole pool
@@ -1094,40 +1045,21 @@ def load_checkpoint(out, parts, gate_rng, data):
     return run
 
 
-def note_ctrl_c():
-    """-> a list into which the first Ctrl-C puts something, so that the step is finished and a
-    checkpoint written; a second one ends the run at once."""
-    pressed = []
-
-    def note(number, frame):
-        pressed.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    return pressed
-
-
 def start_wandb(project, out, args):
-    """The log function of a page of Weights & Biases, None without --wandb; a resumed run goes on
-    with its page."""
-    if not project:
-        return None
     import wandb  # installed: check() has looked
 
-    page = hashlib.sha256(os.path.abspath(out).encode()).hexdigest()[:16]
-    return wandb.init(project=project, name=out.name, id=page, resume="allow", dir=str(out),
-                      config=vars(args)).log
+    wandb.init(project=project, name=out.name, dir=str(out), config=vars(args))
+    return wandb
 
 
-def log_step(line, out, bar, wandb_log):
+def log_step(line, out, bar, wandb):
     """A step's line goes to log.jsonl, the progress bar and Weights & Biases."""
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    shown = {name: round(x, 3) for name, x in line.items() if name.startswith(("loss", "accuracy"))}
-    bar.set_postfix(shown)
-    if wandb_log:
+    bar.set_postfix({name: f"{x:.3f}" for name, x in line.items() if name.startswith("loss")})
+    if wandb:
         try:
-            wandb_log(line, step=line["step"])
+            wandb.log(line, step=line["step"])
         except Exception as e:  # noqa: BLE001 (logging never ends a run; log.jsonl has the line)
             bar.write(f"--wandb: step {line['step']} was not logged there ({tasks.in_a_line(e)})")
 
@@ -1165,7 +1097,7 @@ def write_results(out, run, after, students, rows, p):
     rate = {}
     for label in sorted({row["label"] for row in rows}):
         rate[label] = p[[row["label"] == label for row in rows]].mean(0).tolist()
-    before, tokens = run["before"], run["tokens"].int().tolist()
+    before, tokens = run["before"], run["tokens"].tolist()
     questions = len({row["id"] for row in rows})
     results = {
         "students": [student.source for student in students], "before": before, "after": after,
@@ -1202,7 +1134,7 @@ def write_decisions(out, rows, questions, lengths, p, drawn):
     for numbers in questions:
         paths = [{"label": rows[i]["label"], "tokens": lengths[i].tolist(),
                   "probability": [round(x, 4) for x in p[i].tolist()],
-                  "drawn": drawn[i].int().tolist(), "path": rows[i]["text"]} for i in numbers]
+                  "drawn": drawn[i].tolist(), "path": rows[i]["text"]} for i in numbers]
         decisions.append({"id": rows[numbers[0]]["id"], "question": rows[numbers[0]]["question"],
                           "paths": paths})
     write_jsonl(out / "decisions.jsonl", decisions)
