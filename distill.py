@@ -42,7 +42,6 @@ from eval import stop, within
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
-SHARED_DIM = 64  # Eq 5: d
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
 # What nobody set. The demo's tiny students train in full and fast, those of --students with LoRA;
@@ -110,22 +109,21 @@ def make_parser():
     g = p.add_argument_group("routing")
     g.add_argument("--route", default="learned",
                    choices=["learned", "all", "random", "short", "nll"],
-                   help="learned: the trained router; all: every path to every student; one path "
-                        "of a question: random, the shortest, or (nll) the likeliest, by its mean "
-                        "over tokens, for the untrained student (learned)")
+                   help="all: every path to every student; one path of a question: learned by the "
+                        "router, random, the shortest, or (nll) the likeliest by its mean over "
+                        "tokens for the untrained student (learned)")
     g.add_argument("--as_printed", nargs="+", choices=["all", *PRINTED], default=[], dest="printed",
                    metavar="EQ",
-                   help=f"all, or some of {', '.join(PRINTED)}: the paper's form of these "
-                        "equations. eq2 sets --gate onehot, with which no path is shared and Eq 5 "
-                        "to 8 never run, eq9 --reward loss --probe 0; a flag beside it counts. Not "
-                        "undone: the sign of Eq 4, standardised embeddings")
+                   help=f"all, or some of {', '.join(PRINTED)} in the paper's form. eq2 sets "
+                        "--gate onehot, which shares no path, so that Eq 5 to 8 never run, eq9 "
+                        "--reward loss --probe 0; flags beside it count. Not undone: the sign of "
+                        "Eq 4, standardised embeddings")
     g.add_argument("--encoder", default="hash", metavar="MODEL",
                    help="Eq 1: hash, or a Hugging Face encoder; the paper's is roberta-base (hash)")
     g.add_argument("--router_lr", type=weight, help="learning rate of the router (0.3; eq2: 0.01)")
-    g.add_argument("--gate",
-                   help="Eq 2, of router.GATES: categorical: a student gets one path of each "
-                        "question; binary: any number of them; onehot: a path goes to one student "
-                        "(categorical)")
+    g.add_argument("--gate", choices=list(qr.GATES),
+                   help="Eq 2: categorical: a student gets one path of each question; binary: any "
+                        "number of them; onehot: a path goes to one student (categorical)")
     g.add_argument("--reward", choices=["posterior", "sum", "loss"],
                    help="what the router learns: posterior: to choose the path that the student is "
                         "nearest to writing itself; sum, loss: to lower a path's total loss, or "
@@ -193,11 +191,8 @@ def resumed_args(args, argv):
 
 
 def check(args):
-    """stop() at flags that are empty or contradict one another."""
+    """stop() at flags that contradict one another."""
     n = len(args.students or [0, 0])
-    for name in ("out_dir", "paths", "eval_questions", "encoder", "wandb"):
-        if getattr(args, name) == "":
-            stop(f"--{name} is empty: pass a value, or leave the flag out")
     if args.out_dir and (Path(args.out_dir) / "args.json").exists():
         stop(f"--out_dir {args.out_dir} holds a run already: pass another folder, or only "
              f"--resume {args.out_dir}")
@@ -211,13 +206,11 @@ def check(args):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if args.wandb and not importlib.util.find_spec("wandb"):
         stop("--wandb needs one more package: pip install wandb")
-    if args.gate not in qr.GATES:
-        stop(f"--gate {args.gate}: router.GATES has {', '.join(qr.GATES)}")
-    one_path = args.gate in qr.ONE_PATH
-    if args.route == "learned" and args.reward == "posterior" and not one_path:
+    one_path, learned = args.gate in qr.ONE_PATH, args.route == "learned"
+    if learned and args.reward == "posterior" and not one_path:
         stop(f"--gate {args.gate}: --reward posterior is about the choice of one path of each "
              "question; pass --reward sum or loss, or --as_printed eq9, too")
-    if args.route == "learned" and one_path and (not args.probe or "eq9" in args.printed):
+    if learned and one_path and (not args.probe or "eq9" in args.printed):
         stop(f"--gate {args.gate} needs a --probe above 0 and no eq9: a student that gets one path "
              "of a question has nothing to compare it with; pass --gate binary, or eq2 too")
 
@@ -235,8 +228,7 @@ def main(argv=None):
     students = load_students(args, device, amp_dtype)
     rows = encode(kept, students)
     questions, question_of = by_question(rows)  # row numbers of each question; (all paths,)
-    # (all paths, S), tokens that train
-    lengths = torch.tensor([[len(response) for response in row["responses"]] for row in rows])
+    lengths = torch.tensor([list(map(len, row["responses"])) for row in rows])  # (all paths, S)
     h = embed(rows, args, device)  # (all paths, d), Eq 1
     fixed = fixed_route(args.route, rows, question_of, lengths, students)  # (all paths, S), or None
 
@@ -244,7 +236,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # the same numbers from here on, whatever was cached
     router = qr.Router(h.shape[1], len(students), PRINTED_HIDDEN if "eq2" in args.printed else 0)
     dims = [student.model.get_output_embeddings().weight.shape[1] for student in students]
-    collab = qr.Collaboration(dims, SHARED_DIM, args.printed).to(device)
+    collab = qr.Collaboration(dims, printed=args.printed).to(device)
     optimizer, router_optimizer = make_optimizers(students, collab, router, args.router_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     gate, gate_rng = qr.GATES[args.gate], torch.Generator().manual_seed(args.seed)
@@ -259,7 +251,7 @@ def main(argv=None):
     run = load_checkpoint(out, parts, gate_rng, data) if args.resume else None
     if run is None:
         start_run_folder(out, args, test)
-        run = {"step": 0, "tokens": 0, "seconds": 0.0, "data": data,
+        run = {"step": 0, "seconds": 0.0, "tokens": torch.zeros_like(lengths[0]), "data": data,
                "drawn": torch.zeros_like(lengths), "before": answer(students, test, args)[0]}
         save_checkpoint(out, parts, gate_rng, run)
     wandb = start_wandb(args.wandb, out, args) if args.wandb else None
@@ -269,7 +261,8 @@ def main(argv=None):
     bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
     for step in bar:
         began = time.time()
-        scale_learning_rates(optimizer, lr_scale(step, steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_scale(step, steps)
         numbers, question = step_paths(questions, step, args.batch_size, args.seed)  # (P,) each
         paths, length = [rows[i] for i in numbers], lengths[numbers]  # length (P, S), tokens
         batches = micro_batches(question, args.micro_batch_size or args.batch_size)
@@ -287,14 +280,14 @@ def main(argv=None):
                                      weight.detach() / length, scaler, args.mutual_weight)
 
         # The probe: of a few questions the other paths run too, forward only, so that the router
-        # hears about what it did not choose. Then it learns, its balance (Eq 3 and 4) joins in.
+        # hears about what it did not choose. Then it learns.
         if args.route == "learned":
             probed = question < math.ceil(args.probe * (int(question.max()) + 1))  # (P,)
             known = nats + probe(students, paths, batches, probed[:, None] & ~routed)  # (P, S)
             loss = router_loss(args.reward, logits, weight, known.cpu(), routed, probed, length,
                                question, args.length_penalty, args.printed)
-            entropy = qr.balance_entropy(alpha if "eq3" in args.printed else p, question,
-                                         args.printed)
+            chosen = alpha if "eq3" in args.printed else p
+            entropy = qr.balance_entropy(chosen, question, args.printed)  # Eq 3 and 4
             # departs (Eq 9): Eq 4 is maximised, so subtracted (open point 2).
             (loss - args.entropy_weight * entropy).backward()
             figures["entropy"] = entropy.item()
@@ -306,8 +299,9 @@ def main(argv=None):
         learns = torch.tensor([not student.frozen for student in students])
         trained = (length * routed).sum(0) * learns  # (S,), response tokens
         seconds = time.time() - began
-        run |= {"step": step + 1, "seconds": run["seconds"] + seconds,
-                "tokens": run["tokens"] + trained}
+        run["step"] = step + 1
+        run["seconds"] += seconds
+        run["tokens"] += trained
         run["drawn"][numbers] += routed
         line = {"step": step + 1, **rates(paths, nats.cpu() / length, routed), **figures,
                 **flat("grad_norm", norms[:len(students)]), "router_grad_norm": norms[-1],
@@ -333,9 +327,7 @@ def main(argv=None):
 
 def set_up(args):
     """-> the run folder, the device and AMP's type (None: float32); seeds torch."""
-    device = torch.empty(0, device=tasks.usable_device(args.device)).device  # "cuda" is "cuda:0"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # so that the checkpoint's random state is this device's
+    device = torch.device(tasks.usable_device(args.device))
     if args.dtype == "auto":  # a small student that trains in full is faster in float32
         pays = device.type == "cuda" or args.lora_rank
         args.dtype = "bf16" if pays and tasks.has_bfloat16(device) else "float32"
@@ -378,9 +370,8 @@ def decide(route, logits, fixed, question, gate, gate_rng):
 def student_step(students, collab, paths, batches, routed, token_weight, scaler, mutual_weight):
     """Eq 5 to Eq 9 for the students: run every routed pair, and send the losses' gradients back.
 
-    paths: the P rows of `encode`; batches: see micro_batches; routed (P, S) bool; token_weight
-    (P, S): a path's weight in Eq 9 by its length, since Eq 9 has means over tokens -> nats (P, S)
-    of a whole path, 0 where it was not run; figures of the collaboration for the log. """
+    paths: P rows of `encode`; routed (P, S) bool; token_weight (P, S): a path's weight in Eq 9 by
+    its length -> nats (P, S) of whole paths, 0 where none was run; figures for the log. """
     device = students[0].model.device
     nats = torch.zeros(routed.shape, device=device)
     shared = routed.sum(1) > 1  # (P,), paths that several students got
@@ -415,11 +406,8 @@ def student_step(students, collab, paths, batches, routed, token_weight, scaler,
 
 
 def collaborate(collab, states, paths, both, routed, nats):
-    """Eq 5 to Eq 8 on the C paths that several students got -> L_mutual (C,), L_competence (C,),
-    gamma (C, S).
-
-    states: for each student {number of a path: (T, D) on its text tokens}; both (C,): the paths'
-    numbers; routed, nats (C, S). """
+    """Eq 5 to Eq 8 on the C paths, numbers `both`, that several students got -> L_mutual (C,),
+    L_competence (C,), gamma (C, S). states: see student_step; routed, nats (C, S). """
     n_segments = torch.tensor([paths[i]["n_segments"] for i in both])  # (C,)
     # Of two paths with 3 and 2 segments the first one's begin at 0, the second one's at 3.
     first = dict(zip(both.tolist(), (n_segments.cumsum(0) - n_segments).tolist()))
@@ -451,13 +439,12 @@ def probe(students, paths, batches, wanted):
 
 def router_loss(reward, logits, weight, nats, routed, probed, length, question, length_penalty,
                 printed):
-    """What the router learns from; the students' losses are constants here.
+    """What the router learns from, scalar; the students' losses are constants here.
 
-    logits, and weight (P, S) with the gates' gradient; nats (P, S) of paths that were routed (P, S)
-    or probed (P,); length (P, S), tokens; question (P,) -> scalar. posterior: only probed questions
-    count, all of whose pairs were run. sum, loss: L_distill reaches the router through the gates; a
-    pair that was not run gets the mean cost of the routed ones, so that its gate gets no gradient
-    from it. """
+    logits, and weight (P, S) with the gates' gradient; nats (P, S) of paths routed (P, S) or probed
+    (P,); length (P, S), tokens. posterior: only probed questions count, all of whose pairs were
+    run. sum, loss: L_distill reaches the router through the gates; a pair that was not run gets the
+    mean cost of the routed ones, so that it gives its gate no gradient. """
     if reward == "posterior":  # departs (Eq 9), see posterior_loss
         cost = qr.normalize_length(nats, length, question, length_penalty)
         return qr.posterior_loss(logits[probed], cost[probed], question[probed])
@@ -466,12 +453,8 @@ def router_loss(reward, logits, weight, nats, routed, probed, length, question, 
 
 
 def fixed_route(route, rows, question, lengths, students):
-    """alpha (all paths, S) of the routes that are fixed before training; None for learned and
-    random, which draw in every step.
-
-    all: every path; short: a question's shortest path in the student's tokens; nll: the one that
-    the untrained student finds likeliest, by its mean over tokens (GRAPE, Zhang et al., 2025, arXiv
-    2502.04194). """
+    """alpha (all paths, S) of the routes that are fixed before training, None for those that draw.
+    short: in the student's tokens; nll: GRAPE (Zhang et al., 2025, arXiv 2502.04194)."""
     if route in ("learned", "random"):
         return None
     every_pair = torch.ones(lengths.shape)
@@ -488,8 +471,7 @@ def fixed_route(route, rows, question, lengths, students):
 # ---------------------------------------- optimisation
 def make_optimizers(students, collab, router, router_lr):
     """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose
-    gradients AMP leaves alone and whose rate stays: the students never stop changing. A frozen
-    student's group is empty."""
+    gradients AMP leaves alone and whose rate stays: the students never stop changing."""
     groups = [{"params": trainable(student.model), "peak": student.lr, "weight_decay": WEIGHT_DECAY}
               for student in students]
     groups.append({"params": trainable(collab), "peak": 1e-3, "weight_decay": 0.0})
@@ -510,15 +492,10 @@ def lr_scale(step, steps):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def scale_learning_rates(optimizer, scale):
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * scale
-
-
 def update(optimizer, router_optimizer, scaler, nats, step, out):
-    """A step of AdamW for all -> the norms of the gradients of the students, the collaboration and
-    the router before they are clipped to CLIP. stop() where the step would leave weights that are
-    not finite; a gradient that overflows in fp16 alone is skipped by the scaler."""
+    """A step of AdamW for all -> the norms of the gradients, before they are clipped, of the
+    students, the collaboration and the router. stop() before weights that are not finite; a
+    gradient that overflows in fp16 is skipped by the scaler."""
     scaler.unscale_(optimizer)
     norms = []
     for group in optimizer.param_groups + router_optimizer.param_groups:
@@ -539,23 +516,21 @@ def update(optimizer, router_optimizer, scaler, nats, step, out):
 def forward(student, s, rows):
     """Run student number s over its rows -> nats (rows,), the summed loss of each, and {number of a
     row: its states (T, D) on the text tokens}."""
-    prompts = [row["prompts"][s] for row in rows]
-    responses = [row["responses"][s] for row in rows]
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
+    texts = [(row["prompts"][s], row["responses"][s]) for row in rows]
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in texts]
     device = student.model.device
     nats = torch.zeros(len(rows), device=device)
     states, order = [], []
     for batch in batches_of(lengths, max_tokens=1024 if device.type == "cpu" else 4096):
-        states.append(predicting_states(student, [prompts[i] for i in batch],
-                                        [responses[i] for i in batch]))
+        states.append(predicting_states(student, [texts[i] for i in batch]))
         order += batch
     if not order:
         return nats, {}
     states = torch.cat(states)  # (N, D), row after row in this order
-    sizes = [len(responses[i]) for i in order]
-    target = torch.from_numpy(np.concatenate([responses[i] for i in order]))
+    sizes = [len(texts[i][1]) for i in order]
+    target = torch.from_numpy(np.concatenate([texts[i][1] for i in order])).to(device)  # (N,)
+    nll = response_nll(student, states, target)  # (N,)
     row_of = torch.tensor(order).repeat_interleave(torch.tensor(sizes))
-    nll = response_nll(student, states, target.to(device))  # (N,)
     nats = nats.index_add(0, row_of.to(device), nll)
     # State k of a response has read its tokens before k: the first one has read none of its text,
     # and the end token is predicted, not read. So the rest are the text's own tokens, in order.
@@ -575,21 +550,21 @@ def batches_of(lengths, max_tokens):
         yield batch
 
 
-def predicting_states(student, prompts, responses):
-    """The states (N, D) that predict the response tokens, row after row.
-
-    Sequences are padded on the right, where a causal model's real tokens cannot look: no attention
-    mask is needed. The last token is predicted, never read. """
+def predicting_states(student, texts):
+    """The states (N, D) that predict the response tokens of texts (prompt, response), in order.
+    Padded on the right, where a causal model's real tokens cannot look, so that no attention mask
+    is needed. The last token is predicted, never read."""
     device = student.model.device
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses)]
     multiple = 64 if device.type == "cuda" else 1
-    width = math.ceil(max(lengths) / multiple) * multiple
-    ids = np.zeros((len(prompts), width), np.int64)
+    longest = max(len(prompt) + len(response) - 1 for prompt, response in texts)
+    width = math.ceil(longest / multiple) * multiple
+    ids = np.zeros((len(texts), width), np.int64)
     predicting = []  # positions in the flattened batch
-    for b, (prompt, response) in enumerate(zip(prompts, responses)):
-        ids[b, :lengths[b]] = np.concatenate([prompt, response[:-1]])
+    for b, (prompt, response) in enumerate(texts):
+        length = len(prompt) + len(response) - 1
+        ids[b, :length] = np.concatenate([prompt, response[:-1]])
         # The prompt's last token predicts the response's first.
-        predicting.append(b * width + np.arange(len(prompt) - 1, lengths[b]))
+        predicting.append(b * width + np.arange(len(prompt) - 1, length))
     with autocast(student):
         output = student.blocks(input_ids=torch.from_numpy(ids).to(device), use_cache=False)
     predicting = torch.from_numpy(np.concatenate(predicting)).to(device)
@@ -730,19 +705,17 @@ def load_base(name, args, device, amp_dtype):
         stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
     frozen_in_half = args.lora_rank and (device.type == "cuda" or amp_dtype == torch.bfloat16)
     dtype = (amp_dtype if frozen_in_half else None) or torch.float32
-    return tasks.load_student(name, device, dtype, **(nf4(device, dtype) if args.quantize else {}))
-
-
-def nf4(device, dtype):
-    """from_pretrained's options for linear layers in 4-bit NormalFloat, their scales in 8 bit
-    (Dettmers et al., 2023, QLoRA): 0.516 bytes a weight. Embeddings, norms and output head keep
-    `dtype`, in which the products are made too."""
+    if not args.quantize:
+        return tasks.load_student(name, device, dtype)
     if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
         stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    return {"device_map": {"": device}, "quantization_config": config}
+    # Linear layers in 4-bit NormalFloat, their scales in 8 bit (Dettmers et al., 2023, QLoRA): .516
+    # bytes a weight. Embeddings, norms, output head and the products keep `dtype`.
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                          bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=dtype)
+    return tasks.load_student(name, device, dtype, device_map={"": device},
+                              quantization_config=nf4)
 
 
 def check_student(student):
@@ -760,9 +733,7 @@ def check_student(student):
              "supported here")
     if not student.frozen:
         nats.sum().backward()
-    if not all(p.grad.isfinite().all() for p in trainable(student.model) if p.grad is not None):
-        stop(f"student {student.source}: its gradients are not finite; try --dtype float32")
-    student.model.zero_grad()
+        student.model.zero_grad()
 
 
 # ---------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
@@ -791,9 +762,8 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, alpha):
-    """Freeze `model`; put LoRA on every linear layer of its blocks, not on embeddings and output
-    head. Not on subclasses of linear layers, such as some routers of experts, which compute
-    something else."""
+    """Freeze `model`; put LoRA on every linear layer of its blocks, not on the output head, and not
+    on subclasses, such as some routers of experts, which compute something else."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         is_linear = type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "Linear4bit"
@@ -812,12 +782,10 @@ def save_student(student, folder):
         student.model.save_pretrained(folder)
         return
     some = next(iter(layers.values()))
-    # Of a 4-bit layer: what it is in the full base.
-    kind = getattr(some.base, "source_cls", type(some.base))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-              "base_model_name_or_path": student.source, "r": some.rank, "lora_alpha": some.alpha,
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank,
+              "lora_alpha": some.alpha, "base_model_name_or_path": student.source,
               "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-              "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": issubclass(kind, Conv1D)}
+              "fan_in_fan_out": isinstance(some.base, Conv1D)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     tensors = {}
     for name, layer in layers.items():
@@ -829,47 +797,45 @@ def save_student(student, folder):
 # ---------------------------------------- data: pool, split, tokens
 def load_data(args):
     """-> training rows (graded, filtered), test questions, and the training rows before the filter.
-
-    The split is by question, none is on both sides. stop() if nothing is left to train on. """
+    The split is by question."""
     rows = graded_pool(args.paths, args.seed)
     if args.filter == "full":  # a judge reads right answers only
         unread = sum(row["valid"] is None and judge.fate(row) == "kept" for row in rows)
         if unread:
             print(f"filter: no judge has read {unread} paths with a right answer, so those with "
                   "wrong steps stay; judge.py --judge finds them")
-    if args.eval_questions:
+    if args.eval_questions is not None:
         test = tasks.read_questions(args.eval_questions)
-    elif args.paths:
+    elif args.paths is not None:
         test = held_out(rows, args.seed)  # before --styles: ablations share their test questions
     else:  # question sets of neighbouring seeds share no question
         test = judge.demo_questions(300, args.seed + 1)
     test_texts = {text_of(row) for row in test}  # not ids: those of two files say nothing
-    in_test = [text_of(row) in test_texts for row in rows]
-    left_out = {row["id"] for row, leaked in zip(rows, in_test) if leaked}
-    rows = [row for row, leaked in zip(rows, in_test) if not leaked]
-    print(f"{len({row['id'] for row in rows})} questions train, {len(left_out)} of the pool do "
-          f"not, since they stand among the {len(test)} test questions")
+    train = [row for row in rows if text_of(row) not in test_texts]
+    n_pool, n_train = (len({row["id"] for row in some}) for some in (rows, train))
+    print(f"{n_train} questions train; {n_pool - n_train} of the pool do not, since they stand "
+          f"among the {len(test)} test questions")
 
-    styles = sorted({row["style"] for row in rows})
+    styles = sorted({row["style"] for row in train})
     if unknown := sorted(set(args.styles or []) - set(styles)):
         stop(f"--styles {' '.join(unknown)}: the pool's styles are {', '.join(styles)}")
-    rows = [row for row in rows if row["style"] in (args.styles or styles)]
-    kept = judge.filter_pool(rows, args.filter)
+    train = [row for row in train if row["style"] in (args.styles or styles)]
+    kept = judge.filter_pool(train, args.filter)
     if not kept:
-        stop(f"no path is left to train on: of {len(rows)} beside the {len(test)} test questions "
+        stop(f"no path is left to train on: of {len(train)} beside the {len(test)} test questions "
              f"none passes --filter {args.filter}; judge.py --paths shows why")
     if not args.students and any(row["task"] != "demo" for row in kept + test):
         stop("the demo's tiny students know no other task: pass --students with Hugging Face "
              "models for this pool")
-    return kept, test[:args.eval_limit], rows
+    return kept, test[:args.eval_limit], train
 
 
 def graded_pool(file, seed):
     """The rows of a pool, or of the demo; what nobody graded is graded here."""
-    if file:
-        rows = judge.read_pool(file)
-    else:
+    if file is None:
         rows = judge.demo_paths(judge.demo_questions(300, seed), seed)
+    else:
+        rows = judge.read_pool(file)
     raw = [row for row in rows if "correct" not in row]
     judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
     for row in raw:
@@ -889,19 +855,18 @@ def held_out(rows, seed):
     random.Random(seed).shuffle(ids)
     chosen = set(ids[:max(1, round(0.2 * len(ids)))])
     # Not `prompt`: the test has the plain one.
-    fields = ("id", "task", "question", "choices", "answer", "level")
-    test = {row["id"]: {field: row[field] for field in fields if field in row}
+    fields = {"id", "task", "question", "choices", "answer", "level"}
+    test = {row["id"]: {field: row[field] for field in row.keys() & fields}
             for row in rows if row["id"] in chosen}
     return list(test.values())
 
 
 def encode(rows, students):
-    """Tokenise the pool once -> rows with `text`, `label` and, for each student, `prompts`,
-    `responses` and `segments`. Paths that do not fit into a student's context are left out.
+    """Tokenise the pool -> rows with `text`, `label` and, for each student, `prompts`, `responses`
+    and `segments`, less the paths that do not fit into a student's context.
 
-    Prompt and response are tokenised apart and joined, so that generation starts from the very
-    tokens trained on (open point 11). The response ends with the student's end token, which is
-    trained (open point 10). """
+    Prompt and response are tokenised apart, so that generation starts from the very tokens trained
+    on (open point 11). The student's end token ends a response and is trained (open point 10). """
     several = len({row["teacher"] for row in rows}) > 1
     encoded = []
     known = [{} for _ in students]  # a student's prompts, which many paths share
@@ -948,8 +913,8 @@ def by_question(rows):
 # ---------------------------------------- Eq 1 for the whole pool
 def embed(rows, args, device):
     """What the router sees of every path, (all paths, d) on the CPU: the embedding of question and
-    path. departs (Eq 1): it is standardised and scaled; appended, but for eq1 as printed, is the
-    path's label one-hot: its style and, of several teachers, the teacher."""
+    path. departs (Eq 1): standardised and scaled; appended is the path's label, one-hot: its style
+    and, of several teachers, the teacher."""
     if args.route != "learned":
         return torch.zeros(len(rows), 1)
     pairs = [(row["question"], row["text"]) for row in rows]
@@ -966,8 +931,7 @@ def embed(rows, args, device):
     if "eq1" in args.printed:
         return h
     labels = sorted({row["label"] for row in rows})
-    number = torch.tensor([labels.index(row["label"]) for row in rows])
-    one_hot = F.one_hot(number, len(labels)).float()
+    one_hot = F.one_hot(torch.tensor([labels.index(row["label"]) for row in rows]))
     return torch.cat([h, one_hot * len(labels) ** 0.5], 1)
 
 
@@ -978,24 +942,17 @@ def encode_pairs(pairs, encoder, device):
                                                    use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # RoBERTa has 514 positions for 512 tokens.
-    positions = getattr(model.config, "max_position_embeddings", 514) - 2
-    limit = min(512, tokenizer.model_max_length, positions)
-    # Pairs of like length together: less padding.
-    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-    h = torch.empty(len(pairs), model.config.hidden_size)
-    for start in tqdm(range(0, len(order), 32), desc="embed paths", leave=False):
-        part = order[start:start + 32]
-        h[part] = qr.encoder_embed(model, tokenizer, [pairs[i] for i in part], limit)
-    return h
+    limit = min(512, tokenizer.model_max_length)
+    starts = tqdm(range(0, len(pairs), 32), "embed paths", leave=False)
+    return torch.cat([qr.encoder_embed(model, tokenizer, pairs[start:start + 32], limit)
+                      for start in starts])
 
 
 # ---------------------------------------- the run folder: flags, checkpoint, log
 def start_run_folder(out, args, test):
     """args.json, test.jsonl and an empty log.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
-    flags = {name: value for name, value in vars(args).items() if name != "resume"}
-    (out / "args.json").write_text(json.dumps(flags, indent=1))
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     write_jsonl(out / "test.jsonl", test)
     write_jsonl(out / "log.jsonl", [])
 
@@ -1009,8 +966,7 @@ def hash_of(rows, test):
     digest = hashlib.sha256(json.dumps(test).encode())
     for row in rows:
         digest.update(json.dumps([row["id"], row["label"], row["text"]]).encode())
-        for tokens in (*row["prompts"], *row["responses"]):
-            digest.update(tokens.tobytes() + b";")
+        digest.update(np.concatenate([*row["prompts"], *row["responses"]]).tobytes())
     return digest.hexdigest()
 
 
@@ -1018,9 +974,8 @@ def save_checkpoint(out, parts, gate_rng, run):
     """checkpoint.pt: all that the rest of a run depends on beside its flags and its data. A kill
     leaves the old file or the new one, never half of one."""
     saved = {name: part.state_dict() for name, part in parts.items()}
-    saved |= {"run": run, "gate_rng": gate_rng.get_state(), "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        saved["cuda_rng"] = torch.cuda.get_rng_state()
+    saved |= {"run": run, "gate_rng": gate_rng.get_state(), "rng": torch.get_rng_state(),
+              "cuda_rng": torch.cuda.get_rng_state_all()}  # [] without a GPU
     torch.save(saved, out / "checkpoint.pt.part")
     os.replace(out / "checkpoint.pt.part", out / "checkpoint.pt")
 
@@ -1038,8 +993,7 @@ def load_checkpoint(out, parts, gate_rng, data):
         part.load_state_dict(saved[name])
     gate_rng.set_state(saved["gate_rng"])
     torch.set_rng_state(saved["rng"])
-    if "cuda_rng" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["cuda_rng"])
+    torch.cuda.set_rng_state_all(saved["cuda_rng"])
     log = (out / "log.jsonl").read_text().splitlines()[:run["step"]]  # the rest is done again
     write_jsonl(out / "log.jsonl", map(json.loads, log))
     return run
@@ -1092,8 +1046,8 @@ def answer(students, test, args):
 
 
 def write_results(out, run, after, students, rows, p):
-    """results.json, and its table on the screen: accuracy before and after, and who gets what:
-    the mean of the gates' probabilities p (all paths, S)."""
+    """results.json, and on the screen accuracy and who gets what: the mean of the gates'
+    probabilities p (all paths, S)."""
     rate = {}
     for label in sorted({row["label"] for row in rows}):
         rate[label] = p[[row["label"] == label for row in rows]].mean(0).tolist()
@@ -1111,12 +1065,11 @@ def write_results(out, run, after, students, rows, p):
     print(f"\n{title:40}{'before':>10}{'after':>10}{'unparsed':>10}{'stopped':>10}")
     for s, student in enumerate(students):
         name = f"student {s} ({os.path.basename(student.source)})"
-        shares = [before["accuracy"][s], after["accuracy"][s], after["unparsed"][s],
-                  after["stopped"][s]]
-        print(f"{name:40}" + "".join(f"{100 * share:10.1f}" for share in shares))
-    for key, name in (("ensemble", "ensemble of the students"),
-                      ("upper_bound", "upper bound: any student right")):
-        print(f"{name:40}{100 * before[key]:10.1f}{100 * after[key]:10.1f}")
+        shares = before["accuracy"], after["accuracy"], after["unparsed"], after["stopped"]
+        print(f"{name:40}" + "".join(f"{100 * share[s]:10.1f}" for share in shares))
+    print(f"{'ensemble':40}{100 * before['ensemble']:10.1f}{100 * after['ensemble']:10.1f}")
+    print(f"{'any student right':40}{100 * before['upper_bound']:10.1f}"
+          f"{100 * after['upper_bound']:10.1f}")
     names = "".join(f"{f'student {s}':>10}" for s in range(len(students)))
     print(f"\n{'selection rate at the end':40}{names}")
     for label, shares in rate.items():
@@ -1127,26 +1080,22 @@ def write_results(out, run, after, students, rows, p):
 
 def write_decisions(out, rows, questions, lengths, p, drawn):
     """decisions.jsonl: what the router made of each training question's paths; one on the screen.
-
-    lengths (all paths, S), tokens; p (all paths, S): the gates' probabilities at the end; drawn
-    (all paths, S): how often each student trained on the path. """
-    decisions = []
-    for numbers in questions:
-        paths = [{"label": rows[i]["label"], "tokens": lengths[i].tolist(),
-                  "probability": [round(x, 4) for x in p[i].tolist()],
-                  "drawn": drawn[i].tolist(), "path": rows[i]["text"]} for i in numbers]
-        decisions.append({"id": rows[numbers[0]]["id"], "question": rows[numbers[0]]["question"],
-                          "paths": paths})
-    write_jsonl(out / "decisions.jsonl", decisions)
-    # The first question that has most paths; a column has a value for each student.
-    some = max(decisions, key=lambda decision: len(decision["paths"]))
-    print(f"\nwhat the router decided, for one: {' '.join(some['question'].split())[:200]}")
-    print(f"{'':24}{'tokens':>12}{'probability':>16}{'drawn':>10}   path")
-    for path in some["paths"]:
-        cells = [" / ".join(f"{x:{form}}" for x in path[key])
-                 for key, form in (("tokens", "d"), ("probability", ".2f"), ("drawn", "d"))]
-        print(f"{path['label'][:24]:24}{cells[0]:>12}{cells[1]:>16}{cells[2]:>10}   "
-              f"{' '.join(path['path'].split())[:48]}")
+    lengths, tokens; p: the gates' probabilities at the end; drawn: how often each student trained
+    on a path; all (all paths, S)."""
+    paths = [{"label": row["label"], "tokens": lengths[i].tolist(), "probability": p[i].tolist(),
+              "drawn": drawn[i].tolist(), "path": row["text"]} for i, row in enumerate(rows)]
+    write_jsonl(out / "decisions.jsonl", [
+        {"question": rows[numbers[0]]["question"], "paths": [paths[i] for i in numbers]}
+        for numbers in questions])
+    some = max(questions, key=len)  # the first of those that have most paths
+    question = " ".join(rows[some[0]]["question"].split())[:200]
+    print(f"\nwhat the router decided, for one: {question}")
+    print(f"{'a value for each student':28}{'tokens':>12}{'probability':>14}{'drawn':>10}   path")
+    for path in (paths[i] for i in some):
+        tokens, times = ("/".join(map(str, path[key])) for key in ("tokens", "drawn"))
+        probability = "/".join(f"{x:.2f}" for x in path["probability"])
+        print(f"{path['label'][:28]:28}{tokens:>12}{probability:>14}{times:>10}   "
+              f"{' '.join(path['path'].split())[:40]}")
 
 
 # ---------------------------------------- the demo's students
