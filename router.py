@@ -3,7 +3,8 @@
 Pure functions and tiny modules without files or flags. Shapes in this file: P paths, Q questions,
 S students, d features, T tokens, N shared segments, C co-routed paths; `question` (P,) holds each
 path's question as 0..Q-1. The paper is Lei et al., EMNLP 2025 (arXiv 2508.16861). "departs (Eq N)"
-marks where we leave it, "open point N" refers to the reasons in tests/experiments/README.md. """
+marks where we leave it; `printed` names the equations that take the paper's form all the same, such
+as {"eq3", "eq9"}; "open point N" refers to the reasons in tests/experiments/README.md. """
 import itertools
 import math
 import re
@@ -156,15 +157,15 @@ def keep_best(score, question):
 
 
 # ---------------------------------------- Eq 3 and Eq 4: balance
-def balance_entropy(p, question, per_student=True):
+def balance_entropy(p, question, printed=()):
     """Eq 3 and Eq 4: binary entropy (nats, at most ln 2) of a question's selection rate, averaged.
 
     p (P, S): gate probabilities, or the sampled alpha for the printed form; question (P,) ->
     scalar. It is MAXIMISED: departs (Eq 9), which adds it (open point 2). departs (Eq 3): each
     student has its own rate, else "everything to one student, nothing to the other" would be the
-    optimum (open point 3). per_student=False is Eq 3 as printed. """
+    optimum (open point 3). """
     rate = per_question(p, question) / per_question(torch.ones_like(p), question)  # (Q, S), Eq 3
-    if not per_student:
+    if "eq3" in printed:
         rate = rate.mean(1, keepdim=True)
     # Finite at 0 and 1, where a clamp would take the gradient away.
     rate = 1e-6 + (1 - 2e-6) * rate
@@ -172,32 +173,31 @@ def balance_entropy(p, question, per_student=True):
 
 
 # ---------------------------------------- Eq 9: how a path's loss enters L_distill
-def path_weights(alpha, question, normalize="question"):
+def path_weights(alpha, question, printed=()):
     """Weights (P, S) in L_distill^(s) = sum_ij weight_ij nll_ij / length_ij; each student's add up
     to 1, or to 0 if it got no path.
 
-    departs (Eq 9) with "question": the mean over a question's routed paths, then over questions,
-    so that each question weighs the same (open point 5). "batch", as printed: the mean over all
-    routed paths, which lets the gate starve hard questions. With --reward sum or loss the router
-    feels the students through this product (open point 4); by default these are weights and no
-    more. """
-    if normalize == "batch":
+    departs (Eq 9): the mean over a question's routed paths, then over questions, so that each
+    question weighs the same. As printed, the mean over all routed paths, a gate starves hard
+    questions (open point 5). With --reward sum or loss the router feels the students through this
+    product (open point 4); by default these are weights and no more. """
+    if "eq9" in printed:
         return alpha / alpha.sum(0).clamp(min=1)
     routed = per_question(alpha, question)  # (Q, S)
     seen = (routed.detach() > 0).sum(0).clamp(min=1)  # questions that reach the student
     return alpha / routed.clamp(min=1)[question] / seen
 
 
-def fill_skipped(cost, routed, question, normalize="question", probed=False):
+def fill_skipped(cost, routed, question, printed=(), probed=False):
     """The costs (P, S); a pair that was not run gets the mean of the routed ones of its question,
-    or of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
+    or as printed of the batch. routed (P, S) and probed, which broadcasts to it: bool, or 0 and 1.
 
     departs (Eq 9), whose gradient needs the cost of every pair. d L_distill / d alpha_ij is
     proportional to cost_ij - mean: zero for a pair that was not run, or of whose question the
     student got no path. Its logit moves only through a softmax that ties it to others, or Eq 4. """
     was_run = (routed.detach() > 0) | probed
     routed = routed.detach().to(cost)  # the sum of a mask would be a mask
-    if normalize == "batch":
+    if "eq9" in printed:
         question = torch.zeros_like(question)
     count = per_question(routed, question)
     mean = per_question(routed * cost, question) / count.clamp(min=1)
@@ -208,24 +208,24 @@ def normalize_length(nll, length, question, penalty):
     """nll (P, S), nats of paths, each divided by (its length / the mean length of its question's
     paths) ** penalty. length (P, S), tokens; question (P,).
 
-    0 compares whole paths; 1 compares paths by the token, and the mean length keeps the unit of
-    posterior_loss's temperature. As in beam search (Wu et al., 2016, arXiv 1609.08144). """
+    0 compares whole paths; 1 compares their means over tokens, and the mean length keeps the unit:
+    nats of a path. As in beam search (Wu et al., 2016, arXiv 1609.08144). """
     mean = segment_mean(length.float(), question, int(question.max()) + 1)  # (Q, S)
     return nll / (length / mean[question]) ** penalty
 
 
-def posterior_loss(logits, cost, question, temperature=1.0):
+def posterior_loss(logits, cost, question):
     """Cross-entropy of the router's softmax over a question's paths to the student's own,
-    softmax_j(-cost_j / temperature): how likely it would write path j and not one of the others,
-    if a cost is the nats of a whole path.
+    softmax_j(-cost_j): how likely it would write path j and not one of the others, if a cost is the
+    nats of a whole path.
 
     logits, cost (P, S), see normalize_length, of questions all of whose paths were run; question
-    (P,); temperature in nats -> scalar: a mean over questions, a sum over students.
+    (P,) -> scalar: a mean over questions, a sum over students.
 
     departs (Eq 9): the gradient of a logit is the router's probability p_j less the student's own.
     That of an expected loss is p_j (cost_j - sum_k p_k cost_k): almost zero for every path once the
     router is sure of one, so that it would hardly leave a path that turns bad. """
-    wanted = softmax_per_question(-cost / temperature, question)
+    wanted = softmax_per_question(-cost, question)
     log_p = log_softmax_per_question(logits, question)
     return -(wanted * log_p).sum() / (int(question.max()) + 1)
 
@@ -253,13 +253,15 @@ def shared_segments(offsets):
 
 
 def segment_mean(x, segment, n):
-    """Mean of x (T, d) over each segment's tokens, segment (T,) in 0..n-1 -> (n, d); 0 if empty."""
+    """Mean of x (T, ...) over each segment's tokens, segment (T,) in 0..n-1 -> (n, ...); 0 if
+    empty."""
     count = x.new_zeros(n).index_add(0, segment, torch.ones_like(segment, dtype=x.dtype))
-    return x.new_zeros(n, x.shape[1]).index_add(0, segment, x) / count.clamp(min=1).unsqueeze(1)
+    total = x.new_zeros(n, *x.shape[1:]).index_add(0, segment, x)
+    return total / count.clamp(min=1).view(n, *[1] * (x.dim() - 1))
 
 
 def standardize(x, path, n):
-    """Each feature of x (N, d) to mean 0 and variance 1 over the segments of its path (N,).
+    """Each feature of x (N, S, d) to mean 0 and variance 1 over the segments of its path (N,).
 
     Shrinking zt then no longer lowers Eq 8. Per path and not per batch, so that the micro-batch
     size changes nothing. One segment alone becomes 0. """
@@ -277,81 +279,57 @@ def competence_target(per_segment, routed):
 class Collaboration(nn.Module):
     """Eq 5 to Eq 8 for C co-routed paths with N shared segments in all.
 
-    dims: hidden size of each student; d: the shared size; fit_competence: a loss of its own fits w,
-    for which w's input and z_ens are constants; False: Eq 8 trains it. The paper's form, but for
-    segments, means, layer norm and competing students: trained=True, standardized=False,
-    fit_competence=False. """
+    dims: hidden size of each student; d: the shared size. By default L_mutual teaches the students
+    alone, through zt, and L_competence w alone.
+    departs (Eq 5): the projections are frozen and random. Trained ones (printed) reach a low Eq 8
+    by losing rank, with plain MSE by vanishing (open point 8).
+    departs (Eq 6): the mean is over segments and layer-normed; only the students that got a path
+    compete; w is fitted to their losses. Eq 8 would teach it (printed) nothing, or to be uniform
+    (open point 9).
+    departs (Eq 7): a constant but where Eq 6 is as printed. Of two students the more competent one
+    moves less: its distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
+    departs (Eq 8): tokenizers share segments, not tokens (open point 7); zt is standardised, else
+    (printed) shrinking it would lower the loss; a mean over features and segments, so that its
+    weight does not depend on d and length. """
 
-    def __init__(self, dims, d=64, trained=False, standardized=True, fit_competence=True):
+    def __init__(self, dims, d=64, printed=()):
         super().__init__()
+        self.printed = printed
         self.proj = nn.ModuleList(nn.Linear(k, d, bias=False) for k in dims)
         for layer in self.proj:
             # Keeps the scale of a feature.
             nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
-            # departs (Eq 5): frozen and random. Trained projections reach a low Eq 8 by losing
-            # rank (open point 8), with plain MSE by vanishing.
-            layer.requires_grad_(trained)
+            layer.requires_grad_("eq5" in printed)
         self.w = nn.Parameter(torch.zeros(len(dims), d))  # Eq 6 regressor, one row per student
-        self.standardized = standardized
-        self.fit_competence = fit_competence
 
     def forward(self, z, segment, path, routed, per_segment):
-        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt raw and zt as compared
-        (S, N, d).
+        """-> L_mutual (C,) and L_competence (C,) per path, gamma (C, S), zt before (raw) and after
+        it is standardised (N, S, d).
 
         z: per student (T_s, d_s) states on the tokens of all co-routed paths that it got; segment:
         per student (T_s,) in 0..N-1; path (N,): the path of each segment, 0..C-1; routed (C, S)
         bool; per_segment (C, S): nats per segment. """
-        # By default L_mutual teaches the students alone, through zt, and L_competence w alone.
         n, c = len(path), len(routed)
-        # Eq 5, and departs (Eq 8): tokenizers share segments, not tokens.
-        raw = torch.stack([segment_mean(proj(states), numbers, n)
-                           for proj, states, numbers in zip(self.proj, z, segment)])
-        # departs (Eq 6): only the students that got a path compete.
+        projected = [proj(states) for proj, states in zip(self.proj, z)]
+        raw = torch.stack([segment_mean(x, numbers, n)
+                           for x, numbers in zip(projected, segment)], 1)  # (N, S, d), Eq 5
         score = self.competence(raw, path, c).masked_fill(~routed, -math.inf)  # (C, S)
         gamma = torch.softmax(score, -1)  # Eq 6
+        zt = raw if "eq8" in self.printed else standardize(raw, path, c)
+        z_ens = (gamma[path].unsqueeze(-1) * zt).sum(1, keepdim=True)  # (N, 1, d), Eq 7
         l_competence = torch.zeros_like(gamma[:, 0])  # (C,)
-        if self.fit_competence:
-            # departs (Eq 6): fitted to the students' losses, which teaches w alone. Eq 8 gives the
-            # competence no signal, or one toward 1/S (open point 9).
+        if "eq6" not in self.printed:
+            z_ens = z_ens.detach()
             wanted = competence_target(per_segment, routed)  # (C, S)
             l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
-
-        zt = raw
-        if self.standardized:
-            # departs (Eq 8): else shrinking the states would lower it (open point 8).
-            zt = torch.stack([standardize(x, path, c) for x in raw])
-        z_ens = ensemble(gamma, zt, path)  # Eq 7
-        if self.fit_competence:
-            # departs (Eq 7): a constant. Of two students the more competent one moves less: its
-            # distance to z_ens is (1 - gamma_s) (zt_s - zt_other).
-            z_ens = z_ens.detach()
-        # Eq 8, and departs (Eq 8): a mean over features and segments, so that its weight does not
-        # depend on d and length.
-        distance = (zt - z_ens).square().mean(-1) * routed[path].T  # (S, N)
-        of_segment = distance.sum(0)  # (N,), over the students that got the path
-        l_mutual = segment_mean(of_segment.unsqueeze(1), path, c).squeeze(1)  # (C,)
+        distance = (zt - z_ens).square().mean(-1) * routed[path]  # (N, S)
+        l_mutual = segment_mean(distance.sum(1), path, c)  # (C,), Eq 8
         return l_mutual, l_competence, gamma, raw, zt
 
     def competence(self, raw, path, c):
-        """Eq 6 before its softmax, w_s . mean_t zt_s, from raw (S, N, d) of c paths -> (c, S).
-
-        departs (Eq 6): the mean is over segments, and layer-normed; raw is zt before it is
-        standardised, after which every mean is zero. """
-        if self.fit_competence:
+        """Eq 6 before its softmax, w_s . mean_t zt_s, from raw (N, S, d) of c paths -> (c, S). Not
+        from the standardised states, whose every mean is zero."""
+        if "eq6" not in self.printed:
             raw = raw.detach()
-        mean = torch.stack([segment_mean(x, path, c) for x in raw], 1)  # (c, S, d)
+        mean = segment_mean(raw, path, c)  # (c, S, d)
         return (F.layer_norm(mean, mean.shape[-1:]) * self.w).sum(-1)
-
-
-def ensemble(gamma, zt, path):
-    """Eq 7: z_ens (N, d) = sum_s gamma_s zt_s, of gamma (C, S) by path and zt (S, N, d)."""
-    return (gamma[path].T.unsqueeze(-1) * zt).sum(0)
-
-
-def effective_rank(x):
-    """exp of the entropy of the share of variance per direction of x (N, d), centred (after Roy
-    and Vetterli, 2007)."""
-    s = torch.linalg.svdvals((x - x.mean(0)).float()).square()
-    p = s / s.sum().clamp(min=1e-12)
-    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
