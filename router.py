@@ -255,7 +255,7 @@ def shared_segments(offsets):
 
 
 def segment_mean(x, segment, n):
-    """Mean of x (T, ...) over a segment's tokens, segment (T,) in 0..n-1 -> (n, ...); 0 if empty."""
+    """Mean of x (T, ...) in each segment, segment (T,) in 0..n-1 -> (n, ...); 0 if empty."""
     count = x.new_zeros(n).index_add(0, segment, torch.ones_like(segment, dtype=x.dtype))
     total = x.new_zeros(n, *x.shape[1:]).index_add(0, segment, x)
     return total / count.clamp(min=1).view(n, *[1] * (x.dim() - 1))
