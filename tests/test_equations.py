@@ -77,8 +77,7 @@ def test_eq_9_is_a_mean_over_the_routed_paths_of_each_question_or_as_printed_of_
 
 
 def two_students(printed):
-    """One path of ten tokens in equal tokenizers; student 0 is better by a nat a token, and Eq 6
-    takes it for the worse one."""
+    """Ten tokens of one path; student 0 is better by a nat a token, but has the lower gamma."""
     torch.manual_seed(0)
     token, z = torch.arange(10), [randn(10, 6).requires_grad_(), randn(10, 7, seed=1)]
     collab = qr.Collaboration([6, 7], 8, printed).double()
