@@ -58,7 +58,9 @@ class Router(nn.Module):
         last = nn.Linear(hidden or d, students)
         nn.init.zeros_(last.weight)  # all paths start with the same odds: no style is favoured
         nn.init.zeros_(last.bias)
-        self.net = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), last) if hidden else last
+        self.net = last
+        if hidden:
+            self.net = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), last)
 
     def forward(self, h):
         return self.net(h)
@@ -253,8 +255,7 @@ def shared_segments(offsets):
 
 
 def segment_mean(x, segment, n):
-    """Mean of x (T, ...) over each segment's tokens, segment (T,) in 0..n-1 -> (n, ...); 0 if
-    empty."""
+    """Mean of x (T, ...) in each segment, segment (T,) in 0..n-1 -> (n, ...); 0 if empty."""
     count = x.new_zeros(n).index_add(0, segment, torch.ones_like(segment, dtype=x.dtype))
     total = x.new_zeros(n, *x.shape[1:]).index_add(0, segment, x)
     return total / count.clamp(min=1).view(n, *[1] * (x.dim() - 1))
@@ -273,7 +274,8 @@ def competence_target(per_segment, routed):
     """What gamma of Eq 6 is fitted to, (C, S): softmax over the routed students of minus their
     loss, detached. per_segment (C, S): nats per shared segment, a unit that all tokenizers have in
     common. """
-    return torch.softmax((-per_segment.detach()).masked_fill(~routed, -math.inf), -1)
+    cost = per_segment.detach().masked_fill(~routed, math.inf)
+    return torch.softmax(-cost, -1)
 
 
 class Collaboration(nn.Module):
@@ -321,7 +323,8 @@ class Collaboration(nn.Module):
         if "eq6" not in self.printed:
             z_ens = z_ens.detach()
             wanted = competence_target(per_segment, routed)  # (C, S)
-            l_competence = -(wanted * torch.log_softmax(score, -1).masked_fill(~routed, 0)).sum(-1)
+            log_gamma = torch.log_softmax(score, -1).masked_fill(~routed, 0)  # 0 * -inf is nan
+            l_competence = -(wanted * log_gamma).sum(-1)
         distance = (zt - z_ens).square().mean(-1) * routed[path]  # (N, S)
         l_mutual = segment_mean(distance.sum(1), path, c)  # (C,), Eq 8
         return l_mutual, l_competence, gamma, raw, zt
@@ -332,4 +335,5 @@ class Collaboration(nn.Module):
         if "eq6" not in self.printed:
             raw = raw.detach()
         mean = segment_mean(raw, path, c)  # (c, S, d)
-        return (F.layer_norm(mean, mean.shape[-1:]) * self.w).sum(-1)
+        normed = F.layer_norm(mean, mean.shape[-1:])
+        return (normed * self.w).sum(-1)
