@@ -1,5 +1,4 @@
-"""QR-Distill, the training run: students trained together on the teacher paths that a router gives
-them.
+"""QR-Distill, the training run: students train together on the paths that a router gives them.
 
     python distill.py                                    # the demo: laptop CPU, offline
     python distill.py --paths POOL.jsonl --students A B  # real paths, real students
@@ -47,10 +46,8 @@ ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must
 # What nobody set. The demo's tiny students train in full and fast, those of --students with LoRA;
 # short paths, which the router prefers on the demo, ruin a student that can already reason.
 DEFAULTS = {"gate": "categorical", "reward": "posterior", "probe": 0.125, "router_lr": 0.3}
-DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 4, "eval_max_new_tokens": 96,
-        "length_penalty": 0.0}
-REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512,
-        "length_penalty": 1.0}
+DEMO = {"lora_rank": 0, "lr": [2e-3], "epochs": 4, "eval_max_new_tokens": 96, "length_penalty": 0}
+REAL = {"lora_rank": 32, "lr": [2e-4], "epochs": 3, "eval_max_new_tokens": 512, "length_penalty": 1}
 # --as_printed: the equations that can take the paper's form, and what two of them set.
 PRINTED = ("eq1", "eq2", "eq3", "eq5", "eq6", "eq8", "eq9")
 PRINTED_DEFAULTS = {"eq2": {"gate": "onehot", "router_lr": 0.01},
@@ -67,24 +64,19 @@ def make_parser():
                                 description=__doc__.split("\n\n")[0],
                                 epilog="Defaults in brackets. README.md has the ablations.")
     p.error = stop  # one sentence and exit code 2
-
     g = p.add_argument_group("run")
     g.add_argument("--out_dir", help="run folder (out/ and the time)")
-    g.add_argument("--resume", metavar="DIR",
-                   help="go on with the run in DIR; its flags are in its args.json")
+    g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with its flags")
     g.add_argument("--seed", type=within(int, 0, 2**31), default=0,
                    help="of weights, gates, data order and split (0)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bf16", "fp16"],
-                   help="of the matrix products (AMP) and of a frozen base; auto: bf16 on cuda, on "
-                        "a CPU that has it if the base is frozen, else float32 (auto)")
-    g.add_argument("--compile", action="store_true",
-                   help="torch.compile the students: minutes at the start, then faster steps")
-    g.add_argument("--checkpointing", action="store_true",
-                   help="recompute activations: less memory, a third more work")
+                   help="of the products (AMP) and of a frozen base; auto: bf16 on cuda, and on a "
+                        "CPU that has it if the base is frozen (auto)")
+    g.add_argument("--compile", action="store_true", help="torch.compile: slow start, fast steps")
+    g.add_argument("--checkpointing", action="store_true", help="less memory, a third more work")
     g.add_argument("--save_every", type=count, default=100, help="steps between checkpoints (100)")
     g.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
-
     g = p.add_argument_group("data")
     g.add_argument("--paths", metavar="POOL", help="path pool of judge.py (the demo's)")
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
@@ -92,20 +84,16 @@ def make_parser():
                         "all that are whole (full)")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
     g.add_argument("--max_len", type=count, default=1024,
-                   help="longest prompt and path in tokens; longer ones are left out (1024)")
-
+                   help="longest prompt and path in tokens; others are left out (1024)")
     g = p.add_argument_group("students")
-    g.add_argument("--students", nargs="+", metavar="MODEL",
-                   help="Hugging Face causal LMs (two tiny ones)")
-    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="I",
-                   help="students that do not learn, by number")
+    g.add_argument("--students", nargs="+", metavar="MODEL", help="causal LMs (two tiny ones)")
+    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="S",
+                   help="numbers of students that do not learn")
     g.add_argument("--lora_rank", type=natural,
-                   help="of LoRA on the blocks' linear layers, alpha is twice that; 0: train all "
-                        "weights (32; demo: 0)")
+                   help="LoRA's rank, alpha is twice that; 0: train all weights (32; demo: 0)")
     g.add_argument("--quantize", choices=["nf4"], help="frozen base in 4 bit under LoRA (QLoRA)")
     g.add_argument("--lr", nargs="+", type=weight,
                    help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
-
     g = p.add_argument_group("routing")
     g.add_argument("--route", default="learned",
                    choices=["learned", "all", "random", "short", "nll"],
@@ -125,28 +113,24 @@ def make_parser():
                    help="Eq 2: categorical: a student gets one path of each question; binary: any "
                         "number of them; onehot: a path goes to one student (categorical)")
     g.add_argument("--reward", choices=["posterior", "sum", "loss"],
-                   help="what the router learns: posterior: to choose the path that the student is "
-                        "nearest to writing itself; sum, loss: to lower a path's total loss, or "
-                        "its mean over tokens, through the gates, as in Eq 9 (posterior)")
+                   help="posterior: learn to choose the path that the student is nearest to "
+                        "writing itself; sum, loss: to lower a path's total loss, or its mean over "
+                        "tokens, through the gates, as in Eq 9 (posterior)")
     g.add_argument("--length_penalty", type=share, metavar="A",
-                   help="of --reward posterior: 0 compares the log-probabilities of whole paths, "
-                        "so that short ones win; 1 their means over tokens (1; demo: 0)")
+                   help="of --reward posterior: 0 compares log-probabilities of whole paths, so "
+                        "that short ones win; 1 their means over tokens (1; demo: 0)")
     g.add_argument("--probe", type=share,
-                   help="share of a step's questions, at least one, whose other paths are run "
-                        "forward, so that the router hears about what it did not choose (0.125)")
+                   help="share of a step's questions whose other paths are run forward, so that "
+                        "the router hears about what it did not choose (0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01,
                    help="Eq 9: l1; no effect on the categorical gate, whose rates are equal (0.01)")
-    g.add_argument("--mutual_weight", type=weight, default=0.1,
-                   help="Eq 9: l2, 0: no collaboration (0.1)")
-
+    g.add_argument("--mutual_weight", type=weight, default=0.1, help="Eq 9: l2 (0.1)")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=count, default=8,
-                   help="questions per step, with all their paths (8)")
+    g.add_argument("--batch_size", type=count, default=8, help="questions per step (8)")
     g.add_argument("--micro_batch_size", type=count,
                    help="questions per backward pass: memory, not results (all)")
     g.add_argument("--epochs", type=count, help="passes over the training questions (3; demo: 4)")
     g.add_argument("--max_steps", type=count, help="optimiser steps, instead of --epochs")
-
     g = p.add_argument_group("evaluation")
     g.add_argument("--eval_questions", metavar="FILE",
                    help="test set in any format of eval.py (a fifth of the pool's questions)")
@@ -274,13 +258,11 @@ def main(argv=None):
         routed = alpha.detach() > 0.5  # a student does not train on the other pairs
         weight = qr.path_weights(alpha, question, args.printed)  # (P, S) of the losses in Eq 9
 
-        # Eq 5 to Eq 9: each student learns from its paths, and from the ensemble on those that
-        # another student got too.
+        # Eq 5 to Eq 9: each student learns from its paths, and on shared ones from the ensemble.
         nats, figures = student_step(students, collab, paths, batches, routed,
                                      weight.detach() / length, scaler, args.mutual_weight)
 
-        # The probe: of a few questions the other paths run too, forward only, so that the router
-        # hears about what it did not choose. Then it learns.
+        # The router learns, of a few questions also about the paths that were not drawn.
         if args.route == "learned":
             probed = question < math.ceil(args.probe * (int(question.max()) + 1))  # (P,)
             known = nats + probe(students, paths, batches, probed[:, None] & ~routed)  # (P, S)
@@ -312,7 +294,7 @@ def main(argv=None):
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_checkpoint(out, parts, gate_rng, run)
 
-    # The students on disk, the test, the table, and what the router decided.
+    # The students on disk, the test, and what the router decided.
     for s, student in enumerate(students):
         save_student(student, out / f"student_{s}")
     after, predictions = answer(students, test, args)
@@ -469,6 +451,10 @@ def fixed_route(route, rows, question, lengths, students):
 
 
 # ---------------------------------------- optimisation
+def trainable(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def make_optimizers(students, collab, router, router_lr):
     """AdamW of the students and the collaboration, a group each, and AdamW of the router, whose
     gradients AMP leaves alone and whose rate stays: the students never stop changing."""
@@ -478,10 +464,6 @@ def make_optimizers(students, collab, router, router_lr):
     router_optimizer = torch.optim.AdamW(router.parameters(), lr=router_lr, betas=ROUTER_BETAS,
                                          weight_decay=ROUTER_DECAY)
     return torch.optim.AdamW(groups), router_optimizer
-
-
-def trainable(module):
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def lr_scale(step, steps):
@@ -573,8 +555,8 @@ def predicting_states(student, texts):
 
 def autocast(student):
     """AMP for one student; float32 without it."""
-    dtype = student.amp_dtype
-    return torch.autocast(student.model.device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(student.model.device.type, student.amp_dtype,
+                          enabled=student.amp_dtype is not None)
 
 
 # ---------------------------------------- next-token loss, without ever holding all logits
@@ -591,12 +573,9 @@ def response_nll(student, states, target):
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """-log p(target) at each position. A 262k-token vocabulary's logits would need gigabytes, so
-    one chunk of them lives at a time, about 256 MiB of float32.
-
-    states (N, D), weight (V, D), bias (V) or None, target (N,) -> (N,) float32, nats. The states'
-    gradient is computed while a chunk's logits exist: with a frozen head they are computed once.
-    """
+    """-log p(target) at each position: states (N, D), weight (V, D), bias (V) or None, target (N,)
+    -> (N,) float32, nats. A 262k-token vocabulary's logits would need gigabytes, so a chunk of them
+    lives at a time, and gives the states' gradient at once: a frozen head runs once."""
 
     @staticmethod
     def forward(ctx, states, weight, bias, target, softcap):
@@ -630,16 +609,14 @@ class ChunkedNLL(torch.autograd.Function):
 
 
 def chunks(states, weight):
-    """Slices of the positions whose logits (V, n) have about 2**26 numbers."""
+    """Slices of the positions whose logits (V, n) have about 2**26 numbers, 256 MiB."""
     size = max(16, 2**26 // len(weight))
     return [slice(start, start + size) for start in range(0, len(states), size)]
 
 
 def nll_of_chunk(states, weight, bias, target, softcap):
-    """nll (n,) of n positions, and d nll / d logits (V, n) in the weight's type.
-
-    Vocabulary first: with so few rows a CPU makes this product a fifth faster than the one that
-    gives (n, V). In place, since fresh memory costs a CPU as much as the arithmetic. """
+    """nll (n,) of n positions, and d nll / d logits (V, n) in the weight's type. Vocabulary first,
+    a fifth faster on a CPU; in place, since fresh memory costs it as much as the arithmetic."""
     logits = (weight @ states.to(weight.dtype).T).float()  # (V, n)
     if bias is not None:
         logits.add_(bias[:, None])
@@ -720,7 +697,7 @@ def load_base(name, args, device, amp_dtype):
 
 def check_student(student):
     """stop() where the model does more between last hidden states and logits than response_nll
-    knows of. The backward pass shows now, and not after the first test, what can't be trained."""
+    knows of. The backward pass shows what can't be trained before the first test does."""
     row = {"prompts": [np.array([student.end])], "responses": [np.array([1, 2, 3])]}
     ids = torch.tensor([[student.end, 1, 2, 3]], device=student.model.device)
     with torch.no_grad(), autocast(student):
@@ -738,8 +715,7 @@ def check_student(student):
 
 # ---------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
 class LoRA(nn.Module):
-    """base(x) + alpha / rank * B A x: A (rank, d_in) and B (d_out, rank) in float32 over a frozen
-    linear layer."""
+    """base(x) + alpha / rank * B A x, base frozen; A (rank, d_in) and B (d_out, rank) learn."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
@@ -773,8 +749,7 @@ def add_lora(model, rank, alpha):
 
 
 def save_student(student, folder):
-    """Write a student that from_pretrained loads: a PEFT adapter that names its base, or the whole
-    model, and its tokenizer."""
+    """A folder that from_pretrained loads: tokenizer, and PEFT adapter or whole model."""
     student.tokenizer.save_pretrained(folder)
     modules = student.model.named_modules()
     layers = {name: module for name, module in modules if isinstance(module, LoRA)}
@@ -802,8 +777,7 @@ def load_data(args):
     if args.filter == "full":  # a judge reads right answers only
         unread = sum(row["valid"] is None and judge.fate(row) == "kept" for row in rows)
         if unread:
-            print(f"filter: no judge has read {unread} paths with a right answer, so those with "
-                  "wrong steps stay; judge.py --judge finds them")
+            print(f"{unread} right answers were read by no judge, so those with wrong steps stay")
     if args.eval_questions is not None:
         test = tasks.read_questions(args.eval_questions)
     elif args.paths is not None:
@@ -825,8 +799,7 @@ def load_data(args):
         stop(f"no path is left to train on: of {len(train)} beside the {len(test)} test questions "
              f"none passes --filter {args.filter}; judge.py --paths shows why")
     if not args.students and any(row["task"] != "demo" for row in kept + test):
-        stop("the demo's tiny students know no other task: pass --students with Hugging Face "
-             "models for this pool")
+        stop("the demo's tiny students know no other task: pass --students for this pool")
     return kept, test[:args.eval_limit], train
 
 
@@ -893,8 +866,7 @@ def encode(rows, students):
         print(f"left out {len(rows) - len(encoded)} of {len(rows)} paths: empty, or longer, "
               "with their prompt, than --max_len or a student's context")
     if not encoded:
-        stop("no path and its prompt fit into --max_len tokens and the students' contexts: raise "
-             "--max_len")
+        stop("no path and its prompt fit into --max_len and the students' contexts")
     return encoded
 
 
@@ -925,8 +897,8 @@ def embed(rows, args, device):
         h = encode_pairs(pairs, args.encoder, device)
     h = (h - h.mean(0)) / h.std(0, correction=0).clamp(min=1e-3)
     if "eq2" not in args.printed:
-        # A step of Adam moves every weight alike, and so a linear router's logit by the sum of a
-        # path's features: the d of the embedding shall not outweigh the label.
+        # A step of Adam moves every weight alike, and so a linear router's logit by the sum of
+        # its features: the d of the embedding shall not outweigh the label.
         h = h / h.shape[1]
     if "eq1" in args.printed:
         return h
@@ -971,8 +943,8 @@ def hash_of(rows, test):
 
 
 def save_checkpoint(out, parts, gate_rng, run):
-    """checkpoint.pt: all that the rest of a run depends on beside its flags and its data. A kill
-    leaves the old file or the new one, never half of one."""
+    """checkpoint.pt: all that the rest of a run hangs on beside flags and data. A kill leaves the
+    old file or the new one."""
     saved = {name: part.state_dict() for name, part in parts.items()}
     saved |= {"run": run, "gate_rng": gate_rng.get_state(), "rng": torch.get_rng_state(),
               "cuda_rng": torch.cuda.get_rng_state_all()}  # [] without a GPU
@@ -1024,10 +996,8 @@ def flat(name, values):
 
 
 def rates(paths, per_token, routed):
-    """Of one step, for each student: loss (nats per response token), share of the paths that it
-    got, and the same share of each label's.
-
-    paths: P rows; per_token (P, S): nats, 0 where a path was not run; routed (P, S). """
+    """Of one step's P paths, for each student: loss (nats per response token), share of the paths
+    that it got, and the same of each label's. per_token (P, S): 0 where a path was not run."""
     line = flat("loss", per_token.sum(0) / routed.sum(0).clamp(min=1))
     line |= flat("rate", routed.float().mean(0))
     for label in sorted({row["label"] for row in paths}):
@@ -1052,11 +1022,10 @@ def write_results(out, run, after, students, rows, p):
     for label in sorted({row["label"] for row in rows}):
         rate[label] = p[[row["label"] == label for row in rows]].mean(0).tolist()
     before, tokens = run["before"], run["tokens"].tolist()
-    questions = len({row["id"] for row in rows})
     results = {
         "students": [student.source for student in students], "before": before, "after": after,
         "selection_rate": rate, "tokens_trained": tokens, "seconds": round(run["seconds"], 1),
-        "steps": run["step"], "training_questions": questions, "training_paths": len(rows),
+        "steps": run["step"], "training_paths": len(rows),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                      "device": str(students[0].model.device)}}
     (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -1074,8 +1043,8 @@ def write_results(out, run, after, students, rows, p):
     print(f"\n{'selection rate at the end':40}{names}")
     for label, shares in rate.items():
         print(f"{label:40}" + "".join(f"{share:10.2f}" for share in shares))
-    print(f"\n{run['step']} steps in {run['seconds']:.0f} s on {questions} questions with "
-          f"{len(rows)} paths; response tokens trained: {', '.join(f'{n:,}' for n in tokens)}")
+    print(f"\n{run['step']} steps in {run['seconds']:.0f} s on {len(rows)} paths; response tokens "
+          f"trained: {', '.join(f'{n:,}' for n in tokens)}")
 
 
 def write_decisions(out, rows, questions, lengths, p, drawn):
@@ -1121,9 +1090,8 @@ def demo_students(seed):
 
 
 def make_demo_students(seed):
-    """Two tiny students, "pretrained" on plain arithmetic sentences: a Llama with whole words and a
-    GPT-NeoX with BPE pieces, 0.4M parameters each, numbers being one token in both. From scratch
-    nothing is learned in minutes; after this warm start, training them means distilling."""
+    """Two tiny students, a Llama with whole words and a GPT-NeoX with BPE pieces, 0.4M parameters
+    each, "pretrained" on plain arithmetic: from scratch nothing is learned in minutes."""
     torch.manual_seed(seed)
     sentences, questions = judge.demo_sentences(8000, seed), judge.demo_questions(200, seed)
     corpus = sentences + [f" {n}" for n in range(200)]
