@@ -58,8 +58,9 @@ def test_a_path_is_embedded_the_same_beside_a_longer_one(models_dir):
 
 # ------ Eq 2: gates
 @pytest.mark.parametrize("hidden", [0, 8])
-def test_router_starts_without_a_favourite(hidden):
+def test_router_and_competence_start_without_a_favourite(hidden):
     assert torch.equal(qr.Router(5, 3, hidden)(randn(7, 5).float()), torch.zeros(7, 3))
+    assert not qr.Collaboration([5, 6]).w.any()
 
 
 def soft_sample(gate, logits, u):
