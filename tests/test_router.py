@@ -58,8 +58,9 @@ def test_a_path_is_embedded_the_same_beside_a_longer_one(models_dir):
 
 # ------ Eq 2: gates
 @pytest.mark.parametrize("hidden", [0, 8])
-def test_router_starts_without_a_favourite(hidden):
+def test_router_and_competence_start_without_a_favourite(hidden):
     assert torch.equal(qr.Router(5, 3, hidden)(randn(7, 5).float()), torch.zeros(7, 3))
+    assert not qr.Collaboration([5, 6]).w.any()
 
 
 def soft_sample(gate, logits, u):
@@ -295,6 +296,5 @@ def test_micro_batches_of_paths_change_nothing():
 
 
 def test_the_competences_target_is_a_softmax_over_the_routed_students_alone():
-    nll = torch.tensor([[1.0, 2.0, 0.0]])
-    target = qr.competence_target(nll, torch.tensor([[True, True, False]]))
+    target = qr.competence_target(torch.tensor([[1.0, 2, 0]]), torch.tensor([[True, True, False]]))
     assert target[0].tolist() == pytest.approx([0.7311, 0.2689, 0], abs=1e-4)
