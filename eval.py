@@ -19,6 +19,7 @@ from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -1007,38 +1008,33 @@ def load_student(name, device="cpu", dtype=None, **more):
     (merged), by folder or name on the hub. dtype: of the weights (None: float32); `more` goes to
     from_pretrained. Code that comes with a model is never run. Stops with one sentence at what is
     no such model, lacks weights, is saved quantised, or is an adapter without its base."""
-    base, adapter = name, None
+    base, revision, adapter = name, "main", None
     try:
         if file := file_of(name, "adapter_config.json"):
             with open(file, encoding="utf-8") as f:
                 adapter = json.load(f)
-            base = adapter["base_model_name_or_path"]
-            more["revision"] = adapter.get("revision") or "main"
-            if not file_of(base, "config.json", more["revision"]):
-                raise ValueError(f"the base of this adapter, {base}, is not there; if it has moved,"
-                                 " write its place into adapter_config.json")
-        config = AutoConfig.from_pretrained(base, revision=more.get("revision", "main"))
+            base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+            if not file_of(base, "config.json", revision):
+                stop(f"{name}: the base of this adapter, {base}, is not there; if it has moved, "
+                     "write its place into adapter_config.json")
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            raise ValueError(f"the weights of {base} are saved quantised, and LoRA can't be merged "
-                             "into them: take the model that was quantised")
-        own = name if file_of(name, "tokenizer_config.json") else base
-        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)
+            stop(f"{name}: the weights of {base} are saved quantised, where LoRA can't be merged: "
+                 "take the model that was quantised")
+        own = file_of(name, "tokenizer_config.json")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name if own else base, revision="main" if own else revision, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, **more)
-        wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"]}))
-        if wrong:
-            raise ValueError(f"weights are missing or left over: {wrong[0]}, {len(wrong)} in all")
+            base, revision=revision, dtype=dtype or torch.float32, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, **more)
+        if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+            stop(f"{name}: {len(wrong)} weights are missing or left over, as {wrong[0]}")
         if adapter:
             merge_adapter(model, adapter, load_file(file_of(name, "adapter_model.safetensors")))
     except Exception as e:  # noqa: BLE001 (whatever libraries raise at a folder that is no model)
         stop(f"{name}: can't be loaded as a causal language model ({in_a_line(e)})")
-    if not tokenizer.is_fast:
-        stop(f"{name}: its tokenizer has no tokenizer.json, and so no character offsets")
     for module in model.modules():
-        # bitsandbytes on some CPUs: the first answer would repack 4-bit weights for good, and they
-        # give no gradient then.
-        module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack weights for good
     return model.to(device).eval(), tokenizer
 
 
@@ -1199,17 +1195,16 @@ def has_bfloat16(device="cpu"):
 def answering(model):
     """Inside, distill.LoRA is merged, weights are bfloat16 where has_bfloat16 and the model is no
     toy, and generate has the library's settings; afterwards all is as before, bit for bit."""
-    before = model.training, model.generation_config
+    was_training, settings = model.training, model.generation_config
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     weights = [*model.parameters()]
     lora = [module for module in model.modules() if hasattr(module, "base")]
-    if not all(weight.is_floating_point() for weight in weights):
-        weights, lora = [], []  # quantised: nothing is merged or cast
     large = sum(weight.numel() for weight in weights) > 10**7
     dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
-    merged = {id(module.base.weight) for module in lora}
-    changed = [weight for weight in weights if weight.dtype != dtype or id(weight) in merged]
-    kept = [weight.data.cpu() for weight in changed]  # a GPU might have no room for both
+    is_quantised = not all(weight.is_floating_point() for weight in weights)
+    if is_quantised or (dtype == model.dtype and not lora):
+        weights, lora = [], []  # nothing is cast or merged
+    kept = [weight.data.cpu() for weight in weights]  # a GPU might have no room for both
     try:
         for module in lora:
             delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
@@ -1217,16 +1212,16 @@ def answering(model):
             weight = module.base.weight
             weight.data = weight.data.float() + (delta if is_linear else delta.T)
             module.forward = module.base.__call__
-        for weight in changed:
+        for weight in weights:
             weight.data = weight.data.to(dtype)
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
-        for weight, data in zip(changed, kept):
+        for weight, data in zip(weights, kept):
             weight.data = data.to(weight.device)
         for module in lora:
             vars(module).pop("forward", None)
-        model.train(before[0]).generation_config = before[1]
+        model.train(was_training).generation_config = settings
 
 
 # ---------------------------------------------------------------- evaluation: accuracy and ensemble
@@ -1320,9 +1315,10 @@ def plot(folder):
     for ax, start in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         lines = [name for name in names if name.startswith(start)]
         for name, look in zip(lines, itertools.cycle(["-", "--", ":", "-."])):
-            points = [(line["step"], line[name]) for line in log if name in line]
-            steps, values = zip(*points)
-            ax.plot(steps, running_mean(values), look, label=f"student {name[len(start):]}")
+            points = np.array([(line["step"], line[name]) for line in log if name in line])
+            width = 1 + len(points) // 10  # a running mean over a tenth of the points
+            steps, values = (np.convolve(x, np.full(width, 1 / width), "valid") for x in points.T)
+            ax.plot(steps, values, look, label=f"student {name.removeprefix(start)}")
         ax.set(xlabel="optimiser step", ylabel=PANELS[start])
         ax.legend(frameon=False)
     file = os.path.join(folder, "training.png")
@@ -1330,20 +1326,11 @@ def plot(folder):
     print(file)
 
 
-def running_mean(values):
-    """The centred mean over a tenth of the values."""
-    half = len(values) // 20
-    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
 # ---------------------------------------------------------------- the command
 def parse_args():
     """The command line; bad flags stop with one sentence."""
-    p = argparse.ArgumentParser(
-        usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
-        description="Evaluate saved students on a file of questions, or draw runs.",
-        epilog="Defaults in brackets.")
+    p = argparse.ArgumentParser(description="Evaluate saved students on a file of questions "
+                                            "(--students --questions), or draw runs (--plot).")
     p.error = stop  # one sentence and exit code 2
     p.add_argument("--students", nargs="+", metavar="NAME",
                    help="models or PEFT LoRA adapters, by folder or name")
@@ -1395,17 +1382,15 @@ def main():
 
 
 def print_table(names, results):
-    """Print accuracy with its standard error, unparsed and stopped shares per student, ensemble
-    and upper bound."""
+    """Print shares per student, ensemble and upper bound; s.e. is the accuracy's standard error."""
     width = max(map(len, (*names, "upper bound (any right)")))
-    heading = f"\n{results['questions']} questions".ljust(width + 1)
-    print(f"{heading}  accuracy  (s.e.)  unparsed  stopped by itself")
+    print(f"\n{results['questions']} questions".ljust(width + 1), "accuracy (s.e.) unparsed stopped")
     lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
              ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
     for name, accuracy, *more in lines:
         error = math.sqrt(accuracy * (1 - accuracy) / results["questions"])  # binomial
-        print(f"{name:{width}}  {accuracy:8.1%}  ({error:4.1%})"
-              + "".join(f"  {x:8.1%}" for x in more))
+        shares = "".join(f"{share:9.1%}" for share in more)
+        print(f"{name:{width}} {accuracy:8.1%} {error:6.1%}{shares}")
 
 
 if __name__ == "__main__":
