@@ -1384,7 +1384,8 @@ def main():
 def print_table(names, results):
     """Print shares per student, ensemble and upper bound; s.e. is the accuracy's standard error."""
     width = max(map(len, (*names, "upper bound (any right)")))
-    print(f"\n{results['questions']} questions".ljust(width + 1), "accuracy (s.e.) unparsed stopped")
+    heading = f"\n{results['questions']} questions".ljust(width + 1)
+    print(heading, "accuracy (s.e.) unparsed  stopped")
     lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
              ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
     for name, accuracy, *more in lines:
