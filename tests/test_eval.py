@@ -11,13 +11,14 @@ greedy answers are the model's own                       "generation"
 """
 import copy
 import json
-import math
 import os
 import random
 import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers as tf
@@ -385,16 +386,212 @@ def test_a_row_that_cannot_be_read_ends_with_its_place(tmp_path, capsys, change,
     assert said.startswith(f"{path}:3: ") and words in said and len(said) < 600
 
 
-@pytest.mark.parametrize("content, words", [(None, "No such file"), (b"", "no questions"), (b"\xff{}", "UnicodeDecodeError")])
-def test_a_file_that_cannot_be_read_ends_with_its_name(tmp_path, capsys, content, words):
-    path = written(tmp_path, content) if content is not None else str(tmp_path / "q.jsonl")
-    said = refusal(capsys, E.read_questions, path)
-    assert path in said and words in said
-
-
 def test_rows_without_ids_get_stable_ones_and_one_stem_with_other_choices_is_another_question(tmp_path, capsys):
     rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(2)]
     assert [r["id"] for r in E.read_questions(written(tmp_path, *rows, name="g.jsonl"))] == ["g-00000", "g-00001"]
     other = {**ARC, "choices": {"A": "tin", "B": "air"}}
     assert len(E.read_questions(written(tmp_path, ARC, {**other, "id": "q2"}))) == 2
     assert "another question" in refusal(capsys, E.read_questions, written(tmp_path, ARC, other))
+
+
+# ----------------------------------------------------------------------------------------- students
+
+
+def adapter_of(folder, base=None, **config):
+    """A PEFT adapter with random weights in folder/adapter, its base in folder/base; the model with it."""
+    peft = pytest.importorskip("peft")
+    base = base or tiny()
+    saved(folder / "base", base)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], **config}
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config, init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return model.eval()
+
+
+@pytest.mark.parametrize("family, config", [
+    ("LlamaConfig", {}), ("LlamaConfig", {"use_rslora": True}), ("LlamaConfig", {"rank_pattern": {"up_proj": 2}}),
+    ("GPT2Config", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})], ids=["plain", "rslora", "ranks", "conv1d"])
+def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, family, config):
+    base, ids = tiny(family), torch.tensor([[5, 9, 33, 7]])
+    reference = adapter_of(tmp_path, base, **config)
+    model, _ = E.load_student(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        got, expected, without = model(ids).logits, reference(ids).logits, base(ids).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # float32 sums over 32 terms, in another order
+    assert (expected - without).abs().max() > 1e-2
+
+
+def edit_json(file, **change):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+
+def edit_weights(change):
+    def damage(folder):
+        weights = load_file(folder / "base" / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "base" / "model.safetensors", {"format": "pt"})
+    return damage
+
+
+def pickled(folder):
+    (folder / "base" / "model.safetensors").rename(folder / "gone")
+    torch.save(tiny().state_dict(), folder / "base" / "pytorch_model.bin")
+
+
+def with_code(folder):
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    edit_json(folder / "base" / "config.json", model_type="mine", auto_map=auto)
+    (folder / "base" / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+
+
+QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+LAYER = "model.layers.1.mlp.up_proj.weight"
+REFUSED = {  # what has happened to an adapter and its base, and what the sentence says
+    "base moved": (lambda d: (d / "base").rename(d / "new"), "/base, is not there"),
+    "base left the hub": (lambda d: edit_json(d / "adapter/adapter_config.json", base_model_name_or_path="x"), "adapter, x, is not there"),
+    "pissa": (lambda d: edit_json(d / "adapter/adapter_config.json", init_lora_weights="pissa"), "only plain LoRA"),
+    "alphas": (lambda d: edit_json(d / "adapter/adapter_config.json", alpha_pattern={"up_proj": 2}), "only plain LoRA"),
+    "dora": (lambda d: adapter_of(d, use_dora=True), "only plain LoRA"),
+    "saved in 4 bits": (lambda d: edit_json(d / "base/config.json", quantization_config=QUANTISED), "take the model that was quantised"),
+    "missing": (edit_weights(lambda w: w.pop(LAYER)), LAYER),
+    "renamed": (edit_weights(lambda w: w.update({LAYER.replace("_proj", ""): w.pop(LAYER)})), "2 weights"),
+    "left over": (edit_weights(lambda w: w.update({LAYER.replace("1", "2"): torch.ones(64, 32)})), LAYER.replace("1", "2")),
+    "another shape": (edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})), "can't be loaded"),
+    "pickled": (pickled, "can't be loaded"), "own code": (with_code, "can't be loaded")}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_student_is_refused_in_one_sentence_that_names_it(tmp_path, capsys, monkeypatch, case):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    adapter_of(tmp_path)
+    damage, words = REFUSED[case]
+    damage(tmp_path)
+    said = refusal(capsys, E.load_student, str(tmp_path / "adapter"))
+    assert said.startswith(str(tmp_path / "adapter")) and words in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_is_read_from_the_hub_by_name_and_its_base_in_the_revision_that_it_names(tmp_path, monkeypatch):
+    adapter_of(tmp_path)
+    edit_json(tmp_path / "adapter" / "adapter_config.json", revision="v2", base_model_name_or_path="org/base")
+    hub, asked = {"me/adapter": tmp_path / "adapter", "org/base": tmp_path / "base"}, set()
+    expected, _ = E.load_student(str(tmp_path / "base"))
+    E.merge_adapter(expected, json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()),
+                    load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    def fetched(name, file, revision=None, **kwargs):
+        return str(hub[name] / file) if (hub[name] / file).exists() else None
+
+    def loaded(name, revision, own, **kwargs):
+        asked.add((name, revision))
+        return own.from_pretrained(hub[name], **kwargs)
+
+    monkeypatch.setattr(E, "cached_file", fetched)
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(E, name, SimpleNamespace(from_pretrained=partial(loaded, own=getattr(tf, name))))
+    model, _ = E.load_student("me/adapter")
+    assert asked == {("org/base", "v2")}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize("config, more", [
+    ("CohereConfig", {"logit_scale": 0.3}), ("GraniteConfig", {"logits_scaling": 7.0}), ("LlamaConfig", {})])
+def test_the_logits_are_the_heads_times_the_factor_of_the_family(config, more):
+    model, ids = tiny(config, pad_token_id=0, **more), torch.tensor([[5, 9, 33, 7]])
+    with torch.no_grad():
+        head = model.get_output_embeddings()(model.base_model(ids)[0])
+        torch.testing.assert_close(head * E.logit_factor(model.config), model(ids).logits)
+    assert (E.logit_factor(model.config) == 1) == (config == "LlamaConfig")
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+ROWS = [{"id": str(i), "task": "gsm8k", "question": "Q?", "answer": "18", "prompt": f"w{20 + i} w6"} for i in range(3)]
+
+
+def test_the_ensemble_takes_the_answer_that_its_student_finds_likeliest(monkeypatch):
+    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer())]
+    texts = iter([["The answer is 18.", "#### 7", "#### 18.0"], ["The answer is 5.", "Hm", "#### 18"]])
+    ids = [[[7, 8, 2], [9], [30]], [[10, 11], [12, 13, 14, 15], [31]]]
+
+    def generate(model, tokenizer, prompts, *args, **kwargs):
+        own = ids[model is students[1][0]]
+        return [{"text": text, "ids": i, "tokens": 3, "stopped": "." in text} for text, i in zip(next(texts), own)]
+
+    monkeypatch.setattr(E, "generate", generate)
+    r = E.evaluate(students, ROWS, 10)
+    means = []
+    for s, (model, _) in enumerate(students):  # of the first question, whose answers differ
+        whole = torch.tensor([[20, 6, *ids[s][0]]])
+        logp = model.double()(whole).logits[0, 1:-1].log_softmax(-1)
+        means.append(logp.gather(1, whole[0, 2:, None]).mean().item())
+        assert r["predictions"][0]["responses"][s]["logprob"] == pytest.approx(means[s], abs=1e-4)
+    surest = ["18", "5"][means.index(max(means))]
+    assert [p["ensemble"] for p in r["predictions"]] == [surest, "7", "18"]
+    assert r["ensemble"] == pytest.approx((1 + (surest == "18")) / 3) and r["upper_bound"] == pytest.approx(2 / 3)
+    assert r["accuracy"] == pytest.approx([2 / 3, 1 / 3]) and r["unparsed"] == pytest.approx([0, 1 / 3])
+    assert r["stopped"] == pytest.approx([2 / 3, 1 / 3]) and "ids" not in r["predictions"][0]["responses"][0]
+
+
+def test_a_question_longer_than_a_context_is_left_out_and_counted(capsys):
+    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer(bos=True))]  # 2048 and 48 tokens
+    r = E.evaluate(students, [*ROWS, {**ROWS[0], "id": "long", "prompt": "w5 " * 48}], 5)
+    assert r["questions"] == 3 and [p["id"] for p in r["predictions"]] == ["0", "1", "2"]
+    assert "1 of 4 questions are left out" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def run_main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+    E.main()
+
+
+def test_the_command_prints_answers_and_a_table_and_writes_all(tmp_path, monkeypatch, capsys):
+    student, out = saved(tmp_path / "student"), tmp_path / "r.json"
+    questions = written(tmp_path, *({**ROWS[0], "id": str(i)} for i in range(5)))
+    run_main(monkeypatch, "--students", student, student, "--questions", questions, "--limit", 4,
+             "--max_new_tokens", 4, "--device", "cpu", "--out", out)
+    said, results = capsys.readouterr().out, json.loads(out.read_text())
+    assert said.count(f"{student}: ") == 3 * 2 and "4 questions" in said and "ensemble" in said and "upper bound" in said
+    assert results["questions"] == 4 and len(results["predictions"][3]["responses"]) == 2
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_results_do_not_overwrite_the_questions(tmp_path, monkeypatch, capsys, link):
+    questions, out = written(tmp_path, ROWS[0]), tmp_path / ("link" if link else "q.jsonl")
+    if link:
+        link(questions, out)
+    said = refusal(capsys, run_main, monkeypatch, "--students", "none", "--questions", questions, "--out", out)
+    assert "would overwrite the questions" in said and E.read_jsonl(questions) == [ROWS[0]]
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--students", "a"), ("--students", "a", "--questions", "/no/such/file"), ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
+    ("--max_new_tokens", "x"), ("--task", "physics"), ("--device", "abacus")])
+def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, flags):
+    if flags and flags[0] != "--students":
+        flags = (*flags, "--students", "none", "--questions", written(tmp_path, ROWS[0]))
+    refusal(capsys, run_main, monkeypatch, *flags)
+
+
+def test_the_picture_shows_what_the_log_says(tmp_path, monkeypatch, capsys):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, file, **kwargs: drawn.append((file, self)))
+    log = [{"step": 1, "loss/0": 2, "loss/1": None, "rate/0": 1, "rate/1": 0}, {"step": 2, "loss/0": 1, "loss/1": 3, "rate/0": 0.5}]
+    written(tmp_path, *log, name="log.jsonl")
+    run_main(monkeypatch, "--plot", tmp_path)
+    [(file, picture)] = drawn
+    assert file == str(tmp_path / "training.png") and file in capsys.readouterr().out
+    lines = [{line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()} for ax in picture.axes]
+    assert lines == [{"student 0": [[1, 2], [2, 1]], "student 1": [[2, 3]]}, {"student 0": [[1, 1], [2, 0.5]], "student 1": [[1, 0]]}]
+
+
+@pytest.mark.parametrize("log, words", [(None, "No such file"), ([{"x": 1}], "no step"), ([b"{"], "log.jsonl:1")])
+def test_a_folder_without_a_run_ends_with_one_sentence(tmp_path, monkeypatch, capsys, log, words):
+    if log:
+        written(tmp_path, *log, name="log.jsonl")
+    assert words in refusal(capsys, run_main, monkeypatch, "--plot", tmp_path)
