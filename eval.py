@@ -106,11 +106,11 @@ def numbered_rows(path):
 def numbered_lines(path, text):
     """(number, value) of each line of JSON that is not blank."""
     for number, line in enumerate(text.split("\n"), 1):  # U+2028 ends no line
-        if line.strip():
-            try:
+        try:
+            if line.strip():
                 yield number, parse_json(line)
-            except ValueError as e:
-                stop(f"{path}:{number}: not valid JSON ({e})")
+        except ValueError as e:
+            stop(f"{path}:{number}: not valid JSON ({e})")
 
 
 def parse_json(text):
@@ -136,7 +136,7 @@ def as_text(value):
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+        value = str(value)
     return value if isinstance(value, str) else None
 
 
@@ -151,22 +151,22 @@ def clean_row(row, where):
         stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (--task names the task "
              "of a file of questions)")
     row["id"] = as_text(row.get("id"))
-    require_text(row, ("id", "question", *(["prompt"] if "prompt" in row else [])), where)
+    require_text(row, ["id", "question"] + ["prompt"] * ("prompt" in row), where)
     choices = row.pop("choices", {})
     if isinstance(choices, list):
         choices = dict(zip(LETTERS, choices))
+    choices = {c: as_text(text) for c, text in choices.items() if text not in (None, "")}
+    if not choices.keys() <= {*LETTERS} or None in choices.values():
+        stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list of texts")
     if choices:
-        row["choices"] = {letter: as_text(text) for letter, text in choices.items()
-                          if text not in (None, "")}
-        if not row["choices"].keys() <= {*LETTERS} or None in row["choices"].values():
-            stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list")
-    answer, kind = row.get("answer"), TASKS[task]
-    if isinstance(answer, bool):
-        answer = "yes" if answer else "no"
-    row["answer"] = canonical_answer(kind, (as_text(answer) or "").strip(), row.get("choices", {}))
+        row["choices"] = choices
+    given, kind = row.get("answer"), TASKS[task]
+    if isinstance(given, bool):
+        given = "yes" if given else "no"
+    row["answer"] = canonical_answer(kind, (as_text(given) or "").strip(), choices)
     if not row["answer"]:
-        stop(f"{where}: field 'answer' is {str(answer)[:80]!r}, no answer of task {task} ({kind}"
-             f"{' among two or more choices' if kind == 'choice' else ''})")
+        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {task} ({kind}"
+             f"{' of two or more choices' * (kind == 'choice')})")
     return row
 
 
@@ -177,9 +177,9 @@ def canonical_answer(kind, text, choices):
     if kind == "yesno":
         return YESNO.get(text.lower())
     if kind == "choice":
-        letters = {choice: letter for letter, choice in choices.items()}
-        letters.update({spelling: c for c in choices for spelling in (c, f"({c})")})
-        return letters.get(text) if len(choices) > 1 else None
+        by_text = {choice: letter for letter, choice in choices.items()}
+        letter = text.strip("()") if text.strip("()") in choices else by_text.get(text)
+        return letter if len(choices) > 1 else None
     return text
 
 
@@ -1087,10 +1087,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     """One response to each prompt (a list of token ids), in their order: {"text", "ids": its
     tokens, "tokens": their number, "stopped": it ended by itself}. Greedy at temperature 0.
 
-    It ends with an end token (which counts, but is not in the text), after max_new_tokens, where
-    its batch meets the end of the model's context, or with the first match of `until`, a pattern
-    for each prompt. batch_size prompts of similar length are answered together (None:
-    rows_at_once).
+    It ends with an end token (which counts, but is not in the text), after max_new_tokens, at the
+    end of the model's context, or with the first match of `until`, a pattern for each prompt.
+    batch_size prompts are answered together (None: up to 256, as long as they are short).
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest, context = max(map(len, prompts), default=0), context_of(model)
@@ -1103,7 +1102,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
     results = [None] * len(prompts)
     with answering(model), tqdm(total=len(order), desc=desc, disable=not desc, leave=False) as bar:
-        size = batch_size or rows_at_once(model, longest + max_new_tokens)
+        size = batch_size or max(8, min(256, 2**16 // (longest + max_new_tokens)))
         for start in range(0, len(order), size):
             batch = order[start:start + size]
             rows = [torch.tensor(prompts[i], device=model.device) for i in batch]
@@ -1158,20 +1157,6 @@ def response(tokenizer, tokens, ends, pattern):
     return {"text": text, "ids": tokens[:n], "tokens": n, "stopped": stopped}
 
 
-def rows_at_once(model, length):
-    """How many responses of at most `length` tokens, prompts included, are written at a time: as
-    many, up to 256, as have their keys and values in 2 GB of a CPU's memory, or in a quarter of
-    what a GPU has free. More are faster: the weights are read once for all of them."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    heads = getattr(config, "num_key_value_heads", None) or heads
-    row = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize  # bytes
-    is_gpu = model.device.type == "cuda"
-    room = torch.cuda.mem_get_info(model.device)[0] / 4 if is_gpu else 2e9
-    return int(min(256, max(8, room // row)))
-
-
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
     """The device that --device names, or the default; stop() where this machine has none such."""
@@ -1199,10 +1184,10 @@ def answering(model):
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     weights = [*model.parameters()]
     lora = [module for module in model.modules() if hasattr(module, "base")]
-    large = sum(weight.numel() for weight in weights) > 10**7
-    dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
-    is_quantised = not all(weight.is_floating_point() for weight in weights)
-    if is_quantised or (dtype == model.dtype and not lora):
+    is_large = sum(weight.numel() for weight in weights) > 10**7
+    dtype = torch.bfloat16 if is_large and has_bfloat16(model.device) else model.dtype
+    is_plain = all(weight.is_floating_point() for weight in weights)  # not quantised
+    if not is_plain or (dtype == model.dtype and not lora):
         weights, lora = [], []  # nothing is cast or merged
     kept = [weight.data.cpu() for weight in weights]  # a GPU might have no room for both
     try:
@@ -1228,11 +1213,11 @@ def answering(model):
 def evaluate(students, rows, max_new_tokens, batch_size=None):
     """Students [(model, tokenizer), ...] on rows, in shares of 1, from greedy answers.
 
-    -> {"questions": their number without those that are too long for a student's context,
-    "accuracy", "unparsed", "stopped": a share per student, "ensemble": accuracy of the surest
-    parsed answer, "upper_bound": share of questions with any right response, "predictions": per
+    -> {"questions": their number without those that exceed a context, "accuracy", "unparsed",
+    "stopped": a share per student, "ensemble": accuracy of the answer that its student finds
+    likeliest, "upper_bound": share of questions with any right response, "predictions": per
     question {"id", "question", "answer", "ensemble", "ensemble_correct", "responses": per student
-    what generate says (without "ids"), "prediction", "correct", and "logprob" if they differ}}.
+    what generate returns, without "ids", "prediction", "correct" and, where needed, "logprob"}}.
     """
     asked, prompts = [], []  # prompts: [question][student]
     for row in rows:
@@ -1259,14 +1244,13 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
     predictions = []
     for row, given in zip(asked, answers):
         parsed = [r for r in given if r["prediction"] is not None]
-        surest = max(parsed, key=lambda r: r.get("logprob", 0), default={"prediction": None})
+        surest = max(parsed, key=lambda r: r.get("logprob", 0), default=given[0])
+        predictions.append({"id": row["id"], "question": row["question"], "answer": row["answer"],
+                            "ensemble": surest["prediction"],
+                            "ensemble_correct": surest["correct"],
+                            "responses": given})
         for r in given:
             del r["ids"]
-        predictions.append({
-            "id": row["id"], "question": row["question"], "answer": row["answer"],
-            "ensemble": surest["prediction"],
-            "ensemble_correct": grade(row["task"], surest["prediction"], row["answer"]),
-            "responses": given})
 
     def share(flags):
         return sum(flags) / max(len(flags), 1)
@@ -1328,7 +1312,6 @@ def plot(folder):
 
 # ---------------------------------------------------------------- the command
 def parse_args():
-    """The command line; bad flags stop with one sentence."""
     p = argparse.ArgumentParser(description="Evaluate saved students on a file of questions "
                                             "(--students --questions), or draw runs (--plot).")
     p.error = stop  # one sentence and exit code 2
@@ -1336,16 +1319,14 @@ def parse_args():
                    help="models or PEFT LoRA adapters, by folder or name")
     p.add_argument("--questions", metavar="FILE",
                    help="a dataset's own file, a pool, or rows with id, task, question, answer")
-    p.add_argument("--task", choices=TASKS, metavar="TASK",
-                   help=f"overrides the task that the file names: {', '.join(TASKS)}")
-    p.add_argument("--limit", type=within(int, 1), metavar="N",
-                   help="use only the first N questions (all)")
+    p.add_argument("--task", choices=TASKS, help="overrides the task that the file names")
+    p.add_argument("--limit", type=within(int, 1), help="use only the first questions (all)")
     p.add_argument("--plot", nargs="+", metavar="RUN_DIR",
                    help="draw runs of distill.py instead: training.png in each folder")
-    p.add_argument("--max_new_tokens", type=within(int, 1), default=512, metavar="N",
+    p.add_argument("--max_new_tokens", type=within(int, 1), default=512,
                    help="longest response in tokens (512)")
-    p.add_argument("--batch_size", type=within(int, 1), metavar="N",
-                   help="responses written at a time (as there is memory for, up to 256)")
+    p.add_argument("--batch_size", type=within(int, 1),
+                   help="responses written at a time (256, fewer where they are long)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
     p.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
     args = p.parse_args()
@@ -1355,11 +1336,10 @@ def parse_args():
 
 
 def main():
-    """The command: evaluate saved students, or draw run folders."""
     args = parse_args()
-    for folder in args.plot or []:
-        plot(folder)
     if args.plot:
+        for folder in args.plot:
+            plot(folder)
         return
     rows = read_questions(args.questions, args.task)[:args.limit]
     if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.questions):
@@ -1383,13 +1363,12 @@ def main():
 
 def print_table(names, results):
     """Print shares per student, ensemble and upper bound; s.e. is the accuracy's standard error."""
-    width = max(map(len, (*names, "upper bound (any right)")))
-    heading = f"\n{results['questions']} questions".ljust(width + 1)
-    print(heading, "accuracy (s.e.) unparsed  stopped")
+    n, width = results["questions"], max(map(len, (*names, "upper bound (any right)")))
+    print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
     lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
              ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
     for name, accuracy, *more in lines:
-        error = math.sqrt(accuracy * (1 - accuracy) / results["questions"])  # binomial
+        error = math.sqrt(accuracy * (1 - accuracy) / max(n, 1))  # binomial
         shares = "".join(f"{share:9.1%}" for share in more)
         print(f"{name:{width}} {accuracy:8.1%} {error:6.1%}{shares}")
 
