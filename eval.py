@@ -1089,7 +1089,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
 
     It ends with an end token (which counts, but is not in the text), after max_new_tokens, at the
     end of the model's context, or with the first match of `until`, a pattern for each prompt.
-    batch_size prompts are answered together (None: up to 256, as long as they are short).
+    batch_size prompts are answered together (None: see rows_at_once).
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest, context = max(map(len, prompts), default=0), context_of(model)
@@ -1102,7 +1102,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
     results = [None] * len(prompts)
     with answering(model), tqdm(total=len(order), desc=desc, disable=not desc, leave=False) as bar:
-        size = batch_size or max(8, min(256, 2**16 // (longest + max_new_tokens)))
+        size = batch_size or rows_at_once(model, longest + max_new_tokens)
         for start in range(0, len(order), size):
             batch = order[start:start + size]
             rows = [torch.tensor(prompts[i], device=model.device) for i in batch]
@@ -1157,6 +1157,20 @@ def response(tokenizer, tokens, ends, pattern):
     return {"text": text, "ids": tokens[:n], "tokens": n, "stopped": stopped}
 
 
+def rows_at_once(model, length):
+    """How many responses of so many tokens, prompts included, are written together: as many, from 8
+    to 256, as have their keys and values in 2 GB of a CPU's memory, or in a quarter of what a GPU
+    has free. More are faster: the weights are read once for all of them."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    row = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize  # bytes
+    is_gpu = model.device.type == "cuda"
+    room = torch.cuda.mem_get_info(model.device)[0] / 4 if is_gpu else 2e9
+    return int(min(256, max(8, room // row)))
+
+
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
     """The device that --device names, or the default; stop() where this machine has none such."""
@@ -1183,7 +1197,7 @@ def answering(model):
     was_training, settings = model.training, model.generation_config
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     weights = [*model.parameters()]
-    lora = [module for module in model.modules() if hasattr(module, "base")]
+    lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]
     is_large = sum(weight.numel() for weight in weights) > 10**7
     dtype = torch.bfloat16 if is_large and has_bfloat16(model.device) else model.dtype
     is_plain = all(weight.is_floating_point() for weight in weights)  # not quantised
@@ -1326,7 +1340,7 @@ def parse_args():
     p.add_argument("--max_new_tokens", type=within(int, 1), default=512,
                    help="longest response in tokens (512)")
     p.add_argument("--batch_size", type=within(int, 1),
-                   help="responses written at a time (256, fewer where they are long)")
+                   help="responses written at a time (up to 256, as memory allows)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
     p.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
     args = p.parse_args()

@@ -31,26 +31,21 @@ import judge
 # ------------------------------------------------------------------------------------ tiny students
 
 
-def word_tokenizer(chat=None, bos=False, names=None):
-    """w4 ... w63 as words (or what `names` calls them): text and token ids tell the same story."""
-    words = {(names or {}).get(f"w{i}", f"w{i}"): i for i in range(4, 62)}
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **words, "The": 62, "9": 63}
+def word_tokenizer(chat=None, single="$A", names=None):
+    """w4 ... w61 as words (or what `names` calls them): text and token ids tell the same story."""
+    words = [*(f"w{i}" for i in range(4, 62)), "The", "9"]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>"] + [(names or {}).get(w, w) for w in words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>",
-                                           eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = chat
-    return tokenizer
+    inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return tf.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat, **special)
 
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.4}
 FAMILIES = {
-    "LlamaConfig": {},
-    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},  # learned positions
+    "LlamaConfig": {}, "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
     "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 6, "tie_word_embeddings": False,
                          "layer_types": ["sliding_attention", "full_attention"]},
     "Qwen3_5TextConfig": {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
@@ -111,16 +106,14 @@ def test_answers_are_the_models_own_whatever_stands_beside_them(family):
 def test_an_answer_ends_with_the_first_match_of_its_pattern(batch_size):
     model, tokenizer = tiny(), word_tokenizer()
     whole = E.generate(model, tokenizer, PROMPTS, 40)
-    words = [r["text"].split() for r in whole]
-    until = [re.compile(rf"{w[2]}(?=\s)" if len(w) > 25 else "never") for w in words]
-    assert 0 < sum(len(w) > 25 for w in words) < len(words)
-    for a, b, w, pattern in zip(whole, E.generate(model, tokenizer, PROMPTS, 40, batch_size, until=until), words, until):
-        if len(w) <= 25:
-            assert a == b
-            continue
-        assert b["text"] == a["text"][:pattern.search(a["text"]).end()] and not b["stopped"]
-        said = next(n for n in range(41) if pattern.search(tokenizer.decode(a["ids"][:n], skip_special_tokens=True)))
-        assert b["tokens"] == said and b["ids"] == a["ids"][:said]
+    until = [re.compile(rf"{r['text'].split()[2]}(?=\s)" if r["tokens"] > 25 else "never") for r in whole]
+    assert {pattern.pattern == "never" for pattern in until} == {True, False}
+    for a, b, pattern in zip(whole, E.generate(model, tokenizer, PROMPTS, 40, batch_size, until=until), until):
+        if said := pattern.search(a["text"]):
+            heard = (tokenizer.decode(a["ids"][:n], skip_special_tokens=True) for n in range(40))
+            n = next(n for n, text in enumerate(heard) if pattern.search(text))
+            a = {"text": a["text"][:said.end()], "ids": a["ids"][:n], "tokens": n, "stopped": False}
+        assert a == b
 
 
 @pytest.mark.parametrize("is_thought", [False, True])
@@ -137,9 +130,7 @@ def test_what_is_said_in_a_thought_ends_no_answer(is_thought):
 @pytest.mark.parametrize("task, text, needed", [
     ("gsm8k", "So 3.5.\nThe answer is $1,234.50. Next question: 7", "So 3.5.\nThe answer is $1,234.50."),
     ("gsm8k", "The answer is 36 + 48 = 84.\n\nThe answer is 5.", "The answer is 36 + 48 = 84."),
-    ("gsm8k", "the answer is 18 dollars\nQuestion", "the answer is 18 dollars"),
     ("strategyqa", "Thus the answer is no. Is it?", "Thus the answer is no."),
-    ("date", "We see. **Therefore, the answer is (B)**. And", "We see. **Therefore, the answer is (B)**."),
     ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$."),
     ("arc", "If the answer is (B), it is bad. So the answer is (A). Then", "If the answer is (B), it is bad. So the answer is (A)."),
     ("gsm8k", "The answer is 3.", None), ("gsm8k", "The answer is 3.5", None), ("strategyqa", "The answer is not known. ", None),
@@ -198,14 +189,21 @@ def test_lora_is_merged_and_a_large_model_cast_for_the_while_and_put_back_bit_fo
     assert model.model.layers[0].mlp.up_proj.A.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("device, free_rows, length, at_once", [
+    ("cuda", 0, 1000, 8), ("cuda", 80, 1000, 20), ("cuda", 1e6, 1000, 256), ("cpu", 0, 1000, 34), ("cpu", 0, 10, 256)])
+def test_as_many_answers_are_written_at_once_as_their_cache_has_room(monkeypatch, device, free_rows, length, at_once):
+    config = tf.Qwen2Config(num_hidden_layers=28, hidden_size=3584, num_attention_heads=28, num_key_value_heads=4)  # 7B
+    of_a_row = 2 * 28 * 4 * 128 * length * 2  # keys and values, layers, heads, width, tokens, bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_rows * of_a_row, 0))
+    assert E.rows_at_once(SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, config=config), length) == at_once
+
+
 # ------------------------------------------------------------------------------------------ prompts
 
 HEAD = "{% for m in messages %}<turn> {{ {'user': 'w40', 'assistant': 'w41'}[m.role] }} "
 TAIL = "{{ m.content }} <end> {% endfor %}"
 SHAPES = {  # shape: (template, what stands between the question and the answer)
     "plain": (HEAD + TAIL, "<end> <turn> w41"),
-    "no thought in past turns (R1)": (HEAD + "{{ m.content.split('</think>')[-1] }} <end> {% endfor %}"
-                                      "{% if add_generation_prompt %}<turn> w41 <think> {% endif %}", "<end> <turn> w41"),
     "empty thought in turns (Qwen3)": (HEAD + "{% if m.role == 'assistant' %}<think> </think> {% endif %}" + TAIL,
                                        "<end> <turn> w41 <think> </think>"),
     "channels (GPT-OSS)": (
@@ -238,16 +236,13 @@ def test_a_prompt_is_the_same_on_another_day(call, date):
     assert tokenizer.decode(E.encode_prompt(tokenizer, "w5")).startswith(date)
 
 
-@pytest.mark.parametrize("tokenizer, ids", [(word_tokenizer(bos=True), [1, 5, 6]), (word_tokenizer(), [5, 6])])
-def test_a_plain_student_gets_its_own_bos_and_never_a_trailing_eos(tokenizer, ids):
-    assert E.encode_prompt(tokenizer, "w5 w6") == ids and E.end_token(tokenizer) == 2
-
-
-def test_what_can_end_no_answer_is_refused(capsys):
-    tokenizer = word_tokenizer()
+def test_a_plain_student_gets_its_own_bos_and_never_a_trailing_eos(capsys):
+    for single, ids in (("<bos> $A <eos>", [1, 5, 6]), ("$A", [5, 6])):
+        tokenizer = word_tokenizer(single=single)
+        assert E.encode_prompt(tokenizer, "w5 w6") == ids and E.end_token(tokenizer) == 2
     tokenizer.eos_token = None
     assert "eos_token" in refusal(capsys, E.end_token, tokenizer)
-    mute = chat_tokenizer("{{ messages[0].content }}")
+    mute = word_tokenizer("{{ messages[0].content }}")
     assert "does not write what the assistant says" in refusal(capsys, E.encode_prompt, mute, "w5")
 
 
@@ -274,32 +269,27 @@ def test_real_prompts_are_the_templates_own_and_control_tokens_in_a_question_are
 # --------------------------------------------------------------------------------------------- rows
 
 AB, AB_HUB = {"A": "a", "B": "b"}, {"label": ["A", "B"], "text": ["a", "b"]}
-MATH, CSQA = {"task": "math", "question": "P"}, {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": AB}
+AB_LIST = [{"label": "A", "text": "a"}, {"label": "B", "text": "b"}]
+MATH, CSQA = {"task": "math", "question": "P", "answer": "7"}, {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": AB}
+BOXED = {"problem": "P", "level": "Level 3", "type": "Algebra", "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"}
+ANLI = {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?", "choices": E.ANLI}
+YES_NO = {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]}
 PUBLISHED = [  # file name, content, the row it stands for (without id)
-    ("gsm8k.jsonl", {"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"},
-     {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
-    ("math.jsonl", {"problem": "P", "level": "Level 3", "type": "Algebra",
-                    "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"}, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
-    ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, {**MATH, "answer": "7"}),
-    ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, {**MATH, "answer": "7"}),
-    ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}],
-     {"task": "strategyqa", "question": "Q?", "answer": "no"}),
-    ("sqa.json", {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]},
-     {"task": "strategyqa", "question": "Q?", "answer": "yes"}),
-    ("date_bbh.json", {"examples": [{"input": "Q?\nOptions:\n(A) a\n(B) b", "target": "(B)"}]},
-     {"task": "date", "question": "Q?", "answer": "B", "choices": AB}),
-    ("csqa.jsonl", {"answerKey": "B", "id": 7, "question": {"question_concept": "", "stem": "Q?", "choices": [
-        {"label": "A", "text": "a"}, {"label": "B", "text": "b"}]}}, CSQA),
+    ("gsm8k.jsonl", {"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
+    ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, MATH),
+    ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, MATH),
+    ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}], {"task": "strategyqa", "question": "Q?", "answer": "no"}),
+    ("sqa.json", YES_NO, {"task": "strategyqa", "question": "Q?", "answer": "yes"}),
+    ("date_bbh.json", {"examples": [{"input": "Q?\nOptions:\n(A) a\n(B) b", "target": "(B)"}]}, {**CSQA, "task": "date"}),
+    ("csqa.jsonl", {"answerKey": "B", "id": 7, "question": {"question_concept": "", "stem": "Q?", "choices": AB_LIST}}, CSQA),
     ("csqa_hub.jsonl", {"answerKey": "B", "id": "x", "question": "Q?", "question_concept": "c", "choices": AB_HUB}, CSQA),
-    ("ARC-Challenge-Test.jsonl", {"id": "x", "answerKey": "2", "question": {"stem": "Q?", "choices": [
-        {"label": "1", "text": "a"}, {"label": "2", "text": "b"}]}}, {**CSQA, "task": "arc"}),
+    ("ARC-Challenge-Test.jsonl", {"answerKey": "2", "question": {"stem": "Q?", "choices": [{**c, "label": n} for n, c in zip("12", AB_LIST)]}},
+     {**CSQA, "task": "arc"}),
     ("arc_hub.jsonl", {"id": "x", "answerKey": "A", "question": "Q?", "choices": AB_HUB}, {**CSQA, "task": "arc", "answer": "A"}),
-    ("r1.jsonl", {"uid": "u", "context": "P", "hypothesis": "H", "label": "c"},
-     {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?", "answer": "C", "choices": E.ANLI}),
-    ("r2.jsonl", {"uid": "u", "premise": "P", "hypothesis": "H", "label": 1},
-     {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?", "answer": "B", "choices": E.ANLI}),
-    ("flat.jsonl", {"id": "x", "task": "date", "question": "Q?", "answer": "b", "choices": AB, "prompt": "Just Q?"},
-     {"task": "date", "question": "Q?", "answer": "B", "choices": AB, "prompt": "Just Q?"})]
+    ("r1.jsonl", {"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, {**ANLI, "answer": "C"}),
+    ("r2.jsonl", {"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, {**ANLI, "answer": "B"}),
+    ("flat.jsonl", {**CSQA, "task": "date", "answer": "b", "prompt": "Just Q?"}, {**CSQA, "task": "date", "prompt": "Just Q?"})]
 
 
 def written(tmp_path, *rows, name="q.jsonl"):
@@ -485,16 +475,6 @@ def test_an_adapter_is_read_from_the_hub_by_name_and_its_base_in_the_revision_th
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
 
 
-@pytest.mark.parametrize("config, more", [
-    ("CohereConfig", {"logit_scale": 0.3}), ("GraniteConfig", {"logits_scaling": 7.0}), ("LlamaConfig", {})])
-def test_the_logits_are_the_heads_times_the_factor_of_the_family(config, more):
-    model, ids = tiny(config, pad_token_id=0, **more), torch.tensor([[5, 9, 33, 7]])
-    with torch.no_grad():
-        head = model.get_output_embeddings()(model.base_model(ids)[0])
-        torch.testing.assert_close(head * E.logit_factor(model.config), model(ids).logits)
-    assert (E.logit_factor(model.config) == 1) == (config == "LlamaConfig")
-
-
 # --------------------------------------------------------------------------------------- evaluation
 
 ROWS = [{"id": str(i), "task": "gsm8k", "question": "Q?", "answer": "18", "prompt": f"w{20 + i} w6"} for i in range(3)]
@@ -525,7 +505,7 @@ def test_the_ensemble_takes_the_answer_that_its_student_finds_likeliest(monkeypa
 
 
 def test_a_question_longer_than_a_context_is_left_out_and_counted(capsys):
-    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer(bos=True))]  # 2048 and 48 tokens
+    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer(single="<bos> $A <eos>"))]  # 2048 and 48 tokens
     r = E.evaluate(students, [*ROWS, {**ROWS[0], "id": "long", "prompt": "w5 " * 48}], 5)
     assert r["questions"] == 3 and [p["id"] for p in r["predictions"]] == ["0", "1", "2"]
     assert "1 of 4 questions are left out" in capsys.readouterr().out
@@ -551,18 +531,18 @@ def test_the_command_prints_answers_and_a_table_and_writes_all(tmp_path, monkeyp
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
 def test_results_do_not_overwrite_the_questions(tmp_path, monkeypatch, capsys, link):
-    questions, out = written(tmp_path, ROWS[0]), tmp_path / ("link" if link else "q.jsonl")
+    out = questions = written(tmp_path, ROWS[0])
     if link:
-        link(questions, out)
+        link(questions, out := str(tmp_path / "link"))
     said = refusal(capsys, run_main, monkeypatch, "--students", "none", "--questions", questions, "--out", out)
     assert "would overwrite the questions" in said and E.read_jsonl(questions) == [ROWS[0]]
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--students", "a"), ("--students", "a", "--questions", "/no/such/file"), ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
+    (), ("--students", "a"), ("--plot", os.path.dirname(__file__)), ("--students", "a", "--questions", "/no/such/file"), ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
     ("--max_new_tokens", "x"), ("--task", "physics"), ("--device", "abacus")])
 def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, flags):
-    if flags and flags[0] != "--students":
+    if flags and flags[0] not in ("--students", "--plot"):
         flags = (*flags, "--students", "none", "--questions", written(tmp_path, ROWS[0]))
     refusal(capsys, run_main, monkeypatch, *flags)
 
@@ -578,10 +558,3 @@ def test_the_picture_shows_what_the_log_says(tmp_path, monkeypatch, capsys):
     assert file == str(tmp_path / "training.png") and file in capsys.readouterr().out
     lines = [{line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()} for ax in picture.axes]
     assert lines == [{"student 0": [[1, 2], [2, 1]], "student 1": [[2, 3]]}, {"student 0": [[1, 1], [2, 0.5]], "student 1": [[1, 0]]}]
-
-
-@pytest.mark.parametrize("log, words", [(None, "No such file"), ([{"x": 1}], "no step"), ([b"{"], "log.jsonl:1")])
-def test_a_folder_without_a_run_ends_with_one_sentence(tmp_path, monkeypatch, capsys, log, words):
-    if log:
-        written(tmp_path, *log, name="log.jsonl")
-    assert words in refusal(capsys, run_main, monkeypatch, "--plot", tmp_path)
