@@ -155,17 +155,18 @@ def clean_row(row, where):
     choices = row.pop("choices", {})
     if isinstance(choices, list):
         choices = dict(zip(LETTERS, choices))
-    choices = {c: as_text(text) for c, text in choices.items() if text not in (None, "")}
-    if not choices.keys() <= {*LETTERS} or None in choices.values():
+    if not isinstance(choices, dict) or not choices.keys() <= {*LETTERS}:
         stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list of texts")
+    choices = {c: as_text(text) for c, text in choices.items() if text not in (None, "")}
+    require_text(choices, choices, where)
     if choices:
         row["choices"] = choices
-    given, kind = row.get("answer"), TASKS[task]
-    if isinstance(given, bool):
-        given = "yes" if given else "no"
-    row["answer"] = canonical_answer(kind, (as_text(given) or "").strip(), choices)
+    answer, kind = row.get("answer"), TASKS[task]
+    if isinstance(answer, bool):
+        answer = "yes" if answer else "no"
+    row["answer"] = canonical_answer(kind, (as_text(answer) or "").strip(), choices)
     if not row["answer"]:
-        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {task} ({kind}"
+        stop(f"{where}: field 'answer' is {str(answer)[:80]!r}, no answer of task {task} ({kind}"
              f"{' of two or more choices' * (kind == 'choice')})")
     return row
 
@@ -1105,38 +1106,38 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
         size = batch_size or rows_at_once(model, longest + max_new_tokens)
         for start in range(0, len(order), size):
             batch = order[start:start + size]
-            rows = [torch.tensor(prompts[i], device=model.device) for i in batch]
+            ids = [torch.tensor(prompts[i], device=model.device) for i in batch]
             left = {"batch_first": True, "padding_side": "left"}
-            ids = pad_sequence(rows, padding_value=ends[0], **left)  # (rows, width)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], **left)
+            mask = pad_sequence([torch.ones_like(own) for own in ids], **left)
+            ids = pad_sequence(ids, padding_value=ends[0], **left)  # (batch, width)
             width = ids.shape[1]
             said = AnswerSaid(tokenizer, ends, width, until and [until[i] for i in batch])
             ids = model.generate(
                 ids, attention_mask=mask, max_new_tokens=min(max_new_tokens, context + 1 - width),
                 do_sample=temperature > 0, **sampling, eos_token_id=ends, pad_token_id=ends[0],
                 stopping_criteria=[said] if until else [])
-            for row, (i, tokens) in enumerate(zip(batch, ids[:, width:].tolist())):
-                tokens = tokens[:said.length.get(row)]
+            for j, (i, tokens) in enumerate(zip(batch, ids[:, width:].tolist())):
+                tokens = tokens[:said.length.get(j)]
                 results[i] = response(tokenizer, tokens, ends, until and until[i])
             bar.update(len(batch))
     return results
 
 
 class AnswerSaid(StoppingCriteria):
-    """Ends the rows of a batch in which their patterns match; looks every 16 tokens."""
+    """Ends the responses of a batch in which their patterns match; looks every 16 tokens."""
 
     def __init__(self, tokenizer, ends, width, until):
         self.tokenizer, self.ends, self.width, self.until = tokenizer, ends, width, until
-        self.length = {}  # row that was ended -> number of its new tokens
+        self.length = {}  # place in the batch of a response that was ended -> its tokens
 
     def __call__(self, ids, scores, **kwargs):
         new = ids.shape[1] - self.width
         if new % 16 == 0:
-            for row, tokens in enumerate(ids[:, self.width:].tolist()):
-                is_open = row not in self.length and not {*self.ends} & {*tokens}
-                if is_open and read(self.tokenizer, tokens, self.until[row])[1]:
-                    self.length[row] = new
-        return torch.tensor([row in self.length for row in range(len(ids))], device=ids.device)
+            for j, tokens in enumerate(ids[:, self.width:].tolist()):
+                is_open = j not in self.length and not {*self.ends} & {*tokens}
+                if is_open and read(self.tokenizer, tokens, self.until[j])[1]:
+                    self.length[j] = new
+        return torch.tensor([j in self.length for j in range(len(ids))], device=ids.device)
 
 
 def read(tokenizer, tokens, pattern):
@@ -1147,7 +1148,7 @@ def read(tokenizer, tokens, pattern):
 
 
 def response(tokenizer, tokens, ends, pattern):
-    """What generate returns, of a row's new tokens; what follows the end is padding."""
+    """What generate returns, from new tokens; what follows an end token is padding."""
     n = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
     stopped = tokens[n - 1] in ends
     text, said = read(tokenizer, tokens[:n - stopped], pattern)
@@ -1280,13 +1281,13 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
 
 def add_logprobs(model, prompts, responses):
     """Give each response "logprob", the mean log-probability of its tokens after its prompt."""
-    size = max(1, 2**20 // model.config.get_text_config().vocab_size)  # rows: logits are large
+    size = max(1, 2**20 // model.config.get_text_config().vocab_size)  # logits are large
     with answering(model):
         for start in range(0, len(prompts), size):
             batch = [*zip(prompts[start:start + size], responses[start:start + size])]
-            rows = [torch.tensor(prompt + r["ids"]) for prompt, r in batch]
-            ids = pad_sequence(rows, batch_first=True).to(model.device)  # (rows, T)
-            logits = model(ids).logits[:, :-1].float()  # (rows, T - 1, V)
+            ids = [torch.tensor(prompt + r["ids"]) for prompt, r in batch]
+            ids = pad_sequence(ids, batch_first=True).to(model.device)  # (batch, T)
+            logits = model(ids).logits[:, :-1].float()  # (batch, T - 1, V)
             nats = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             for (prompt, r), own in zip(batch, nats):
                 r["logprob"] = -own[len(prompt) - 1:][:len(r["ids"])].mean().item()
