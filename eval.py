@@ -54,6 +54,7 @@ ASKED = {kind: re.compile(r"(?im)(?:^|(?<=[.!>]))\W{0,9}(?:(?:so|thus|therefore|
 LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 
 
 # ---------------------------------------------------------------- commands: how they end
@@ -217,10 +218,22 @@ def records(path):
         yield from ((where, r) for r in examples) if isinstance(examples, list) else [(where, row)]
 
 
+def boxed(solution):
+    """The answer of a MATH solution: its last box, and those to which an "and" or "or" joins it."""
+    parts = BOX.split(solution)  # text, box, text, ..., box, text
+    values = []
+    for before, value in zip(parts[-3::-2], parts[-2::-2]):
+        if not any(grade("math", value, other) for other in values):  # "x + 1, or 1 + x"
+            values.insert(0, value)
+        if not re.fullmatch(r"[^.]{0,20}\b(?:and|or)\b[^.]{0,20}", before):
+            break
+    return ", ".join(values)
+
+
 def flatten(r, guess):
     """A published record as a flat row without id; `guess` is the task that its file's name has."""
     if "problem" in r:  # MATH
-        answer = r["answer"] if "answer" in r else extract_answer("math", r["solution"])
+        answer = r["answer"] if "answer" in r else boxed(r["solution"])
         return {"task": "math", "question": r["problem"], "level": r.get("level"), "answer": answer}
     if "target_scores" in r:  # BIG-bench
         scores = r["target_scores"]

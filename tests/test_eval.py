@@ -268,6 +268,7 @@ YES_NO = {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"
 PUBLISHED = [  # file name, content, the row it stands for (without id)
     ("gsm8k.jsonl", {"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
     ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    ("math.jsonl", {**BOXED, "solution": "$\\boxed{9}$. So $x = \\boxed{1}$ and $y = \\boxed{2}$."}, {**MATH, "answer": "1, 2", "level": "Level 3"}),
     ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, MATH),
     ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, MATH),
     ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}], {"task": "strategyqa", "question": "Q?", "answer": "no"}),
