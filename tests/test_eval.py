@@ -346,7 +346,8 @@ def test_what_can_be_read_is_read_alike_in_questions_and_paths(tmp_path, change,
 @pytest.mark.parametrize("change, words", [
     ({"id": [1]}, "'id'"), ({"id": True}, "'id'"), ({"question": ["x"]}, "'question'"), ({"task": "chess"}, "known are gsm8k, math"),
     ({"task": ["arc"]}, "unknown task"), ({"prompt": ["x"]}, "'prompt'"), ({"prompt": 5}, "'prompt'"), ({"choices": {"A": "ice"}}, "'answer'"),
-    ({"choices": "ice"}, "'choices'"), ({"choices": {"A": ["ice"], "B": "air"}}, "'A'"), ({"choices": {"1": "ice", "2": "air"}}, "'choices'"), ({"choices": None}, "choices"),
+    ({"choices": "ice"}, "'choices'"), ({"choices": {"A": ["ice"], "B": "air"}}, "'A'"), ({"choices": {"1": "ice", "2": "air"}}, "'choices'"),
+    ({"choices": None}, "choices"),
     ({"answer": "C"}, "'answer'"), ({"answer": ["A"]}, "'answer'"), ({"answer": None}, "not a question"), ({"id": "before"}, "the id 'before'"),
     ({"task": "gsm8k", "answer": "many"}, "field 'answer' is 'many', no answer of task gsm8k"),
     ({"hypothesis": "H", "label": "z"}, "not a question"), (b"{", "not valid JSON"), (b"[1]", "expected a JSON object"), (b"null", "expected"),
@@ -531,7 +532,8 @@ def test_results_do_not_overwrite_the_questions(tmp_path, monkeypatch, capsys, l
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--students", "a"), ("--plot", os.path.dirname(__file__)), ("--students", "a", "--questions", "/no/such/file"), ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
+    (), ("--students", "a"), ("--plot", os.path.dirname(__file__)), ("--students", "a", "--questions", "/no/such/file"),
+    ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
     ("--max_new_tokens", "x"), ("--task", "physics"), ("--device", "abacus")])
 def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, flags):
     if flags and flags[0] not in ("--students", "--plot"):
