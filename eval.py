@@ -19,17 +19,15 @@ from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    StoppingCriteria,
-)
-from transformers.utils import cached_file, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import GenerationConfig, StoppingCriteria
+from transformers.utils import cached_file
 
 # One line per task, and no more is needed for a new one: which kind of answer it has.
 TASKS = {
@@ -56,6 +54,7 @@ ASKED = {kind: re.compile(r"(?im)(?:^|(?<=[.!>]))\W{0,9}(?:(?:so|thus|therefore|
 LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 
 
 # ---------------------------------------------------------------- commands: how they end
@@ -72,14 +71,12 @@ def in_a_line(error):
 
 def within(kind, low, high=math.inf):
     """An argparse type: a finite number of `kind` (int or float) from low to high."""
-    def parse(text):
+    def number(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
-
-    parse.__name__ = "whole number" if kind is int else "number"  # argparse: "invalid number value"
-    return parse
+    return number  # argparse says "invalid number value: 'x'"
 
 
 # ---------------------------------------------------------------- rows: one door for every file
@@ -89,54 +86,43 @@ def read_jsonl(path):
 
 
 def numbered_rows(path):
-    """Yield ("FILE:LINE", row) for each object of JSON Lines, or each row of one JSON list.
-
-    The content decides which of them it is. A field that is null or NaN is absent and half a
-    surrogate pair is replaced, at every depth. Stops with FILE:LINE at anything but an object.
-    """
+    """Yield ("FILE:LINE", row) for each object of a JSON Lines file, or ("FILE:NUMBER", row) of a
+    JSON list; the content decides which it is. Stops with the place at anything but an object."""
     try:
-        with open(path, "rb") as file:
-            data = file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    except OSError as e:
-        stop(f"cannot read {path}: {e.strerror}")
-    lines = enumerate(data.split(b"\n"), 1)  # U+2028 ends no line
-    lines = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-    if lines and is_one_value(lines[0][1]):
-        value = parse_json(data, path)
-        values = value if isinstance(value, list) else [value]
-        rows = ((f"{path}, row {i}", row) for i, row in enumerate(values))
-    else:
-        rows = ((where, parse_json(line, where)) for where, line in lines)
-    for where, row in rows:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as e:
+        stop(f"cannot read {path} ({in_a_line(e)})")
+    try:
+        value = parse_json(text)
+        rows = enumerate(value if isinstance(value, list) else [value], 1)
+    except ValueError:
+        rows = numbered_lines(path, text)
+    for number, row in rows:
         if not isinstance(row, dict):
-            stop(f"{where}: expected a JSON object, found {type(row).__name__}")
-        yield where, row
+            stop(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        yield f"{path}:{number}", row
 
 
-def is_one_value(line):
-    """Whether a file with this first line holds a list, or one object over several lines."""
-    try:
-        return isinstance(json.loads(line), list)
-    except (ValueError, RecursionError):
-        return True
+def numbered_lines(path, text):
+    """(number, value) of each line of JSON that is not blank."""
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 ends no line
+        try:
+            if line.strip():
+                yield number, parse_json(line)
+        except ValueError as e:
+            stop(f"{path}:{number}: not valid JSON ({e})")
 
 
-def parse_json(data, where):
-    """The value of a JSON text (bytes), cleaned as numbered_rows says; stops with `where`."""
-    def clean(value):
-        match value:
-            case str():
-                return re.sub("[\ud800-\udfff]", "\ufffd", value)
-            case list():
-                return [clean(item) for item in value]
-            case dict():
-                return {clean(key): clean(item) for key, item in value.items() if item is not None}
-        return value
+def parse_json(text):
+    """The value of a JSON text. A field that is null or NaN is absent and half a surrogate pair is
+    a question mark, at every depth."""
+    value = json.loads(text, parse_constant=lambda name: None, object_hook=without_nulls)
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
-    try:
-        return clean(json.loads(data.decode(), parse_constant=lambda name: None))  # NaN, Infinity
-    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, 5,000 digits
-        stop(f"{where}: not valid JSON ({str(e)[:200]})")
+
+def without_nulls(row):
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def require_text(row, keys, where):
@@ -151,82 +137,52 @@ def as_text(value):
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+        value = str(value)
     return value if isinstance(value, str) else None
 
 
 def clean_row(row, where):
     """Check the fields that questions and paths share and bring them into canonical form.
 
-    Changes the row in place and returns it. A number may be an id or an answer, one user turn a
-    prompt, and choices may have any form of read_choices. Stops with FILE:LINE at the rest.
+    Changes the row in place and returns it. A number may be an id, a choice or an answer, choices
+    may be a list, and an answer the text of a choice. Stops with FILE:LINE at the rest.
     """
-    if str(row.get("task")) not in TASKS:
-        stop(f"{where}: unknown task {row.get('task')!r}; known are {', '.join(TASKS)} "
-             "(--task names the task of a file of questions)")
+    task = row.get("task")
+    if task not in [*TASKS]:
+        stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (--task names the task "
+             "of a file of questions)")
     row["id"] = as_text(row.get("id"))
-    require_text(row, ("id", "question"), where)
-    if "level" in row:
-        row["level"] = as_text(row["level"])
-        require_text(row, ("level",), where)
-    match row.pop("prompt", ""):
-        case str(text) | [{"role": "user", "content": str(text)}]:
-            if text.strip():
-                row["prompt"] = text
-        case _:
-            stop(f"{where}: field 'prompt' is neither a string nor one user turn")
-    letters = read_choices(row, where)
-    row["answer"] = clean_answer(row, letters, where)
+    require_text(row, ["id", "question"] + ["prompt"] * ("prompt" in row), where)
+    choices = row.pop("choices", {})
+    if isinstance(choices, list):
+        choices = dict(zip(LETTERS, choices))
+    if not isinstance(choices, dict) or not choices.keys() <= {*LETTERS}:
+        stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list of texts")
+    choices = {c: as_text(text) for c, text in choices.items() if text not in (None, "")}
+    require_text(choices, choices, where)
+    if choices:
+        row["choices"] = choices
+    answer, kind = row.get("answer"), TASKS[task]
+    if isinstance(answer, bool):
+        answer = "yes" if answer else "no"
+    row["answer"] = canonical_answer(kind, (as_text(answer) or "").strip(), choices)
+    if not row["answer"]:
+        stop(f"{where}: field 'answer' is {str(answer)[:80]!r}, no answer of task {task} ({kind}"
+             f"{' of two or more choices' * (kind == 'choice')})")
     return row
 
 
-def read_choices(row, where):
-    """Make row["choices"] {"A": text, ...} -> {label in the file: letter}; without any, no field.
-
-    In a file they are {label: text}, [text, ...], [{"label", "text"}, ...] or {"label": [...],
-    "text": [...]}. Those without text go; labels that are no capital letters are replaced.
-    """
-    match row.pop("choices", None) or []:
-        case {"label": [*labels], "text": [*texts]}:
-            pairs = [*zip(labels, texts)]
-        case {**fields}:
-            pairs = [*fields.items()]
-        case [{}, *_] as items if all(isinstance(item, dict) for item in items):
-            pairs = [(item.get("label"), item.get("text")) for item in items]
-        case [*texts]:
-            pairs = [*zip(LETTERS, texts)]
-        case _:
-            pairs = [(None, None)]
-    pairs = [(as_text(label), as_text(text)) for label, text in pairs if text not in (None, "")]
-    labels = [label for label, text in pairs if None not in (label, text)]
-    if len(set(labels)) < len(pairs) or len(pairs) > len(LETTERS):
-        stop(f"{where}: field 'choices' is not an object of letters and texts, nor a list of texts")
-    if len(pairs) < 2 and TASKS[row["task"]] == "choice":
-        stop(f"{where}: task {row['task']} needs 'choices', two or more")
-    kept = all(label in LETTERS for label in labels)
-    letters = dict(zip(labels, labels if kept else LETTERS))
-    if pairs:
-        row["choices"] = {letters[label]: text for label, text in pairs}
-    return letters
-
-
-def clean_answer(row, letters, where):
-    """The canonical gold answer of a row; stops where it is none of the row's task."""
-    given, kind, choices = row.get("answer"), TASKS[row["task"]], row.get("choices", {})
-    if isinstance(given, bool):
-        given = "yes" if given else "no"
-    answer = right = (as_text(given) or "").strip()
+def canonical_answer(kind, text, choices):
+    """A gold answer as the grader knows it, or None where it is none of its kind."""
+    if kind == "number":
+        return text if number_in(text) is not None else None
+    if kind == "yesno":
+        return YESNO.get(text.lower())
     if kind == "choice":
-        right = letters.get(answer) or letters.get(answer.strip("()"))
-        right = right or next((c for c, text in choices.items() if text == answer), None)
-    elif kind == "yesno":
-        right = YESNO.get(answer.lower())
-    elif kind == "number" and number_in(answer) is None:
-        right = None
-    if not right:
-        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {row['task']} "
-             f"(kind {kind})")
-    return right
+        by_text = {choice: letter for letter, choice in choices.items()}
+        letter = text.strip("()") if text.strip("()") in choices else by_text.get(text)
+        return letter if len(choices) > 1 else None
+    return text
 
 
 # ---------------------------------------------------------------- readers: published questions
@@ -241,12 +197,12 @@ def read_questions(path, task=None):
     questions = {}
     for i, (where, record) in enumerate(records(path)):
         try:
-            row = flatten(record, guess)
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            row = without_nulls(flatten(record, guess))
+        except (KeyError, TypeError, AttributeError) as e:
             stop(f"{where}: not a question in a format that I know ({in_a_line(e)})")
-        given = [record[key] for key in ("id", "qid", "uid") if key in record]
-        row = {"id": given[0] if given else f"{stem}-{i:05d}", **row, "task": task or row["task"]}
-        row = clean_row({k: v for k, v in row.items() if v is not None}, where)
+        ids = [record[key] for key in ("id", "qid", "uid") if key in record]
+        row["id"] = ids[0] if ids else f"{stem}-{i:05d}"
+        row = clean_row({**row, "task": task or row.get("task")}, where)
         if question_of(questions.setdefault(row["id"], row)) != question_of(row):
             stop(f"{where}: the id {row['id']!r} belongs to another question already; give each "
                  "question its own")
@@ -258,16 +214,26 @@ def read_questions(path, task=None):
 def records(path):
     """(place, record) of the rows of a file, or of the "examples" in BIG-bench's one object."""
     for where, row in numbered_rows(path):
-        if isinstance(row.get("examples"), list):
-            yield from ((f"{where}, example {i}", r) for i, r in enumerate(row["examples"]))
-        else:
-            yield where, row
+        examples = row.get("examples")
+        yield from ((where, r) for r in examples) if isinstance(examples, list) else [(where, row)]
+
+
+def boxed(solution):
+    """The answer of a MATH solution: its last box, and those to which an "and" or "or" joins it."""
+    parts = BOX.split(solution)  # text, box, text, ..., box, text
+    values = []
+    for before, value in zip(parts[-3::-2], parts[-2::-2]):
+        if not any(grade("math", value, other) for other in values):  # "x + 1, or 1 + x"
+            values.insert(0, value)
+        if not re.fullmatch(r"[^.]{0,20}\b(?:and|or)\b[^.]{0,20}", before):
+            break
+    return ", ".join(values)
 
 
 def flatten(r, guess):
     """A published record as a flat row without id; `guess` is the task that its file's name has."""
     if "problem" in r:  # MATH
-        answer = r["answer"] if "answer" in r else extract_answer("math", r["solution"])
+        answer = r["answer"] if "answer" in r else boxed(r["solution"])
         return {"task": "math", "question": r["problem"], "level": r.get("level"), "answer": answer}
     if "target_scores" in r:  # BIG-bench
         scores = r["target_scores"]
@@ -283,22 +249,26 @@ def flatten(r, guess):
         return {"task": guess, "question": question, "answer": r["target"], "choices": choices}
     if "hypothesis" in r:  # ANLI
         answer = {"e": "A", "n": "B", "c": "C", 0: "A", 1: "B", 2: "C"}[r["label"]]
-        premise = r["premise"] if "premise" in r else r["context"]
-        question = ("Premise: " + premise + "\nHypothesis: " + r["hypothesis"]
-                    + "\nWhat is the hypothesis, given the premise?")
+        question = (f"Premise: {r.get('premise') or r['context']}\nHypothesis: {r['hypothesis']}\n"
+                    "What is the hypothesis, given the premise?")
         return {"task": "anli", "question": question, "answer": answer, "choices": ANLI}
     if "answerKey" in r:  # CommonsenseQA and ARC, as published and as on the Hugging Face hub
-        stem = r["question"] if isinstance(r["question"], dict) else {"stem": r["question"], **r}
-        known = "commonsense_qa" if "question_concept" in stem else "arc"
-        return {"task": guess or known, "question": stem["stem"], "answer": r["answerKey"],
-                "choices": stem["choices"]}
-    answer, task = r["answer"], r.get("task") or guess
-    if isinstance(answer, bool):
-        task = task or "strategyqa"
-    elif "####" in str(answer):  # GSM8K
-        answer, task = answer.rsplit("####", 1)[1].strip(), task or "gsm8k"
-    more = {key: r.get(key) for key in ("choices", "level", "prompt")}
-    return {"task": task, "question": r.get("question"), "answer": answer, **more}
+        stem = r["question"] if isinstance(r["question"], dict) else {**r, "stem": r["question"]}
+        choices = stem["choices"]
+        if isinstance(choices, list):
+            choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+        letters = dict(zip(choices["label"], LETTERS))  # some labels of ARC are 1, 2, 3, 4
+        task = guess or ("commonsense_qa" if "question_concept" in stem else "arc")
+        return {"task": task, "question": stem["stem"], "answer": letters[r["answerKey"]],
+                "choices": choices["text"]}
+    row = {key: r.get(key) for key in ("question", "answer", "choices", "level", "prompt")}
+    task = guess
+    if isinstance(r["answer"], bool):
+        task = guess or "strategyqa"
+    elif "####" in str(r["answer"]):  # GSM8K
+        row["answer"] = r["answer"].rsplit("####", 1)[1].strip()
+        task = guess or "gsm8k"
+    return {**row, "task": r.get("task", task)}
 
 
 # ---------------------------------------------------------------- prompts: what a student reads
@@ -309,8 +279,8 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row, the same in training and at test time: the row's own `prompt`,
-    or the question and how the answer is to end."""
+    """What a student sees of a row, in training and at test time: its own `prompt`, or the
+    question and how the answer is to end."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
@@ -349,20 +319,16 @@ def end_token(tokenizer):
             if added and added.special:
                 return token
     if tokenizer.eos_token_id is None:
-        stop(f"{tokenizer.name_or_path}: the tokenizer has no token that ends a response; give it "
-             "an eos_token")
+        stop(f"{tokenizer.name_or_path}: the tokenizer needs an eos_token, which ends a response")
     return tokenizer.eos_token_id
 
 
 def two_chats(tokenizer, prompt):
     """Token ids of a user's turn and an answer's, for two answers that have no token in common."""
-    answers = ["The", "9"]
-    if tokenizer(answers[0])["input_ids"] == tokenizer(answers[1])["input_ids"]:  # both unknown
-        answers = sorted(filter(str.isalnum, tokenizer.get_vocab()))[:2]
     chats = [list(tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
         chat_template=FIXED_DATE + tokenizer.get_chat_template(),
-        sanitize_control_tokens=True, return_dict=False)) for answer in answers]
+        sanitize_control_tokens=True, return_dict=False)) for answer in ("The", "9")]
     if chats[0] == chats[1]:
         stop(f"{tokenizer.name_or_path}: its chat template does not write what the assistant says")
     return chats
@@ -1055,46 +1021,34 @@ def load_student(name, device="cpu", dtype=None, **more):
     """(model, tokenizer) of a Hugging Face causal LM, or of a LoRA adapter in PEFT's format
     (merged), by folder or name on the hub. dtype: of the weights (None: float32); `more` goes to
     from_pretrained. Code that comes with a model is never run. Stops with one sentence at what is
-    no such model, is saved quantised, lacks a weight, or is an adapter without its base."""
-    loud = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of missing weights: the sentence names one of them
+    no such model, lacks weights, is saved quantised, or is an adapter without its base."""
+    base, revision, adapter = name, "main", None
     try:
-        base, adapter = name, file_of(name, "adapter_config.json")
-        if adapter:
-            with open(adapter, encoding="utf-8") as file:
-                adapter = json.load(file)
-            base = adapter["base_model_name_or_path"]
-            more = {"revision": adapter.get("revision") or "main", **more}
-            if not file_of(base, "config.json", more["revision"]):
-                raise ValueError(f"the base of this adapter, {base}, is not there: write where it "
-                                 "is now into adapter_config.json")
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False,
-                                            revision=more.get("revision"))
+        if file := file_of(name, "adapter_config.json"):
+            with open(file, encoding="utf-8") as f:
+                adapter = json.load(f)
+            base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
+            if not file_of(base, "config.json", revision):
+                stop(f"{name}: the base of this adapter, {base}, is not there; if it has moved, "
+                     "write its place into adapter_config.json")
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are saved quantised, and LoRA can't be merged into them: "
-                             "take the model that was quantised")
+            stop(f"{name}: the weights of {base} are saved quantised, where LoRA can't be merged: "
+                 "take the model that was quantised")
         own = file_of(name, "tokenizer_config.json")
-        tokenizer = AutoTokenizer.from_pretrained(name if own else base, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name if own else base, revision="main" if own else revision, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True, **more)  # reported, not ignored
-        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            if report[kind]:
-                raise ValueError(f"the checkpoint has {kind.replace('_', ' ')}: "
-                                 f"{min(map(str, report[kind]))}, {len(report[kind])} in all")
+            base, revision=revision, dtype=dtype or torch.float32, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, **more)
+        if wrong := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+            stop(f"{name}: {len(wrong)} weights are missing or left over, as {wrong[0]}")
         if adapter:
             merge_adapter(model, adapter, load_file(file_of(name, "adapter_model.safetensors")))
     except Exception as e:  # noqa: BLE001 (whatever libraries raise at a folder that is no model)
         stop(f"{name}: can't be loaded as a causal language model ({in_a_line(e)})")
-    finally:
-        logging.set_verbosity(loud)
-    if not tokenizer.is_fast:
-        stop(f"{name}: its tokenizer is not a fast one (tokenizer.json), and only those give "
-             "character offsets")
     for module in model.modules():
-        # bitsandbytes on some CPUs: the first answer would repack 4-bit weights for good, and they
-        # give no gradient then.
-        module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack weights for good
     return model.to(device).eval(), tokenizer
 
 
@@ -1109,24 +1063,21 @@ def file_of(name, file, revision=None):
 
 
 def merge_adapter(model, config, weights):
-    """W += scale B A for every pair in the weights of a PEFT adapter; ValueError at what is more
-    than plain LoRA. (Initial weights such as pissa's change those of the base.)"""
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
-        raise ValueError(f"init_lora_weights {config['init_lora_weights']} can't be merged")
+    """W += scale B A for every pair in an adapter's weights; ValueError at more than plain LoRA.
+    (Initial weights such as pissa's change those of the base.)"""
     pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
     for key, weight in weights.items():
         m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not m or config.get("alpha_pattern"):
-            raise ValueError(f"only plain LoRA adapters can be merged, this one has {key}")
+        plain_lora = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
+        if not m or not plain_lora or config.get("alpha_pattern"):
+            raise ValueError(f"only plain LoRA can be merged, see {key} and adapter_config.json")
         pairs[m[1]][m[2]] = weight.float()
     for name, pair in pairs.items():
         rank = len(pair["A"])
         scale = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
         delta = scale * (pair["B"] @ pair["A"])
-        if config.get("fan_in_fan_out"):  # GPT-2's Conv1D keeps (in, out)
-            delta = delta.T
         weight = model.get_submodule(name).weight
-        weight.data = (weight.float() + delta.to(weight.device)).to(weight.dtype).detach()
+        weight.data += (delta.T if config.get("fan_in_fan_out") else delta).to(weight)
 
 
 def logit_factor(config):
@@ -1150,116 +1101,88 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     """One response to each prompt (a list of token ids), in their order: {"text", "ids": its
     tokens, "tokens": their number, "stopped": it ended by itself}. Greedy at temperature 0.
 
-    It ends with an end token (which counts, but is not in the text), after max_new_tokens, where a
-    batch would leave the model's context, or with the first match of `until`, a pattern for each
-    prompt. batch_size prompts of about one length are answered together (None: rows_at_once).
+    It ends with an end token (which counts, but is not in the text), after max_new_tokens, at the
+    end of the model's context, or with the first match of `until`, a pattern for each prompt.
+    batch_size prompts are answered together (None: see rows_at_once).
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    longest = len(prompts[order[0]]) if order else 0
-    if longest >= context_of(model):
-        stop(f"a prompt of {longest} tokens leaves no room in the model's context of "
-             f"{context_of(model)}")
-    ends = end_tokens(model, tokenizer)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    longest, context = max(map(len, prompts), default=0), context_of(model)
+    if longest >= context:
+        stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
+    eos = model.generation_config.eos_token_id
+    ends = [end_token(tokenizer), tokenizer.eos_token_id]
+    ends += eos if isinstance(eos, list) else [eos]
+    ends = [token for token in ends if token is not None]
+    sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
     results = [None] * len(prompts)
     with answering(model), tqdm(total=len(order), desc=desc, disable=not desc, leave=False) as bar:
         size = batch_size or rows_at_once(model, longest + max_new_tokens)
         for start in range(0, len(order), size):
             batch = order[start:start + size]
-            width = len(prompts[batch[0]])
-            padded = [[ends[0]] * (width - len(prompts[i])) + prompts[i] for i in batch]
-            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-            said = AnswerSaid(tokenizer, ends, width, [until[i] for i in batch] if until else [])
-            sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
+            ids = [torch.tensor(prompts[i], device=model.device) for i in batch]
+            left = {"batch_first": True, "padding_side": "left"}
+            mask = pad_sequence([torch.ones_like(own) for own in ids], **left)
+            ids = pad_sequence(ids, padding_value=ends[0], **left)  # (batch, width)
+            width = ids.shape[1]
+            said = AnswerSaid(tokenizer, ends, width, until and [until[i] for i in batch])
             ids = model.generate(
-                torch.tensor(padded, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=min(max_new_tokens, context_of(model) + 1 - width),
+                ids, attention_mask=mask, max_new_tokens=min(max_new_tokens, context + 1 - width),
                 do_sample=temperature > 0, **sampling, eos_token_id=ends, pad_token_id=ends[0],
-                stopping_criteria=[said])
-            for row, (i, tokens) in enumerate(zip(batch, ids[:, width:].tolist())):
-                results[i] = said.response(row, tokens)
+                stopping_criteria=[said] if until else [])
+            for j, (i, tokens) in enumerate(zip(batch, ids[:, width:].tolist())):
+                tokens = tokens[:said.length.get(j)]
+                results[i] = response(tokenizer, tokens, ends, until and until[i])
             bar.update(len(batch))
     return results
 
 
 class AnswerSaid(StoppingCriteria):
-    """Ends a row of a batch once its pattern matches outside a thought; looks every 16 tokens."""
+    """Ends the responses of a batch in which their patterns match; looks every 16 tokens."""
 
     def __init__(self, tokenizer, ends, width, until):
         self.tokenizer, self.ends, self.width, self.until = tokenizer, ends, width, until
-        self.length = {}  # number of a row that was ended -> tokens that it had then
+        self.length = {}  # place in the batch of a response that was ended -> its tokens
 
     def __call__(self, ids, scores, **kwargs):
         new = ids.shape[1] - self.width
-        if self.until and new % 16 == 0:
-            for row, tokens in enumerate(ids[:, self.width:].tolist()):
-                going = row not in self.length and not {*self.ends} & {*tokens}
-                if going and self.read(row, tokens)[1]:
-                    self.length[row] = new
-        return torch.tensor([row in self.length for row in range(len(ids))], device=ids.device)
+        if new % 16 == 0:
+            for j, tokens in enumerate(ids[:, self.width:].tolist()):
+                is_open = j not in self.length and not {*self.ends} & {*tokens}
+                if is_open and read(self.tokenizer, tokens, self.until[j])[1]:
+                    self.length[j] = new
+        return torch.tensor([j in self.length for j in range(len(ids))], device=ids.device)
 
-    def read(self, row, tokens):
-        """The text of a row's tokens, and the match of its pattern in it, or None."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
-        return text, self.until[row].search(text, thought) if self.until else None
 
-    def response(self, row, tokens):
-        """What generate returns, of a row's new tokens with what may follow its end."""
-        end = next((n for n, token in enumerate(tokens, 1) if token in self.ends), len(tokens))
-        tokens = tokens[:self.length.get(row, end)]
-        stopped = tokens[-1] in self.ends
-        text, said = self.read(row, tokens[:len(tokens) - stopped])
-        if said and said.end() < len(text):  # what follows the answer does not count
-            text = text[:said.end()]
-            n = next(n for n in range(1, len(tokens) + 1) if self.read(row, tokens[:n])[1])
-            tokens = tokens[:n]
-        return {"text": text, "ids": tokens, "tokens": len(tokens), "stopped": stopped}
+def read(tokenizer, tokens, pattern):
+    """The text of tokens, and the first match of a pattern outside its thoughts, or None."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
+    return text, pattern and pattern.search(text, thought)
+
+
+def response(tokenizer, tokens, ends, pattern):
+    """What generate returns, from new tokens; what follows an end token is padding."""
+    n = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    stopped = tokens[n - 1] in ends
+    text, said = read(tokenizer, tokens[:n - stopped], pattern)
+    if said and said.end() < len(text):  # what follows the answer does not count
+        text = text[:said.end()]
+        n = next(n for n in range(1, n + 1) if read(tokenizer, tokens[:n], pattern)[1])
+    return {"text": text, "ids": tokens[:n], "tokens": n, "stopped": stopped}
 
 
 def rows_at_once(model, length):
-    """How many responses of at most `length` tokens, prompts included, are written at a time: as
-    many, up to 256, as have their keys and values in 2 GB of a CPU's memory, or in a quarter of
-    what a GPU has free. More are faster: the weights are read once for all of them."""
+    """How many responses of so many tokens, prompts included, are written together: as many, from 8
+    to 256, as have their keys and values in 2 GB of a CPU's memory, or in a quarter of what a GPU
+    has free. More are faster: the weights are read once for all of them."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return 32
+    heads = getattr(config, "num_attention_heads", None) or 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     heads = getattr(config, "num_key_value_heads", None) or heads
-    states = 2 * config.num_hidden_layers * heads * width * length  # keys and values of a row
+    row = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize  # bytes
     is_gpu = model.device.type == "cuda"
     room = torch.cuda.mem_get_info(model.device)[0] / 4 if is_gpu else 2e9
-    return int(min(256, max(8, room // (states * model.dtype.itemsize))))
-
-
-def end_tokens(model, tokenizer):
-    """The ids that end a response: the chat template's first, the tokenizer's, the model's."""
-    eos = model.generation_config.eos_token_id
-    more = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    first = end_token(tokenizer)
-    return [first, *sorted(more - {first, None})]
-
-
-def mean_logprobs(model, prompts, answers):
-    """Mean log-probability of a token of each answer after its prompt (lists of ids) -> [float]."""
-    order = sorted(range(len(answers)), key=lambda i: len(prompts[i] + answers[i]))
-    means = [0.0] * len(answers)
-    with answering(model):
-        while order:
-            longest = len(prompts[order[-1]] + answers[order[-1]])
-            vocabulary = model.config.get_text_config().vocab_size
-            size = max(1, 2**26 // (longest * vocabulary))  # 256 MB of logits
-            batch, order = order[-size:], order[:-size]
-            rows = [prompts[i] + answers[i] for i in batch]
-            rows = [row + [0] * (longest - len(row)) for row in rows]  # unseen: attention is causal
-            logits = model(torch.tensor(rows, device=model.device)).logits.float()  # (rows, T, V)
-            for i, row in zip(batch, logits):
-                first = len(prompts[i]) - 1
-                said = row[first:first + len(answers[i])].log_softmax(-1)
-                chosen = torch.tensor(answers[i], device=model.device)[:, None]
-                means[i] = said.gather(1, chosen).mean().item()
-    return means
+    return int(min(256, max(8, room // row)))
 
 
 # ---------------------------------------------------------------- weights while answers are written
@@ -1283,116 +1206,104 @@ def has_bfloat16(device="cpu"):
 
 @contextlib.contextmanager
 def answering(model):
-    """Inside, nothing is trained, LoRA is merged, the weights are bfloat16 where has_bfloat16 and
-    the model is no toy, and generate has its own defaults; afterwards the model is what it was, bit
-    for bit. A model that is quantised keeps its weights."""
-    was_training, defaults = model.training, model.generation_config
-    model.eval().generation_config = GenerationConfig()  # some models penalise repetitions
-    lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]  # distill.LoRA
-    large = sum(weight.numel() for weight in model.parameters()) > 10**7
-    dtype = torch.bfloat16 if large and has_bfloat16(model.device) else model.dtype
-    kept = []  # (weight, its own data): in the host's memory, a GPU might have no room for both
-    merged = []
+    """Inside, distill.LoRA is merged, weights are bfloat16 where has_bfloat16 and the model is no
+    toy, and generate has the library's settings; afterwards all is as before, bit for bit."""
+    was_training, settings = model.training, model.generation_config
+    model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
+    weights = [*model.parameters()]
+    lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]
+    is_large = sum(weight.numel() for weight in weights) > 10**7
+    dtype = torch.bfloat16 if is_large and has_bfloat16(model.device) else model.dtype
+    is_plain = all(weight.is_floating_point() for weight in weights)  # not quantised
+    if not is_plain or (dtype == model.dtype and not lora):
+        weights, lora = [], []  # nothing is cast or merged
+    kept = [weight.data.cpu() for weight in weights]  # a GPU might have no room for both
     try:
-        if all(weight.is_floating_point() for weight in model.parameters()):
-            bases = {id(module.base.weight) for module in lora}
-            for weight in model.parameters():
-                if weight.dtype != dtype or id(weight) in bases:
-                    kept.append((weight, weight.data.cpu()))
-            for module in lora:
-                merge_lora(module)
-                module.forward = module.base.__call__
-                merged.append(module)
-            for weight, _ in kept:
-                weight.data = weight.data.to(dtype)
+        for module in lora:
+            delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
+            is_linear = isinstance(module.base, torch.nn.Linear)  # GPT-2's Conv1D keeps (in, out)
+            weight = module.base.weight
+            weight.data = weight.data.float() + (delta if is_linear else delta.T)
+            module.forward = module.base.__call__
+        for weight in weights:
+            weight.data = weight.data.to(dtype)
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
-        for weight, data in kept:
+        for weight, data in zip(weights, kept):
             weight.data = data.to(weight.device)
-        for module in merged:
-            del module.forward
-        model.train(was_training).generation_config = defaults
-
-
-def merge_lora(module):
-    """W + alpha / rank * B A in a LoRA of distill.py, as a new tensor in place of W's own."""
-    delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
-    weight = module.base.weight
-    is_linear = isinstance(module.base, torch.nn.Linear)  # GPT-2's Conv1D keeps (in, out)
-    weight.data = weight.data.float() + (delta if is_linear else delta.T)
+        for module in lora:
+            vars(module).pop("forward", None)
+        model.train(was_training).generation_config = settings
 
 
 # ---------------------------------------------------------------- evaluation: accuracy and ensemble
 def evaluate(students, rows, max_new_tokens, batch_size=None):
     """Students [(model, tokenizer), ...] on rows, in shares of 1, from greedy answers.
 
-    -> {"questions": their number, "left_out": those too long for a student's context, "accuracy",
-    "unparsed", "stopped": a share per student, "ensemble": accuracy of one common answer (see
-    vote), "upper_bound": share of questions with any right response, "predictions": per question
-    {"id", "question", "answer", "ensemble", "ensemble_correct", "responses": [student] with
-    "prediction", "correct"}}.
+    -> {"questions": their number without those that exceed a context, "accuracy", "unparsed",
+    "stopped": a share per student, "ensemble": accuracy of the answer that its student finds
+    likeliest, "upper_bound": share of questions with any right response, "predictions": per
+    question {"id", "question", "answer", "ensemble", "ensemble_correct", "responses": per student
+    what generate returns, without "ids", "prediction", "correct" and, where needed, "logprob"}}.
     """
-    prompts = [[encode_prompt(tokenizer, student_prompt(row)) for row in rows]
-               for _, tokenizer in students]
-    fits = [all(len(prompts[s][i]) < context_of(model) for s, (model, _) in enumerate(students))
-            for i in range(len(rows))]
-    if not all(fits):
-        left_out = [row["id"] for row, fit in zip(rows, fits) if not fit]
-        tqdm.write(f"{len(left_out)} questions are longer than a student's context and left out: "
-                   f"{', '.join(left_out)[:200]}")
-    asked = [row for row, fit in zip(rows, fits) if fit]
-    prompts = [[p for p, fit in zip(of_student, fits) if fit] for of_student in prompts]
+    asked, prompts = [], []  # prompts: [question][student]
+    for row in rows:
+        ids = [encode_prompt(tokenizer, student_prompt(row)) for _, tokenizer in students]
+        if all(len(own) < context_of(model) for own, (model, _) in zip(ids, students)):
+            asked.append(row)
+            prompts.append(ids)
+    if len(asked) < len(rows):
+        tqdm.write(f"{len(rows) - len(asked)} of {len(rows)} questions are left out: they are "
+                   "longer than a student's context")
     until = [ASKED[TASKS[row["task"]]] for row in asked]
     responses = []  # [student][question]
     for s, (model, tokenizer) in enumerate(students):
-        responses.append(generate(model, tokenizer, prompts[s], max_new_tokens, batch_size,
-                                  until=until, desc=f"student {s} answers"))
+        responses.append(generate(model, tokenizer, [ids[s] for ids in prompts], max_new_tokens,
+                                  batch_size, until=until, desc=f"student {s} answers"))
         for row, r in zip(asked, responses[s]):
             r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
             r["correct"] = grade(row["task"], r["prediction"], row["answer"])
+    answers = [*zip(*responses)]  # [question][student]
+    disputed = [i for i, given in enumerate(answers)
+                if len({r["prediction"] for r in given} - {None}) > 1]
+    for s, (model, _) in enumerate(students):
+        add_logprobs(model, [prompts[i][s] for i in disputed], [answers[i][s] for i in disputed])
     predictions = []
-    for row, common, *answers in zip(asked, vote(students, asked, prompts, responses), *responses):
+    for row, given in zip(asked, answers):
+        parsed = [r for r in given if r["prediction"] is not None]
+        surest = max(parsed, key=lambda r: r.get("logprob", 0), default=given[0])
         predictions.append({"id": row["id"], "question": row["question"], "answer": row["answer"],
-                            "ensemble": common,
-                            "ensemble_correct": grade(row["task"], common, row["answer"]),
-                            "responses": answers})
+                            "ensemble": surest["prediction"],
+                            "ensemble_correct": surest["correct"],
+                            "responses": given})
+        for r in given:
+            del r["ids"]
 
     def share(flags):
         return sum(flags) / max(len(flags), 1)
 
-    return {"questions": len(asked), "left_out": len(rows) - len(asked),
-            "accuracy": [share([r["correct"] for r in answers]) for answers in responses],
-            "unparsed": [share([r["prediction"] is None for r in answers])
-                         for answers in responses],
-            "stopped": [share([r["stopped"] for r in answers]) for answers in responses],
+    return {"questions": len(asked),
+            "accuracy": [share([r["correct"] for r in own]) for own in responses],
+            "unparsed": [share([r["prediction"] is None for r in own]) for own in responses],
+            "stopped": [share([r["stopped"] for r in own]) for own in responses],
             "ensemble": share([p["ensemble_correct"] for p in predictions]),
-            "upper_bound": share([any(r["correct"] for r in p["responses"]) for p in predictions]),
+            "upper_bound": share([any(r["correct"] for r in given) for given in answers]),
             "predictions": predictions}
 
 
-def vote(students, rows, prompts, responses):
-    """One common answer per question, None where none is parsed: the one that its student gave the
-    best mean log-probability. Takes the ids out of the responses [student][question]."""
-    open_questions = []  # where parsed answers differ: only there probabilities are needed
-    for i, row in enumerate(rows):
-        parsed = [answers[i]["prediction"] for answers in responses]
-        parsed = [prediction for prediction in parsed if prediction is not None]
-        if not all(grade(row["task"], prediction, parsed[0]) for prediction in parsed):
-            open_questions.append(i)
-    sure = [[0.0] * len(rows) for _ in students]  # [student][question]
-    for s, (model, _) in enumerate(students):
-        ids = [r.pop("ids") for r in responses[s]]
-        means = mean_logprobs(model, [prompts[s][i] for i in open_questions],
-                              [ids[i] for i in open_questions])
-        for i, mean in zip(open_questions, means):
-            sure[s][i] = mean
-    common = []
-    for i in range(len(rows)):
-        parsed = [s for s in range(len(students)) if responses[s][i]["prediction"] is not None]
-        best = max(parsed, key=lambda s: sure[s][i], default=None)
-        common.append(responses[best][i]["prediction"] if parsed else None)
-    return common
+def add_logprobs(model, prompts, responses):
+    """Give each response "logprob", the mean log-probability of its tokens after its prompt."""
+    size = max(1, 2**20 // model.config.get_text_config().vocab_size)  # logits are large
+    with answering(model):
+        for start in range(0, len(prompts), size):
+            batch = [*zip(prompts[start:start + size], responses[start:start + size])]
+            ids = [torch.tensor(prompt + r["ids"]) for prompt, r in batch]
+            ids = pad_sequence(ids, batch_first=True).to(model.device)  # (batch, T)
+            logits = model(ids).logits[:, :-1].float()  # (batch, T - 1, V)
+            nats = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            for (prompt, r), own in zip(batch, nats):
+                r["logprob"] = -own[len(prompt) - 1:][:len(r["ids"])].mean().item()
 
 
 # ---------------------------------------------------------------- pictures of run folders (--plot)
@@ -1400,63 +1311,50 @@ PANELS = {"loss/": "loss (nats per response token)", "accuracy/": "right answers
           "rate/": "paths selected (share)"}
 
 
-def plot(folders):
-    """Draw training.png into each run folder of distill.py, from its log.jsonl."""
+def plot(folder):
+    """Draw training.png into a run folder of distill.py, from its log.jsonl."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         stop("--plot needs matplotlib: pip install matplotlib")
-    for folder in folders:
-        log = read_jsonl(os.path.join(folder, "log.jsonl"))
-        keys = sorted({key for line in log for key in line})
-        panels = {start: [key for key in keys if key.startswith(start)] for start in PANELS}
-        panels = {start: lines for start, lines in panels.items() if lines}
-        if not panels:
-            stop(f"{folder}/log.jsonl: no step of distill.py in it yet")
-        figure = Figure((5 * len(panels), 3.6), layout="constrained")
-        figure.suptitle(os.path.basename(os.path.abspath(folder)), parse_math=False)
-        for place, (start, lines) in enumerate(panels.items(), 1):
-            ax = figure.add_subplot(1, len(panels), place)
-            for key, look in zip(lines, itertools.cycle(("-", "--", ":", "-."))):
-                points = [(line["step"], line[key]) for line in log if key in line]
-                steps, values = zip(*points)
-                ax.plot(steps, running_mean(values), look, label=f"student {key[len(start):]}")
-            ax.set(xlabel="optimiser step", ylabel=PANELS[start])
-            ax.legend(frameon=False)
-        file = os.path.join(folder, "training.png")
-        figure.savefig(file, dpi=150)
-        print(file)
-
-
-def running_mean(values):
-    """The centred mean over a tenth of the values."""
-    half = len(values) // 20
-    windows = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    log = read_jsonl(os.path.join(folder, "log.jsonl"))
+    names = sorted({name for line in log for name in line})
+    panels = [start for start in PANELS if any(name.startswith(start) for name in names)]
+    if not panels:
+        stop(f"{folder}/log.jsonl: no step of distill.py in it yet")
+    figure = Figure((5 * len(panels), 3.6), layout="constrained")
+    figure.suptitle(os.path.basename(os.path.abspath(folder)), parse_math=False)
+    for ax, start in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        lines = [name for name in names if name.startswith(start)]
+        for name, look in zip(lines, itertools.cycle(["-", "--", ":", "-."])):
+            points = np.array([(line["step"], line[name]) for line in log if name in line])
+            width = 1 + len(points) // 10  # a running mean over a tenth of the points
+            steps, values = (np.convolve(x, np.full(width, 1 / width), "valid") for x in points.T)
+            ax.plot(steps, values, look, label=f"student {name.removeprefix(start)}")
+        ax.set(xlabel="optimiser step", ylabel=PANELS[start])
+        ax.legend(frameon=False)
+    file = os.path.join(folder, "training.png")
+    figure.savefig(file, dpi=150)
+    print(file)
 
 
 # ---------------------------------------------------------------- the command
 def parse_args():
-    """The command line; bad flags stop with one sentence."""
-    p = argparse.ArgumentParser(
-        usage="python eval.py --students NAME ... --questions FILE [flags] | --plot DIR ...",
-        description="Evaluate saved students on a file of questions, or draw runs.",
-        epilog="Defaults in brackets.")
+    p = argparse.ArgumentParser(description="Evaluate saved students on a file of questions "
+                                            "(--students --questions), or draw runs (--plot).")
     p.error = stop  # one sentence and exit code 2
     p.add_argument("--students", nargs="+", metavar="NAME",
                    help="models or PEFT LoRA adapters, by folder or name")
     p.add_argument("--questions", metavar="FILE",
                    help="a dataset's own file, a pool, or rows with id, task, question, answer")
-    p.add_argument("--task", choices=TASKS, metavar="TASK",
-                   help=f"overrides the task that the file names: {', '.join(TASKS)}")
-    p.add_argument("--limit", type=within(int, 1), metavar="N",
-                   help="use only the first N questions (all)")
+    p.add_argument("--task", choices=TASKS, help="overrides the task that the file names")
+    p.add_argument("--limit", type=within(int, 1), help="use only the first questions (all)")
     p.add_argument("--plot", nargs="+", metavar="RUN_DIR",
                    help="draw runs of distill.py instead: training.png in each folder")
-    p.add_argument("--max_new_tokens", type=within(int, 1), default=512, metavar="N",
+    p.add_argument("--max_new_tokens", type=within(int, 1), default=512,
                    help="longest response in tokens (512)")
-    p.add_argument("--batch_size", type=within(int, 1), metavar="N",
-                   help="responses written at a time (as there is memory for, up to 256)")
+    p.add_argument("--batch_size", type=within(int, 1),
+                   help="responses written at a time (up to 256, as memory allows)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
     p.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
     args = p.parse_args()
@@ -1466,15 +1364,16 @@ def parse_args():
 
 
 def main():
-    """The command: evaluate saved students, or draw run folders."""
     args = parse_args()
     if args.plot:
-        return plot(args.plot)
+        for folder in args.plot:
+            plot(folder)
+        return
     rows = read_questions(args.questions, args.task)[:args.limit]
     if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.questions):
         stop(f"--out {args.out} would overwrite the questions: choose another place")
-    if args.out and not os.path.isdir(os.path.dirname(os.path.abspath(args.out))):
-        stop(f"--out {args.out}: its folder is not there")
+    if args.out:
+        open(args.out, "a").close()  # raises now, and not after the answers
     device = usable_device(args.device)
     half = device.startswith("cuda") and has_bfloat16(device)
     dtype = torch.bfloat16 if half else torch.float32
@@ -1491,17 +1390,15 @@ def main():
 
 
 def print_table(names, results):
-    """Print accuracy with its standard error, unparsed and stopped shares per student, ensemble
-    and upper bound."""
-    width = max(map(len, (*names, "upper bound (any right)")))
-    heading = f"\n{results['questions']} questions".ljust(width + 1)
-    print(f"{heading}  accuracy  (s.e.)  unparsed  stopped by itself")
+    """Print shares per student, ensemble and upper bound; s.e. is the accuracy's standard error."""
+    n, width = results["questions"], max(map(len, (*names, "upper bound (any right)")))
+    print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
     lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
              ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
     for name, accuracy, *more in lines:
-        error = math.sqrt(accuracy * (1 - accuracy) / results["questions"])  # binomial
-        print(f"{name:{width}}  {accuracy:8.1%}  ({error:4.1%})"
-              + "".join(f"  {x:8.1%}" for x in more))
+        error = math.sqrt(accuracy * (1 - accuracy) / max(n, 1))  # binomial
+        shares = "".join(f"{share:9.1%}" for share in more)
+        print(f"{name:{width}} {accuracy:8.1%} {error:6.1%}{shares}")
 
 
 if __name__ == "__main__":
