@@ -7,12 +7,14 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 {"A": text, ...}, "level" and "prompt" (which overrides the student prompt).
 """
 import argparse
+import ast
 import contextlib
 import importlib.util
 import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -420,46 +422,43 @@ def two_chats(tokenizer, prompt):
 # ---------------------------------------------------------------- answers: what a text says
 # Thoughts are cut off. What the text announces last counts (a box, ####, "the answer is",
 # "Answer:"), and it must be one value. A number, and only a number, may be read from the end of a
-# text that announces nothing. Everything else is unparsed (None): a filter would rather lose an
-# answer than take a wrong one.
-LONGEST = 5000  # characters of a text that are read, from its end: patterns take milliseconds
+# text that announces nothing. All else is unparsed (None): rather lose an answer than take a wrong
+# one. Only the last LONGEST characters are read, so that no pattern takes more than milliseconds.
+LONGEST = 5000
 # The marks of thoughts in the families' outputs; a decoder may leave <|channel|> and the like out.
 THOUGHT = re.compile(r"""(?ix)
     (?P<closes> </(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[/think\] | ◁/think▷
       | <\|end_(?:thinking|of_thought)\|> | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
     | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
     | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
-# "The answer is correct" announces nothing, nor does "The other answers are wrong".
-ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box> \\(?:boxed|fbox)\b)
+# Answer: 5, {"answer": 5}, <answer>5 and "the answer (in eggs) is 5", but neither "the answer is
+# correct" nor "the other answers are wrong".
+ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
     | (?<!/)(?<!other\ )\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b
-      (?: ["'`]?\s?[:=>] | \s*\n                   # Answer: 5, {"answer": 5}, <answer>5
-        | [^.:=?!\n]{0,80}? (?:\b(?:is|are|was|were|be|equals?)\b | n['’]t\b) )
-      (?!\ (?:\w+ly\ )?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
-# A claim with it is none: it is denied, weighed or supposed ("If the answer is 4, then ...").
+      (?: ["'`]?\s?[:=>] | \s*\n
+        | [^.:=?!\n]{0,80}? (?:\b(?:is|are|was|were|be|equals?)\b | n['’]t\b) (?!\ correct) )""")
+CLAUSE_END = re.compile(r"[.,:;!?\n]|\b(?:so|thus|therefore|hence)\b")
+SENTENCE_END = re.compile(r"[!?\n]|</|\.(?!\s?\d)(?=\s|$)")  # not that of "4 hrs. 30 min"
+# Such a clause announces nothing: it is denied, or supposed ("If the answer is 4, then ...").
 DENIED = re.compile(r"""(?ix) n['’]t\b | \b(?:not|never|neither|nor|cannot|wrong|false|incorrect
-    |unlikely|least\ likely|if|suppose|whether|assum\w+|unless|might|either)\b""")
-# What an announcement stands in: "The sum is 9, so the answer is".
-CLAUSE = re.compile(r"[.,:;!?\n]|\b(?:so|thus|therefore|hence|hand|words)\b")
-SENTENCE_END = re.compile(r"(?<!\\)[!\n]|\?|</|\.(?!\s?\d)(?=\$?(?:\s|$))")
-# What may stand before the announced value, and what ends its claim with reasons.
+    | unlikely | least\ likely | if | suppose | whether | assum\w+ | unless | might | either)\b""")
+# What may stand between an announcement and its value.
 LEAD = re.compile(r"""(?ix) (?: [\s:*"'`“>] | -\ | \.\s | \b(?: (?!hardly|unlikely|barely|nearly)\w+ly
     | most | about | therefore | thus | hence | indeed | it['’]s | it\ is | is | option )\b )*""")
-REASON = re.compile(r"\b(?:because|since|as|given|which|while|if|when)\b")
-# Money, a sign, thousands, decimals, a fraction: -$1,234.50 or 3/4, but not 2nd, x2 or 1.2.3.
-NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![\w)}%])-)? [$€£]?\ ?-?
-    (?: \d{1,3}(?:,\d{2,3})*,\d{3} | \d+ | (?=\.\d) ) (?:\.\d+)? (?:\ ?/\ ?\d+)?
-    (?! \d | st\b | nd\b | rd\b | th\b )""")
+# -1234.5, .5 or 3/4, but neither 2nd nor a part of x2 or 1.2.3
+NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)? (?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})
+    (?:\ ?/\ ?[1-9]\d{0,29})? (?!\d | \.\d | /\d | st\b | nd\b | rd\b | th\b)""")
 # Beside a number it says that this is not the whole value: 5 million, 3 quarters, 5 or more, 2π.
-UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|million|billion|trillion|dozen|third
-      |quarter|fourth|fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus
-      | negative | times | than | or | and | multiplied | divided | added | equals )\b
-    | [²³½⅓⅔¼¾√π^×÷+*|(] | \\(?:sqrt|frac|pi|times|cdot|div) | [-/]\s | \d(?:[KMB]\b|e[-+]?\d|:\d)""")
-# A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}}, \boxed{3}^2
+UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|million|billion|trillion|dozen|third|quarter
+      |fourth|fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative
+    | times | than | or | and | multiplied | divided | added | equals )\b | \d(?:[KMB]\b|e[-+]?\d|[:,]\d)
+    | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s | \\(?:sqrt|frac|pi|times|cdot|div)""")
+# A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
+# \boxed{2} and \boxed{3}, \boxed{3}^2.
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
     | \\(?:sqrt|cdot|times|div|pm)\ ? )\{?\Z | \\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z
     | \\boxed\{[^{}]{1,50}\}[\s$,;&]*(?:and|or)?[\s$]*(?:[A-Za-z]\ ?=\ ?)?\Z""")
 AFTER_PART = re.compile(r"\s?(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div|frac|pi)|\}\{)")
-FORMULA = re.compile(r"(?s)\$\$?([^$]{1,500})\$|\\[(\[](.{1,500}?)\\[)\]]")
 
 
 def after_thought(text):
@@ -479,34 +478,37 @@ def extract_answer(task, text, choices=None):
     kind = TASKS[task]
     text = re.sub(r"[ \t\xa0\u2009\u202f]+", " ", after_thought(text)[-LONGEST:])
     text = re.sub(r"(?<!\w)\*{2,3}|\*{2,3}(?!\w)", "", text)  # bold, but not Python's 2**3
-    announced = None
-    for announced in ANNOUNCED.finditer(text):
-        pass
+    announced = list(ANNOUNCED.finditer(text))
     if not announced:
         return last_number(text) if kind == "number" else None
-    before = text[:announced.start()][-80:]
-    clause = before[-16:] if announced["box"] else CLAUSE.split(before)[-1] + announced[0]
+    last, before = announced[-1], text[:announced[-1].start()][-80:]
+    clause = before[-16:] if last["box"] else CLAUSE_END.split(before)[-1] + last[0]
     if DENIED.search(clause):
         return None
-    statement = text[announced.end():][:1000]
-    if announced["box"]:
+    statement = text[last.end():][:1000]
+    if last["box"]:
         statement, after = in_braces(statement)
-        if kind in ("number", "math") and BEFORE_PART.search(before) or AFTER_PART.match(after):
+        if BEFORE_PART.search(before) or AFTER_PART.match(after):
             return None
         if kind == "math":
             return statement.strip() or None
+    if kind != "math":
+        statement = without_latex(statement)
     statement = statement[LEAD.match(statement).end():]
-    sentence = SENTENCE_END.split(statement, maxsplit=1)[0]
-    claim = REASON.split(sentence, maxsplit=1)[0].strip()
-    if statement[len(sentence):].startswith("?"):  # "5? Let me see."
+    claim = SENTENCE_END.split(statement, maxsplit=1)[0]
+    if statement[len(claim):].startswith("?"):  # "5? Let me see."
         return None
     if kind == "yesno":
-        return read_yesno(claim)
+        m = re.match(r"(?i)(yes|no|true|false)\b(?:\W*$|[,.;:)]| - )", claim)
+        return m and YESNO[m[1].lower()]
     if DENIED.search(claim):
         return None
     if kind == "choice":
         return read_choice(statement, claim, choices or {})
-    return number_in(claim) if kind == "number" else read_formula(claim)
+    if kind == "number":
+        return number_in(claim)
+    formula = re.fullmatch(r"\$*([^$]+?)\$*\s*", claim)  # $5$ or 5, but not "$5$ or $6$"
+    return formula and formula[1]
 
 
 def in_braces(text):
@@ -519,87 +521,62 @@ def in_braces(text):
     return "", ""
 
 
-def plain_number(text):
-    """A text whose numbers are written without LaTeX."""
-    text = re.sub(r"[−–‒﹣－‐‑]", "-", text.replace("{,}", ","))
-    text = re.sub(r"\\[dtc]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
-    return re.sub(r"\\(?:text(?:bf)?|mathrm|[()\[\]$%!, ])|[{}]|(?<!\d)\$(?!\d)", " ", text)
+def without_latex(text):
+    """A text with plain numbers: without currency, LaTeX's marks and thousands separators."""
+    text = re.sub(r"[−–]", "-", text.replace("{,}", ","))
+    text = re.sub(r"\\(?:text\w*|math\w+|[()\[\]$%!, ])|(?<=\d)\$", " ", text)
+    return re.sub(r"[{}]|[$€£]\s?|(?<=\d)[, ](?=\d{3}\b)", "", text)
 
 
 def number_in(text):
     """The one number that a text gives, or that its equation comes to ("18", "2.5", "1/3"); None
     for several, for open arithmetic and for a scale or a measure that is not read."""
-    text = plain_number(text)
-    if "=" in text and re.search(r"[,;]\s|\b(?:and|or)\b", text):  # x = 3, y = 5
+    text = without_latex(text)
+    if "=" in text and re.search(r"[,;]\s|\b(?:and|or|because|since)\b", text):  # x = 3, y = 5
         return None
     value = text.rsplit("=", 1)[-1]
-    numbers = list(NUMBER.finditer(value))
-    values = {canonical(m[0]) for m in numbers}
-    if len(values) != 1 or UNREAD.search(value) or numbers[0].start() > LEAD.match(value).end():
+    m = NUMBER.match(value, LEAD.match(value).end())
+    others = {other[0] for other in NUMBER.finditer(value)}
+    if not m or len(others) > 1 or UNREAD.search(value):
         return None
-    return values.pop()
+    return m[0].replace(" ", "")
 
 
 def last_number(text):
     """The number that a text which announces nothing ends with, or None."""
-    text = plain_number(text)
+    text = without_latex(text)
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
-    last = numbers[-1]
-    before, after = CLAUSE.split(text[:last.start()][-80:])[-1], text[last.end():][:80]
-    if DENIED.search(before) or UNREAD.match(after.lstrip()):
+    before, after = text[:numbers[-1].start()][-80:], text[numbers[-1].end():][:80]
+    several = re.search(r"\d(?: ?[A-Za-z]+,?)? (?:(?:or|to|and) )?$", before)  # 4 hours 30
+    if several or DENIED.search(CLAUSE_END.split(before)[-1]) or UNREAD.match(after.lstrip()):
         return None
-    return canonical(last[0])
-
-
-def canonical(number):
-    """A NUMBER without currency, commas and blanks; None for a division by zero."""
-    number = re.sub("[$€£, ]", "", number)
-    try:
-        Fraction(number)
-        return number
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def read_yesno(claim):
-    """The "yes" or "no" that a claim is, or begins with ("Yes, it would"); or None."""
-    m = re.match(r"(?i)(yes|no|true|false)\b\W*(?:$|(?<=[.,:;])|(?<=\))|(?<=- ))", claim)
-    return m and YESNO[m[1].lower()]
+    return numbers[-1][0].replace(" ", "")
 
 
 def read_choice(statement, claim, choices):
     """The letter of the one choice that a claim names by letter or by exact text, or None."""
-    m = re.match(r"[(\[]?([A-Z])(?:[)\]}.,:;\"'”]+\s?|$)", statement)
-    if m and m[1] in choices:
-        rest = statement[m.end():].lower()
-        begun = [c for c, text in choices.items() if rest.startswith(text.lower())]
-        letters = set(re.findall(r"(?<![\w'’])([A-Z])(?!\w)", claim)) & set(choices)
-        mine = not begun or max(begun, key=lambda c: len(choices[c])) == m[1]
-        return m[1] if mine and letters == {m[1]} else None
-    hits = [c for c, text in choices.items()
-            if re.match(rf"(?i)(?:the |an? )?{re.escape(text)}\W*(?:$|\n)", statement)]
-    return hits[0] if len(hits) == 1 else None
-
-
-def read_formula(claim):
-    """The formula that a claim is, with or without $...$; None for several or other words."""
-    m = FORMULA.match(claim)
-    if not m:
-        return None if not claim or "$" in claim or "\\(" in claim else claim
-    rest = claim[m.end():]
-    return None if re.search(r"\d|[$\\]", rest) else (m[1] or m[2]).strip() or None
+    choices = {letter: without_latex(text).lower() for letter, text in choices.items()}
+    m = re.match(r"[(\[]?([A-Z])(?:[)\].,:;\"'”]|$)", claim)
+    if not m or m[1] not in choices:
+        hits = [letter for letter, text in choices.items()
+                if re.match(rf"(?i)(?:the |an? )?{re.escape(text)}\W*(?:$|\n)", statement)]
+        return hits[0] if len(hits) == 1 else None
+    letters = {*re.findall(r"(?<![\w'’])[A-Z](?!\w)", claim)} & {*choices}
+    rest = SENTENCE_END.split(statement[m.end():].lstrip(" .):"))[0].lower()
+    texts = [text for text in choices.values() if text in rest and text not in choices[m[1]]]
+    several = letters != {m[1]} or texts or rest.startswith(("or ", "and "))  # "B. or C", "B: bank"
+    return None if several else m[1]
 
 
 def grade(task, prediction, answer):
     """True if a prediction means the same as the answer; None (unparsed) is wrong."""
     if prediction is None:
         return False
-    kind = TASKS[task]
-    if kind == "math":
+    if TASKS[task] == "math":
         return len(prediction) < 500 and same_math(spelled(prediction), spelled(answer))
-    if kind != "number":
+    if TASKS[task] != "number":
         return prediction.strip("() .").lower() == answer.strip("() .").lower()
     a, b = number_in(prediction), number_in(answer)
     if a is None or b is None:
@@ -610,210 +587,154 @@ def grade(task, prediction, answer):
 
 
 # ---------------------------------------------------------------- mathematical equality
-# Two texts are equal in one spelling, or part by part, or if their values agree to 80 digits
-# wherever we put their variables. That needs neither eval() nor a simplifier, and its time is
-# bounded by the texts' lengths: nothing can hang, in whatever thread.
+# Two formulas are equal in one spelling, or part by part, or if their values agree to 80 digits
+# wherever we put their letters. Nothing is simplified, no eval() runs, and the time is bounded by
+# the texts' lengths: nothing can hang, in whatever thread.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    # layout, currency, degrees; approximations after the exact value
-    (r"\\\\", ";"), (r",\s*\\!\s*|\{,\}", ""), (r"[−–]", "-"),  # 11,\!111 and 11{,}111
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![A-Za-z])|\\[!,;: ]|~", " "),
-    (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""), (r"(?<=[\d}])\s*\\approx.*", ""),
-    # one spelling of commands, powers, names and lists
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
-    (r"\\div(?![a-z])|÷", "/"), (r"\*\s*\*", "^"), (r"\\cup(?![a-z])", "∪"), ("π", r"\\pi "),
-    (r"(?<![\\A-Za-z])(sqrt|pi|infty)(?![A-Za-z])", r"\\\1"), (r"√", r"\\sqrt"),
-    (r"_\s*\{\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\w+))\s*\}", r"_\1\2"),
-    (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "matrix{"),
-    (r"\\end\{(?:[pb]matrix|array)\}\s*\]?", "}"),
-    (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ","), (r",\s*,", ","),
-    # \frac12; mixed numbers 3\frac12 and 3 1/2; the set that x is in
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"),
+    # rows of a matrix, layout, thousands, currency, degrees, an approximation behind a value
+    (r"\\\\", ";"), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|\\[;: ]|~", " "),
+    (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
+    (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\cup(?![a-z])|∪|;$", ","),
+    # operators, \frac12 and 3\frac12, \sqrt2 and sqrt(2), x_{1}
+    (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"), (r"\\div(?![a-z])|÷", "/"), (r"\*\s*\*", "^"),
+    (r"[−–]", "-"), (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\w.^}])(\d+) *(?:\\frac *\{(\d+)\} *\{(\d+)\}| (\d+) ?/ ?(\d+)(?![\d.]))",
+     r"(\1+\2\4/\3\5)"),
+    (r"\\?\b(sqrt|pi|infty)(?![A-Za-z])", r"\\\1"), (r"\\sqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
+    (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
+    # lists, sets and matrices
+    (r"(?:\\(?:text|mbox)\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
     (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
-    (r"^\s*\{([^{}]*)\}\s*$", r"\1"))]
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|[mh]box|math(?:rm|bf|it)|emph)\s*\{([^{}]*)\}"
-                  r"(?:\^\{?\d\}?)?")
+    (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "matrix{"),
+    (r"\\end\{(?:[pb]matrix|array)\}\s*\]?", "}"))]
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
 # Units behind a number go ("10 cm", "5 apples"), but not the words that change its value.
-UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+"
-                   r"(?:\^\{?\d\}?)?\s*$")
+UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?:\^\{?\d\}?)?\s*$")
 VALUED = re.compile(r"(?i)\b(?:hundred|thousand|million|billion|trillion|dozen|not|negative|minus"
                     r"|than|more|less|fewer|at|[ap]\.?m)\b")
-NAME = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
-TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z]{3,}|[A-Za-z](?:_\w+)?|\S| ")
-GREEK = re.compile(r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|tau|phi|omega|infty)")
+THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])")  # (1,000) is a pair
+NAMED = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
+# Fractions, roots and powers of what has no braces inside, with brackets
+BRACES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
+    (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))"))]
+# A word is a name of its own: "east" is not "seat".
+TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\?[A-Za-z]{3,}|\\[a-z]+|[A-Za-z](?:_\w+)?|.")
+SYMBOL = re.compile(r"[A-Za-z]\w*|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|infty)")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.Pow: operator.pow}
 
 
 def spelled(s):
     """A formula in one spelling: without layout, currency, units and thousands separators."""
     for pattern, new in SPELLINGS:
         s = pattern.sub(new, s)
-    if VALUED.search(s):
-        s = TEXT.sub(r" \1 ", s)
-    else:
-        bare = TEXT.sub(" ", s)
-        s = UNITS.sub("", bare if re.search(r"[\w]", bare) else TEXT.sub(r"\1", s))
+    bare = TEXT.sub(" ", s)
+    keep_words = VALUED.search(s) or not re.search(r"\w", bare)
+    s = TEXT.sub(r" \1 ", s) if keep_words else UNITS.sub("", bare)
     s = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", s).rstrip(".")  # "1 2" is not 12
-    if s[:1] in ("(", "[", "\\"):  # (1,000) is a pair
-        return s
-    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), s)
+    return THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
 
 
-def split_top(s, separator):
-    """Split at the separators outside of all brackets."""
-    parts, depth = [""], 0
-    for c in s:
-        depth += (c in "([{") - (c in ")]}")
-        if c == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return parts
-
-
-def both_signs(s):
-    return [s.replace("\\pm", "+"), s.replace("\\pm", "-")] if "\\pm" in s else [s]
+def same_math(a, b):
+    """Whether two formulas, as spelled() writes them, are equal: sets and lists in any order,
+    tuples, intervals, matrices and equations part by part; "x=5" is 5."""
+    if not (a and b):
+        return False
+    if a == b or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
+        return True
+    a_is, b_is = NAMED.fullmatch(a), NAMED.fullmatch(b)
+    if bool(a_is) != bool(b_is):
+        return same_math(a_is[1] if a_is else a, b_is[1] if b_is else b)
+    (kind, parts), (kind_b, others) = parts_of(a), parts_of(b)
+    if kind != kind_b or len(parts) != len(others) or len(parts) > 20:
+        return False
+    if kind == "formula":
+        return same_values(values(a), values(b))
+    if kind != "list":
+        return all(map(same_math, parts, others))
+    return all(any(same_math(x, y) for y in others) for x in parts) and all(
+        any(same_math(x, y) for x in parts) for y in others)
 
 
 def parts_of(s):
-    """(kind, parts) of a formula: a matrix, a union, a list or set, a tuple or interval, or the
-    formula alone."""
-    if m := re.fullmatch(r"matrix\{(.*)\}", s):
-        rows = m[1].strip(";").split(";")
-        return f"matrix of {len(rows)} rows", "&".join(rows).split("&")
-    if len(parts := split_top(s, "∪")) > 1:
-        return "union", parts
-    if len(parts := sum(map(both_signs, split_top(s, ",")), [])) > 1:
-        return "list", parts
+    """(kind, parts) of a formula: a matrix, a list, set or union, the sides of an equation, a tuple
+    or interval, or the formula alone."""
+    if s.startswith("matrix{"):
+        return f"matrix of {s.count(';')} rows", re.split("[&;]", s[7:-1])
+    if "\\pm" in s:
+        s = s.replace("\\pm", "+") + "," + s.replace("\\pm", "-")
+    for kind, separator in (("list", ","), ("equation", "=")):
+        if len(parts := split_top(s, separator)) > 1:
+            return kind, parts
     if s[0] in "([" and s[-1] in ")]" and len(parts := split_top(s[1:-1], ",")) > 1:
         return s[0] + s[-1], parts
     return "formula", [s]
 
 
-def same_math(a, b):
-    """Whether two formulas, as spelled() writes them, are equal: sets and lists in any order,
-    tuples, intervals and matrices part by part; a name before "=" may lack in one."""
-    if a == b or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
-        return a != ""
-    if not (a and b):
-        return False
-    name_a, value_a = named(a)
-    name_b, value_b = named(b)
-    if name_a or name_b:
-        alike = name_a == name_b or not (name_a and name_b)
-        return alike and same_math(value_a, value_b)
-    (kind_a, parts_a), (kind_b, parts_b) = parts_of(a), parts_of(b)
-    if kind_a != kind_b or len(parts_a) != len(parts_b) or len(parts_a) > 20:
-        return False
-    if kind_a == "formula":
-        return same_values(a, b)
-    for part in parts_a:
-        candidates = parts_b if kind_a in ("list", "union") else parts_b[:1]
-        twin = next((other for other in candidates if same_math(part, other)), None)
-        if twin is None:
-            return False
-        parts_b.remove(twin)
-    return True
-
-
-def named(s):
-    """(name, value) of "x=5" or "f(x)=2x"; ("", s) of anything else."""
-    m = NAME.fullmatch(s)
-    return (s[:m.start(1) - 1], m[1]) if m else ("", s)
-
-
-def same_values(a, b):
-    """Whether two formulas have the same values; equations up to a factor."""
-    if a.count("=") == b.count("=") == 1:
-        x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))
-        return bool(x and y) and all(p and q and close(p * y[0], q * x[0]) for p, q in zip(x, y))
-    x, y = values(a), values(b)
-    return bool(x and y) and all(map(close, x, y))
-
-
-def close(x, y):
-    return abs(x - y) * 10**80 <= max(abs(x), abs(y))
+def split_top(s, separator):
+    """Split at the separators outside of all brackets."""
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in s)
+    marked = ["\n" if c == separator and depth == 0 else c for c, depth in zip(s, depths)]
+    return "".join(marked).split("\n")
 
 
 @lru_cache(maxsize=4096)
 def values(formula):
-    """A formula's values with its variables at three arbitrary points, None if it can't be read."""
+    """A formula's values with its letters at three arbitrary points; [] if it can't be read."""
+    mp = MPContext()  # our own: threads would share the precision of mpmath.mp
+    mp.dps = 100
+    for _ in range(9):  # from the innermost braces outwards
+        for pattern, new in BRACES:
+            formula = pattern.sub(new, formula)
+    tokens = TOKEN.findall(formula)
     try:
-        return [Formula(formula, point).value() for point in range(3)]
-    except (ValueError, ArithmeticError, IndexError, RecursionError, TypeError):
-        return None
+        tree = ast.parse(as_python(tokens), mode="eval").body
+        return [tree_value(mp, tree, tokens, point) for point in range(3)]
+    except (ValueError, SyntaxError, ArithmeticError, AttributeError, KeyError, RecursionError,
+            MemoryError):
+        return []
 
 
-class Formula:
-    """Recursive descent over LaTeX; ValueError or IndexError where it can't read on."""
+def same_values(x, y):
+    """Whether two formulas could be read and agree at all points."""
+    return x != [] and all(abs(p - q) * 10**80 <= max(abs(p), abs(q)) for p, q in zip(x, y)) and y != []
 
-    def __init__(self, text, point):
-        self.mp = MPContext()  # our own: the precision of mpmath.mp is global, threads would share it
-        self.mp.dps = 100
-        self.tokens = TOKEN.findall(text)[::-1]  # a stack
-        self.point = point
 
-    def take(self, *expected):
-        return self.tokens.pop() if self.tokens and self.tokens[-1] in expected else None
+def as_python(tokens):
+    """A formula in Python, whose numbers and letters are n0 and a1 by their place: 2x(x+1) is
+    n0 * a1 * ( a1 + n4 )."""
+    words = [*tokens]
+    for i, token in enumerate(tokens):
+        if token not in "+-*/()^":
+            words[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
+    return re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(words)).replace("^", "**")
 
-    def value(self):
-        x = self.sum()
-        if self.tokens or not self.mp.isfinite(x):
-            raise ValueError("not a formula to its end")
-        return x
 
-    def sum(self):
-        x = self.product()
-        while sign := self.take("+", "-"):
-            y = self.product()
-            x = x + y if sign == "+" else x - y
-        return x
+def tree_value(mp, node, tokens, point):
+    """The value of a tree of names, signs and OPERATORS; other errors for other trees."""
+    if isinstance(node, ast.Name):
+        return token_value(mp, tokens[int(node.id[1:])], point)
+    if isinstance(node, ast.UnaryOp):
+        x = tree_value(mp, node.operand, tokens, point)
+        return -x if isinstance(node.op, ast.USub) else x
+    x = tree_value(mp, node.left, tokens, point)
+    y = tree_value(mp, node.right, tokens, point)
+    if isinstance(node.op, ast.Pow) and abs(y) > 10**4:  # nobody computes 9^(9^9)
+        raise ValueError("too large")
+    x = OPERATORS[type(node.op)](x, y)
+    if x and abs(mp.mag(x)) > 10**5:  # bits: longer sums and logarithms take seconds
+        raise ValueError("too large")
+    return x
 
-    def product(self):
-        """Signs may lack, as in 2x(x+1), but not before a number."""
-        x = self.power()
-        while self.tokens:
-            sign = self.take("*", "/")
-            if not sign and not re.match(r"[A-Za-z([{]|\\(?:frac|sqrt|pi)|" + GREEK.pattern, self.tokens[-1]):
-                break
-            y = self.power()
-            x = x / y if sign == "/" else x * y
-        return x
 
-    def power(self):
-        if sign := self.take("+", "-"):
-            x = self.power()
-            return -x if sign == "-" else x
-        x = self.atom()
-        if self.take("^"):
-            n = self.power()
-            if abs(n) > 10**4:  # nobody computes 9^(9^9)
-                raise ValueError("too large")
-            x = self.mp.power(x, n)
-        if x and abs(self.mp.mag(x)) > 10**5:  # bits: longer sums and logarithms take seconds
-            raise ValueError("too large")
-        return x
-
-    def atom(self):
-        token = self.tokens.pop()
-        if token in ("(", "[", "{"):
-            x = self.sum()
-            if not self.take(")", "]", "}"):
-                raise ValueError("not closed")
-            return x
-        if token == "\\frac":
-            return self.atom() / self.atom()
-        if token == "\\sqrt":
-            n = self.atom() if self.tokens[-1] == "[" else 2
-            return self.mp.power(self.atom(), 1 / self.mp.mpf(n))
-        if token[-1].isdigit() and "_" not in token:
-            return self.mp.mpf(token)
-        if token in ("e", "i", "\\pi"):
-            return {"e": self.mp.e, "i": self.mp.j, "\\pi": self.mp.pi}[token] * 1
-        if not token[0].isalpha() and not GREEK.fullmatch(token):
-            raise ValueError(f"unexpected {token}")
-        # a variable; > 0, where sqrt(1/n) is 1/sqrt(n)
-        return self.mp.mpf(zlib.crc32(f"{token} {self.point}".encode())) / 2**32 + 0.5
+def token_value(mp, token, point):
+    """The value of a number, a constant or a letter; ValueError for the rest."""
+    if token in ("e", "i", "\\pi"):
+        return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
+    if SYMBOL.fullmatch(token):  # > 0, where sqrt(1/n) is 1/sqrt(n)
+        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
+    return mp.mpf(token)
 
 
 # ---------------------------------------------------------------- students
