@@ -594,27 +594,25 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     # rows of a matrix, layout, thousands, currency, degrees, an approximation behind a value
     (r"\\\\", ";"), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|\\[;: ]|~", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
-    (r"(?<=[\d}])\s*\\approx.*", ""), (r"\\cup(?![a-z])|∪|;$", ","),
-    # operators, \frac12 and 3\frac12, \sqrt2 and sqrt(2), x_{1}
-    (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"), (r"\\div(?![a-z])|÷", "/"), (r"\*\s*\*", "^"),
-    (r"[−–]", "-"), (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<![\w.^}])(\d+) *(?:\\frac *\{(\d+)\} *\{(\d+)\}| (\d+) ?/ ?(\d+)(?![\d.]))",
-     r"(\1+\2\4/\3\5)"),
-    (r"\\?\b(sqrt|pi|infty)(?![A-Za-z])", r"\\\1"), (r"\\sqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
+    (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
+    # \frac12 and 3\frac12, \sqrt2 and sqrt(2), x_{1}
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
+    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
     (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
     # lists, sets and matrices
-    (r"(?:\\(?:text|mbox)\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
+    (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
     (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
     (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "matrix{"),
-    (r"\\end\{(?:[pb]matrix|array)\}\s*\]?", "}"))]
+    (r";?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "}"))]
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
 # Units behind a number go ("10 cm", "5 apples"), but not the words that change its value.
 UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?:\^\{?\d\}?)?\s*$")
-VALUED = re.compile(r"(?i)\b(?:hundred|thousand|million|billion|trillion|dozen|not|negative|minus"
-                    r"|than|more|less|fewer|at|[ap]\.?m)\b")
+VALUED = re.compile(r"(?i)\b(?:hundred|[mb]illion|thousand|dozen|not|negative|minus|than|more|less"
+                    r"|fewer|at|[ap]\.?m)\b")
 THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])")  # (1,000) is a pair
 NAMED = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
-# Fractions, roots and powers of what has no braces inside, with brackets
+# Fractions, powers and roots of what has no braces inside
 BRACES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
     (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))"))]
@@ -650,11 +648,16 @@ def same_math(a, b):
     if kind != kind_b or len(parts) != len(others) or len(parts) > 20:
         return False
     if kind == "formula":
-        return same_values(values(a), values(b))
+        x, y = values(a), values(b)
+        return bool(x and y) and all(abs(p - q) * 10**80 <= abs(p) for p, q in zip(x, y))
     if kind != "list":
         return all(map(same_math, parts, others))
-    return all(any(same_math(x, y) for y in others) for x in parts) and all(
-        any(same_math(x, y) for x in parts) for y in others)
+    for part in parts:
+        twin = next((other for other in others if same_math(part, other)), None)
+        if twin is None:
+            return False
+        others.remove(twin)
+    return True
 
 
 def parts_of(s):
@@ -681,60 +684,51 @@ def split_top(s, separator):
 
 @lru_cache(maxsize=4096)
 def values(formula):
-    """A formula's values with its letters at three arbitrary points; [] if it can't be read."""
+    """A formula's values with its letters at three arbitrary points; None if it can't be read."""
     mp = MPContext()  # our own: threads would share the precision of mpmath.mp
     mp.dps = 100
+    try:
+        tree, tokens = parsed(formula)
+        return [value_of(mp, tree, tokens, point) for point in range(3)]
+    except (ValueError, ArithmeticError, SyntaxError, AttributeError, LookupError, RecursionError):
+        return None
+
+
+def parsed(formula):
+    """(tree, tokens): Python's reading of a formula whose numbers and letters are n0, a1, ... by
+    their place among the tokens: 2x(x+1) is n0 * a1 * ( a3 + n5 )."""
     for _ in range(9):  # from the innermost braces outwards
         for pattern, new in BRACES:
             formula = pattern.sub(new, formula)
     tokens = TOKEN.findall(formula)
-    try:
-        tree = ast.parse(as_python(tokens), mode="eval").body
-        return [tree_value(mp, tree, tokens, point) for point in range(3)]
-    except (ValueError, SyntaxError, ArithmeticError, AttributeError, KeyError, RecursionError,
-            MemoryError):
-        return []
-
-
-def same_values(x, y):
-    """Whether two formulas could be read and agree at all points."""
-    return x != [] and all(abs(p - q) * 10**80 <= max(abs(p), abs(q)) for p, q in zip(x, y)) and y != []
-
-
-def as_python(tokens):
-    """A formula in Python, whose numbers and letters are n0 and a1 by their place: 2x(x+1) is
-    n0 * a1 * ( a1 + n4 )."""
-    words = [*tokens]
+    names = [*tokens]
     for i, token in enumerate(tokens):
         if token not in "+-*/()^":
-            words[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
-    return re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(words)).replace("^", "**")
+            names[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
+    expression = re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(names)).replace("^", "**")
+    return ast.parse(expression, mode="eval").body, tokens
 
 
-def tree_value(mp, node, tokens, point):
-    """The value of a tree of names, signs and OPERATORS; other errors for other trees."""
+def value_of(mp, node, tokens, point):
+    """The value of a tree of names, signs and OPERATORS; some error for all others."""
     if isinstance(node, ast.Name):
-        return token_value(mp, tokens[int(node.id[1:])], point)
+        token = tokens[int(node.id[1:])]
+        if token in ("e", "i", "\\pi"):
+            return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
+        if SYMBOL.fullmatch(token):  # > 0, where sqrt(1/n) is 1/sqrt(n)
+            return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
+        return mp.mpf(token)
     if isinstance(node, ast.UnaryOp):
-        x = tree_value(mp, node.operand, tokens, point)
+        x = value_of(mp, node.operand, tokens, point)
         return -x if isinstance(node.op, ast.USub) else x
-    x = tree_value(mp, node.left, tokens, point)
-    y = tree_value(mp, node.right, tokens, point)
+    x = value_of(mp, node.left, tokens, point)
+    y = value_of(mp, node.right, tokens, point)
     if isinstance(node.op, ast.Pow) and abs(y) > 10**4:  # nobody computes 9^(9^9)
         raise ValueError("too large")
     x = OPERATORS[type(node.op)](x, y)
-    if x and abs(mp.mag(x)) > 10**5:  # bits: longer sums and logarithms take seconds
+    if x and abs(mp.mag(x)) > 10**5:  # bits: longer logarithms take seconds
         raise ValueError("too large")
     return x
-
-
-def token_value(mp, token, point):
-    """The value of a number, a constant or a letter; ValueError for the rest."""
-    if token in ("e", "i", "\\pi"):
-        return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
-    if SYMBOL.fullmatch(token):  # > 0, where sqrt(1/n) is 1/sqrt(n)
-        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
-    return mp.mpf(token)
 
 
 # ---------------------------------------------------------------- students
