@@ -634,10 +634,8 @@ def spelled(s):
 def same_math(a, b):
     """Whether two formulas, as spelled() writes them, are equal: sets and lists in any order,
     tuples, intervals, matrices and equations part by part; "x=5" is 5."""
-    if not (a and b):
-        return False
     if a == b or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
-        return True
+        return a != ""
     a_is, b_is = NAMED.fullmatch(a), NAMED.fullmatch(b)
     if bool(a_is) != bool(b_is):
         return same_math(a_is[1] if a_is else a, b_is[1] if b_is else b)
@@ -667,7 +665,7 @@ def parts_of(s):
     for kind, separator in (("list", ","), ("equation", "=")):
         if len(parts := split_top(s, separator)) > 1:
             return kind, parts
-    if s[0] in "([" and s[-1] in ")]" and len(parts := split_top(s[1:-1], ",")) > 1:
+    if s[:1] in ("(", "[") and s[-1] in ")]" and len(parts := split_top(s[1:-1], ",")) > 1:
         return s[0] + s[-1], parts
     return "formula", [s]
 
@@ -681,20 +679,11 @@ def split_top(s, separator):
 
 @lru_cache(maxsize=4096)
 def values(formula):
-    """A formula's values with its letters at three arbitrary points; None if it can't be read."""
-    mp = MPContext()  # our own: threads would share the precision of mpmath.mp
-    mp.dps = 100
-    try:
-        tree, tokens = parsed(formula)
-        return [value_of(mp, tree, tokens, point) for point in range(3)]
-    except (ValueError, ArithmeticError, SyntaxError, AttributeError, LookupError, RecursionError,
-            MemoryError):
-        return None
+    """A formula's values with its letters at three arbitrary points; None if it can't be read.
 
-
-def parsed(formula):
-    """(tree, tokens): Python's reading of a formula whose numbers and letters are n0, a1, ... by
-    their place among the tokens: 2x(x+1) is n0 * a1 * ( a3 + n5 )."""
+    Python's parser reads it with n0, a1, ... for its numbers and letters, by their place among the
+    tokens: 2x(x+1) is n0 * a1 * ( a3 + n5 ).
+    """
     for _ in range(9):  # from the innermost braces outwards
         for pattern, new in BRACES:
             formula = pattern.sub(new, formula)
@@ -704,7 +693,14 @@ def parsed(formula):
         if token not in "+-*/()^":
             names[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
     expression = re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(names)).replace("^", "**")
-    return ast.parse(expression, mode="eval").body, tokens
+    mp = MPContext()  # our own: threads would share the precision of mpmath.mp
+    mp.dps = 100
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        return [value_of(mp, tree, tokens, point) for point in range(3)]
+    except (ValueError, SyntaxError, ArithmeticError, AttributeError, LookupError, RecursionError,
+            MemoryError):
+        return None
 
 
 def value_of(mp, node, tokens, point):
