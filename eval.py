@@ -446,8 +446,9 @@ DENIED = re.compile(r"(?i)n['’]t\b|\b(?:not|never|neither|nor|cannot|wrong|fal
 LEAD = re.compile(r"""(?ix) (?: [\s:*"'`“>] | -\ | \.\s | \b(?: (?!hardly|unlikely|nearly)\w+ly | most
     | about | therefore | thus | hence | indeed | it['’]s | it\ is | is | option )\b )*""")
 # -1234.5, .5 or 3/4, but neither 2nd nor a part of x2 or 1.2.3
-NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)? (?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})
-    (?:\ ?/\ ?[1-9]\d{0,29})? (?!\d | \.\d | /\d | st\b | nd\b | rd\b | th\b)""")
+NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)?
+    (?:\d{1,30} (?:\ ?/\ ?[1-9]\d{0,29} | \.\d{1,30})? | \.\d{1,30})
+    (?! \d | \.\d | \ ?/\ ?\d | st\b | nd\b | rd\b | th\b)""")
 # Beside a number it says that this is not the whole value: 5 million, 3 quarters, 5 or more, 2π.
 UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|fourth
       |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative | times
@@ -568,11 +569,10 @@ def read_choice(statement, claim, choices):
 
 def grade(task, prediction, answer):
     """True if a prediction means the same as the answer; None (unparsed) is wrong."""
-    if prediction is None:
+    if prediction is None or max(len(prediction), len(answer)) > 500:
         return False
     if TASKS[task] == "math":
-        short = max(len(prediction), len(answer)) < 500  # so that equality takes milliseconds
-        return short and same_math(spelled(prediction), spelled(answer))
+        return same_math(spelled(prediction), spelled(answer))
     if TASKS[task] != "number":
         return prediction.strip("() .").lower() == answer.strip("() .").lower()
     a, b = number_in(prediction), number_in(answer)
