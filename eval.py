@@ -438,9 +438,9 @@ ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
       (?: ["'`]?\s?[:=>] | \s*\n
         | [^.:=?!\n]{0,80}? (?:\b(?:is|are|was|were|be|equals?)\b | n['’]t\b) (?!\ correct) )""")
 CLAUSE_END = re.compile(r"[.,:;!?\n]|\b(?:so|thus|therefore|hence)\b")
-SENTENCE_END = re.compile(r"[!?\n]|</|\.(?!\s?\d)(?=\s|$)")  # not that of "4 hrs. 30 min"
-# Such a clause announces nothing: it is denied, or supposed ("If the answer is 4, then ...").
-DENIED = re.compile(r"(?i)n['’]t\b|\b(?:not|never|neither|nor|cannot|wrong|false|incorrect|unlikely"
+SENTENCE_END = re.compile(r"[!\n]|</|\.(?!\s?\d)(?=\s|$)")  # not that of "4 hrs. 30 min"
+# Such a clause announces nothing: it is denied, asked, or supposed ("If the answer is 4, then").
+DENIED = re.compile(r"(?i)\?|n['’]t\b|\b(?:not|never|neither|nor|cannot|wrong|false|incorrect|unlikely"
                     r"|least likely|if|suppose|assum\w+|whether|unless|might|either)\b")
 # What may stand between an announcement and its value.
 LEAD = re.compile(r"""(?ix) (?: [\s:*"'`“>] | -\ | \.\s | \b(?: (?!hardly|unlikely|nearly)\w+ly | most
@@ -455,11 +455,12 @@ UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|thir
     | than | or | and | multiplied | divided | added | equals )\b | \d(?:[KMB]\b|e[-+]?\d|[:,]\d)
     | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s | \\(?:sqrt|frac|pi|times|cdot|div)""")
 # A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
-# \boxed{2} and \boxed{3}, \boxed{3}^2.
+# \boxed{2} and \boxed{3}, \boxed{3}^2, \boxed{3} million.
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
     | \\(?:sqrt|cdot|times|div|pm)\ ? )\{?\Z | \\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z
     | \\boxed\{[^{}]{1,50}\}[\s$,;&]*(?:and|or)?[\s$]*(?:[A-Za-z]\ ?=\ ?)?\Z""")
-AFTER_PART = re.compile(r"\s?(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div|frac|pi)|\}\{)")
+AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div|frac|pi)|\}\{|or\b"
+                        r"|hundred|thousand|[mbtr]+illion)")
 
 
 def after_thought(text):
@@ -498,10 +499,8 @@ def extract_answer(task, text, choices=None):
         statement = without_latex(statement)
     statement = statement[LEAD.match(statement).end():]
     claim = SENTENCE_END.split(statement, maxsplit=1)[0]
-    if statement[len(claim):].startswith("?"):  # "5? Let me see."
-        return None
     if kind == "yesno":
-        m = re.match(r"(?i)(yes|no|true|false)\b(?:\W*$|[,.;:)]| - )", claim)
+        m = re.match(r"(?i)(yes|no|true|false)\b(?:[^\w?]*$|[,.;:)](?! (?:or |and )?(?:yes|no)\b)| - )", claim)
         return m and YESNO[m[1].lower()]
     if DENIED.search(claim):
         return None
@@ -588,8 +587,8 @@ def grade(task, prediction, answer):
 # wherever we put their letters. Nothing is simplified, no eval() runs, and the time is bounded by
 # the texts' lengths: nothing can hang, in whatever thread.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    # rows of a matrix, layout, thousands, currency, degrees, an approximation behind a value
-    (r"\\\\", ";"), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|\\[;: ]|~", " "),
+    # layout, thousands, currency, degrees, an approximation behind a value
+    (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|\\[;: ]|~", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
     (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
     # \frac12 and 3\frac12, \sqrt2 and sqrt(2), x_{1}
@@ -597,11 +596,11 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
     (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
     (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
-    # lists, sets and matrices
+    # lists, sets, and matrices as tuples of their rows
     (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
     (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
-    (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "matrix{"),
-    (r";?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "}"))]
+    (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "(("), ("&", ","),
+    (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))"))]
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
 # Units behind a number go ("10 cm", "5 apples"), but not the words that change its value.
 UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?:\^\{?\d\}?)?\s*$")
@@ -656,10 +655,8 @@ def same_math(a, b):
 
 
 def parts_of(s):
-    """(kind, parts) of a formula: a matrix, a list, set or union, the sides of an equation, a tuple
-    or interval, or the formula alone."""
-    if s.startswith("matrix{"):
-        return f"matrix of {s.count(';')} rows", re.split("[&;]", s[7:-1])
+    """(kind, parts) of a formula: a list, set or union, the sides of an equation, a tuple, interval
+    or matrix, or the formula alone."""
     if "\\pm" in s:
         s = s.replace("\\pm", "+") + "," + s.replace("\\pm", "-")
     for kind, separator in (("list", ","), ("equation", "=")):
