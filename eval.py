@@ -439,20 +439,20 @@ ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
 CLAUSE_END = re.compile(r"[.,:;!?\n]|\b(?:so|thus|therefore|hence)\b")
 SENTENCE_END = re.compile(r"[!\n]|</|\.(?!\s?\d)(?=\s|$)")  # not that of "4 hrs. 30 min"
 # Such a clause announces nothing: it is denied, asked, or supposed ("If the answer is 4, then").
-DENIED = re.compile(r"(?i)\?|n['’]t\b|\b(?:not|never|neither|nor|cannot|wrong|false|incorrect|unlikely"
-                    r"|least likely|if|suppose|assum\w+|whether|unless|might|either)\b")
+DENIED = re.compile(r"(?i)\?|n['’]t\b|\b(?:not|never|neither|nor|cannot|wrong|false|incorrect"
+                    r"|unlikely|least likely|if|suppose|assum\w+|whether|unless|might|either)\b")
 # What may stand between an announcement and its value.
-LEAD = re.compile(r"""(?ix) (?: [\s:*"'`“>] | -\ | \.\s | \b(?: (?!hardly|unlikely|nearly)\w+ly | most
-    | about | therefore | thus | hence | indeed | it['’]s | it\ is | is | option )\b )*""")
+LEAD = re.compile(r"""(?ix) (?: [\s:*"'`“>] | -\ | \.\s | \b(?: (?!hardly|unlikely|nearly)\w+ly
+    | most | about | therefore | thus | hence | indeed | it['’]s | it\ is | is | option )\b )*""")
 # -1234.5, .5 or 3/4, but neither 2nd nor a part of x2 or 1.2.3
 NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)?
     (?:\d{1,30} (?:\ ?/\ ?[1-9]\d{0,29} | \.\d{1,30})? | \.\d{1,30})
     (?! \d | \.\d | \ ?/\ ?\d | st\b | nd\b | rd\b | th\b)""")
 # Beside a number it says that this is not the whole value: 5 million, 3 quarters, 5 or more, 2π.
 UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|fourth
-      |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative | times
-    | than | or | and | multiplied | divided | added | equals )\b | \d(?:[KMB]\b|e[-+]?\d|[:,]\d)
-    | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s | \\(?:sqrt|frac|pi|times|cdot|div)""")
+      |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative
+    | times | than | or | and | multiplied | divided | added | equals )\b
+    | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s | \\(?:sqrt|frac|pi|times|cdot|div)""")
 # A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
 # \boxed{2} and \boxed{3}, \boxed{3}^2, \boxed{3} million.
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
@@ -587,7 +587,7 @@ def grade(task, prediction, answer):
 # wherever we put their letters. No eval() runs and nothing can hang, in whatever thread.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     # layout, thousands, currency, degrees, an approximation behind a value
-    (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]|~", " "),
+    (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
     (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
     # \frac12 and 3\frac12, \sqrt2 and sqrt(2), x_{1}
