@@ -452,7 +452,8 @@ NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)?
 UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|fourth
       |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative
     | times | than | or | and | multiplied | divided | added | equals )\b
-    | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s | \\(?:sqrt|frac|pi|times|cdot|div)""")
+    | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s
+    | \\(?:sqrt|frac|pi|times|cdot|div)""")
 # A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
 # \boxed{2} and \boxed{3}, \boxed{3}^2, \boxed{3} million.
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
@@ -590,10 +591,10 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
     (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
-    # \frac12 and 3\frac12, \sqrt2 and sqrt(2), x_{1}
+    # \frac12 and 3\frac12, \sqrt2 and sqrt(2), \mathbf{i}, x_{1}
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
+    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"), (r"\\math\w+\s*\{(\w)\}", r"\1"),
     (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
     # lists, sets, and matrices as tuples of their rows
     (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
@@ -606,6 +607,7 @@ UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?
 VALUED = re.compile(r"(?i)\b(?:hundred|[mb]illion|thousand|dozen|not|negative|minus|than|more|less"
                     r"|fewer|at|[ap]\.?m)\b")
 THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])")  # (1,000) is a pair
+# x = 5, f(x) = 5, (a, b) = (2, 9)
 NAMED = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
 # Fractions, powers and roots of what has no braces inside
 BRACES = [(re.compile(pattern), new) for pattern, new in (
