@@ -160,7 +160,7 @@ EQUAL = [  # prediction, answer
     ("\\begin{pmatrix} 1/2 \\\\ 0 \\end{pmatrix}", "\\begin{bmatrix} \\frac{1}{2} \\\\ 0 \\end{bmatrix}"), ("\\sqrt{1/n}", "\\frac{1}{\\sqrt{n}}"),
     ("\\left[\\begin{array}{cc}1 & 2 \\\\ 3 & 4\\end{array}\\right]", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"), ("y = 3 + 2x", "y=2x+3"),
     ("4210_7", "4210_{7}"), ("4210_{\\text{7}}", "4210_7"), ("\\frac{20}{7} \\approx 2.857", "\\frac{20}{7}"), ("\\text{Yes}", "yes"),
-    ("5\\text{ million}", "5 million"), ("\\overline{CD}", "\\overline{CD}"), ("\\sin 3x", "\\sin3x"), ("\\frac{x}{\\frac{1}{y}}", "xy"),
+    ("5\\text{ million}", "5 million"), ("\\overline{CD}", "\\overline{CD}"), ("\\sin 3x", "\\sin3x"), ("\\frac{x}{\\frac{1}{y}}", "xy"), ("2\\mathrm{e}", "2e"),
 ]
 DIFFERENT = [
     ("east", "seat"), ("\\text{east}", "\\text{seat}"), ("1 2", "12"), ("5\\text{ feet }30\\text{ inches}", "530"), ("", "0"), ("", ""),
@@ -171,7 +171,7 @@ DIFFERENT = [
     ("(2,1)", "(1,2)"), ("(1,000)", "1000"), ("2021", "\\pm 2021"), ("1:00", "12:00"), ("9 p.m.", "9\\text{ a.m.}"), ("x^2", "x^3"), ("A", "B"),
     ("\\frac{1}{3 \\cdot 2^{2006}}", "\\frac{2^{2005}+1}{3 \\cdot 2^{2006}}"), ("3x + 4y + 14=0", "3x-y+13=0"), ("x=5", "y=5"), ("2x=10", "x=5"),
     ("0", "x - 3z = 0"), ("1.5", "15"), ("\\text{even}", "\\text{odd}"), ("0.33", "\\frac13"), ("3.14", "\\pi"), ("\\sin x", "\\cos x"),
-    ("1000000000000000000000000000000000000001", "1000000000000000000000000000000000000000"), ("\\sin x", "x\\sin"),
+    ("1000000000000000000000000000000000000001", "1000000000000000000000000000000000000000"), ("\\sin x", "x\\sin"), ("3\\mathbf{i}+4\\mathbf{j}", "7"),
     ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("5 \\text{ or more}", "5"), ("5 or more", "5"),
     *((s, "5") for s in ("5 \\text{ million}", "5 million", "5\\text{ dozen}", "\\text{less than } 5", "\\text{at least }5", "\\text{not } 5",
                          "\\text{negative }5", "\\text{at most }5", "5 hundred", "__import__('os')", "5 if 1 else 5", "5;5", "[5][0]")),
@@ -273,8 +273,7 @@ def test_nearly_every_math_solution_is_read_and_every_answer_equals_itself(data_
     solutions = [json.loads(line)["solution"] for line in open(data_dir / "original" / "math_test.jsonl", encoding="utf-8")]
     answers = [last_box(solution) for solution in solutions]
     assert len(answers) == 5000 and all(E.grade("math", answer, answer) for answer in answers)
-    right = [E.grade("math", read("math", solution), answer) for solution, answer in zip(solutions, answers)]
-    assert sum(right) >= 4970
+    assert sum(E.grade("math", read("math", solution), answer) for solution, answer in zip(solutions, answers)) >= 4970
 
 
 def last_box(solution):
