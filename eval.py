@@ -7,10 +7,12 @@ A row is a flat dict {"id", "task", "question", "answer"} and, where there are a
 {"A": text, ...}, "level" and "prompt" (which overrides the student prompt).
 """
 import argparse
+import ast
 import contextlib
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
@@ -28,6 +30,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationConfig, StoppingCriteria
 from transformers.utils import cached_file
+
+from mpmath import MPContext
 
 # One line per task, and no more is needed for a new one: which kind of answer it has.
 TASKS = {
@@ -334,46 +338,48 @@ def two_chats(tokenizer, prompt):
     return chats
 
 
-# ---------------------------------------------------------------- answers
-# A filter would rather lose an answer than take a wrong one: what names several, denies one or
-# stops short of one is unparsed. Texts are cut to their end and their blanks to one, so that no
-# pattern below takes more than milliseconds on any of them.
-LONGEST = 5000  # characters of a text that are read, from its end
+# ---------------------------------------------------------------- answers: what a text says
+# Thoughts are cut off. What the text announces last counts (a box, ####, "the answer is",
+# "Answer:"), and it must be one value. A number, and only a number, may be read from the end of a
+# text that announces nothing. All else is unparsed: rather lose an answer than take a wrong one.
+LONGEST = 5000  # characters, from a text's end; so no pattern takes more than milliseconds
 # The marks of thoughts in the families' outputs; a decoder may leave <|channel|> and the like out.
 THOUGHT = re.compile(r"""(?ix)
     (?P<closes> </(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[/think\] | ◁/think▷
       | <\|end_(?:thinking|of_thought)\|> | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
     | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
     | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
-# What announces an answer: #### 5, \boxed{5}, "So the best option (of the four) is", "Answer: 5";
-# "the answer is correct" doesn't. "The answer isn't 5" announces "isn't 5", which is denied. `A:`
-# opens only GSM8K's answers.
-ANNOUNCED = re.compile(r"""(?imx) \#{4} | \\(?:boxed|fbox)\b | ```output\n | (?P<colon>^A:)
-    | <(?:final_)?answer> | \bfinal\ answer\s*\n
-    | \b(?:answers?|ans|(?:correct|right|best)\ (?:option|choice))\b ["'`]?\s?
-      (?:\([^()\n]{1,80}\)\s?)? (?:(?:to|of|for)\ [^.:=\n]{1,80}?\s)? (?:,[^,.\n]{1,30},\s?)?
-      (?:choice\b|option\b|letter\b)? \s?
-      (?: (?:is|are|was|(?:would|should|must|will)\ be|seems\ to\ be)\b | [:=]
-        | (?= (?P<denial>(?:is|are|was)n['’]t | (?:\w+n['’]t|cannot|\w+\ not)\ be)
-              \b[^\w\n]{1,3}\d ) )
-      (?!\s(?:\w+ly\s)?(?:correct|verified|confirmed|consistent|reasonable)\b)""")
-# "If the answer is ..." announces nothing, nor does "A common wrong answer is ...".
-SUPPOSED = re.compile(r"""(?ix)(?: \b(?:if|suppose|whether|assum\w+|unless|check)\b [^.,:!?\n]{0,30}
-    | (?: \b(?:might|wrong|incorrect|unlikely|least\ likely|not\ true|others?)\b | n['’]t\b )
-      (?: (?!\b(?:so|thus|therefore|hence|hand|words)\b) [^.,:!?\n] ){0,30} )\Z""")
-DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|wrong|incorrect|false|eliminated?"
-                    r"|except|rule[sd]? out|unlikely|least likely)\b|n['’]t\b")
-# A box right behind it is no answer, but a part of one: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}}
-PARTLY = re.compile(r"(?:(?<![-\w})])[-−–]|[$=(\[] ?[-−–] |\d(?: ?[*/] ?)?|\^"
-                    r"|\\(?:sqrt|cdot|times|div|pm) ?)\{?\Z"
-                    r"|\\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z")
-# What is right behind it is no answer: "It cannot be $\boxed{5}$".
-NOT_BE = re.compile(r"(?i)(?:\bnot|\bcannot|n['’]t)\s(?:be\s|equal\s)?\W*\Z")
-BUT = re.compile(r"(?i)\b(?:but|rather|instead)\b(?! than)")
-# Such a sentence weighs an option and does not choose it.
-LOOK_AT = re.compile(r"(?i)\b(?:consider|examine|evaluate|check|look|let['’]?s|let us)\b")
-# How a line of a list of choices begins: (A), B. or - C:
-OPTION = re.compile(r"(?:[-*•] )?\(?[A-Z][).:]")
+# Answer: 5, {"answer": 5}, <answer>5 and "the answer (in eggs) is 5", but neither "the answer is
+# correct" nor "the other answers are wrong".
+ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
+    | (?<!/)(?<!other\ )\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b
+      (?: ["'`]?\s?[:=>] | \s*\n
+        | [^.:=?!\n]{0,80}? (?:\b(?:is|are|was|were|be|equals?)\b | n['’]t\b) (?!\ correct) )""")
+CLAUSE_END = re.compile(r"[.,:;!?\n]|\b(?:so|thus|therefore|hence)\b")
+SENTENCE_END = re.compile(r"[!\n]|</|\.(?!\s?\d)(?=\s|$)")  # not that of "4 hrs. 30 min"
+# Such a clause announces nothing: it is denied, asked, or supposed ("If the answer is 4, then").
+DENIED = re.compile(r"(?i)\?|n['’]t\b|\b(?:not|never|neither|nor|cannot|wrong|false|incorrect"
+                    r"|unlikely|least likely|if|suppose|assum\w+|whether|unless|might|either)\b")
+# What may stand between an announcement and its value.
+LEAD = re.compile(r"""(?ix) (?: [\s:*"'`“>] | -\ | \.\s | \b(?: (?!hardly|unlikely|nearly)\w+ly
+    | most | about | therefore | thus | hence | indeed | it['’]s | it\ is | is | option )\b )*""")
+# -1234.5, .5 or 3/4, but neither 2nd nor a part of x2 or 1.2.3
+NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)?
+    (?:\d{1,30} (?:\ ?/\ ?[1-9]\d{0,29} | \.\d{1,30})? | \.\d{1,30})
+    (?! \d | \.\d | \ ?/\ ?\d | st\b | nd\b | rd\b | th\b)""")
+# Beside a number it says that this is not the whole value: 5 million, 3 quarters, 5 or more, 2π.
+UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|fourth
+      |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative
+    | times | than | or | and | multiplied | divided | added | equals )\b
+    | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s
+    | \\(?:sqrt|frac|pi|times|cdot|div)""")
+# A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
+# \boxed{2} and \boxed{3}, \boxed{3}^2, \boxed{3} million.
+BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
+    | \\(?:sqrt|cdot|times|div|pm)\ ? )\{?\Z | \\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z
+    | \\boxed\{[^{}]{1,50}\}[\s$,;&]*(?:and|or)?[\s$]*(?:[A-Za-z]\ ?=\ ?)?\Z""")
+AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div|frac|pi)|\}\{|or\b"
+                        r"|hundred|thousand|[mbtr]+illion)")
 
 
 def after_thought(text):
@@ -386,634 +392,251 @@ def after_thought(text):
 
 
 def extract_answer(task, text, choices=None):
-    """The answer that a text states, in canonical form, or None where it states none.
+    """The answer that a text states, or None where it states none or more than one.
 
-    It is a number, LaTeX, a letter of `choices`, "yes" or "no". What the text announces last
-    counts ("the answer is unclear" takes back what came before). Only a text that announces
-    nothing is read from its end.
+    It is a number ("-1234.5", "3/4"), LaTeX, a letter of `choices`, "yes" or "no".
     """
-    kind, choices = TASKS[task], choices or {}
-    text = plain(after_thought(text))
-    found = [m for m in ANNOUNCED.finditer(text)
-             if not (kind == "choice" and (m["colon"] or m["denial"]))]
-    announced = [m for m in found if not is_taken_back(text, m)]
+    kind = TASKS[task]
+    text = re.sub(r"[ \t\xa0\u2009\u202f]+", " ", after_thought(text)[-LONGEST:])
+    text = re.sub(r"(?<!\w)\*{2,3}|\*{2,3}(?!\w)", "", text)  # bold, but not Python's 2**3
+    announced = list(ANNOUNCED.finditer(text))
     if not announced:
-        if found:  # what follows the sentence: "The wrong answer is 5. It is 6."
-            text = text[found[-1].end():]
-            text = text[len(first_sentence(text)):].lstrip(".!?")
-        return read_end(kind, text.strip(), choices)
-    statement = statement_after(text, announced[-1])
-    if re.match(r"[^.!\n]{0,80}\?", statement):  # "The answer is 5? Let me see."
-        return None
-    in_box = announced[-1][0].startswith("\\")
-    before = text[:announced[-1].start()][-80:]
-    if in_box and kind in ("number", "math") and PARTLY.search(before):
-        return None
-    if kind == "math":
-        return read_math(text, announced)
-    return READERS[kind](statement, choices)
-
-
-def is_taken_back(text, m):
-    """Whether what stands before an announcement says that it is none."""
-    before = text[:m.start()][-60:]
-    return bool((SUPPOSED if m[0][0].isalpha() else NOT_BE).search(before))
-
-
-def plain(text):
-    """The end of a text without markdown's bold and with single blanks (Python's ** stays)."""
-    text = re.sub(r"[ \t\xa0\u2009\u202f]+", " ", text[-LONGEST:])
-    text = re.sub(r"\s*\n\s*\n\s*", "\n\n", text)
-    return re.sub(r"(?<![^\s(\"'>:])(\*{1,3}|__)(?=\S)(.{1,200}?)(?<=\S)\1(?![\w*(])", r"\2", text)
-
-
-def statement_after(text, m):
-    """What is announced: the braces of \\boxed, the last line of a program's output, the content
-    of a tag, else the paragraph."""
-    rest = text[m.end():m.end() + 1000]
-    if m[0].startswith("\\"):
-        return braces(rest)
-    if m[0].startswith("```"):
-        return rest.split("```")[0].strip().rsplit("\n", 1)[-1]
-    if m[0].startswith("<"):
-        return rest.split("</")[0].strip()
-    return re.sub(r"^(?:\n-\s|[\s:*]|\.(?!\d))+", "", rest).split("\n\n", 1)[0]
-
-
-def braces(text):
-    """The content of the balanced {...} at the start of a text, "" if they never close (the text
-    was cut); without any, a word."""
-    text = text.lstrip()
-    if not text.startswith("{"):
-        return re.match(r"[^\s$]*", text)[0]
-    depth = list(itertools.accumulate((c == "{") - (c == "}") for c in text))
-    return text[1:depth.index(0)] if 0 in depth else ""
-
-
-def first_sentence(text):
-    """A text up to the dot (or !, ?) that ends its first sentence ("4 hrs. 30" has none)."""
-    return re.split(r"(?<!\\)(?:(?<![a-z])\.|[!?]|\.(?!\s\d))(?=\$?(?:\s|$))", text, maxsplit=1)[0]
-
-
-def read_end(kind, text, choices):
-    """The answer of a text that announces none: its last number, formula or sentence, if that
-    leaves no doubt."""
-    *before, line = re.split(r"\n+", text)[-2:]
-    if kind == "number":
-        text = text.translate(SIGNS)
-        numbers = [m for m in NUMBER.finditer(text) if canonical(m) is not None]
-        if not numbers or NOT_BE.search(text[:numbers[-1].start()]):
+        return last_number(text) if kind == "number" else None
+    last = announced[-1]
+    before, statement = text[:last.start()][-80:], text[last.end():][:1000]
+    clause = CLAUSE_END.split(before)[-1] + last[0]
+    if last["box"]:
+        statement, after = in_braces(statement)
+        clause = before[-16:]  # "It cannot be $"
+        if BEFORE_PART.search(before) or AFTER_PART.match(after):
             return None
-        return canonical(numbers[-1])
-    if kind == "math":
-        formulas = [m for m in FORMULA.finditer(text) if m.end() > len(text) - len(line)]
-        if formulas:
-            return (formulas[-1][1] or formulas[-1][2]).strip() or None
-        if "\\" in line:
-            return line.rstrip(".")
-        numbers = list(NUMBER.finditer(line))
-        return numbers[-1][0].strip() if numbers else None
-    sentence = line if OPTION.match(line) else re.split(r"[.!?]\s+(?=\S)", line)[-1]
-    if kind == "yesno":
-        starts = re.compile(r"(?i)(?:so|thus|therefore|hence)?\W*(yes|no)\s*(?:[,.;:!]|$)")
-        m = starts.match(sentence) or starts.match(text)
-        return m[1].lower() if m else None
-    must_be = re.split(r"\b(?:must|has to) be\b", sentence)  # "it can't be A, so it must be B"
-    if len(must_be) == 2:
-        return read_choice(must_be[1], choices)
-    # the end of the question's list of choices, or of a text that was cut while it weighed one
-    echo = OPTION.match(line) and before and OPTION.match(before[0])
-    if echo or DENIED.search(sentence) or LOOK_AT.search(sentence):
+    if DENIED.search(clause):
         return None
-    named = {a or b for a, b in re.findall(r"\(([A-Z])\)|(?i:option|choice) ([A-Z])\b", sentence)}
-    named &= set(choices)
-    if named:
-        return named.pop() if len(named) == 1 else None
-    return read_choice(sentence, choices)
+    if kind == "math" and last["box"]:
+        return statement.strip() or None
+    if kind != "math":
+        statement = without_latex(statement)
+    statement = statement[LEAD.match(statement).end():]
+    claim = SENTENCE_END.split(statement, maxsplit=1)[0]
+    if kind == "yesno":
+        m = re.match(r"(yes|no|true|false)\b(?:[^\w?]*$|[,.;:)](?! (?:or |and )?(?:yes|no)\b)| - )",
+                     claim.lower())
+        return m and YESNO[m[1]]
+    if DENIED.search(claim):
+        return None
+    if kind == "math":
+        formula = re.fullmatch(r"\$*([^$]+?)\$*\s*", claim)  # $5$ or 5, but not "$5$ or $6$"
+        return formula and formula[1]
+    return number_in(claim) if kind == "number" else read_choice(statement, claim, choices or {})
 
 
-# ---- numbers
-# Not a part of a word or of another number: money, sign, 2 1/2, 1,234.5 or 70 000, 1e3 or 3 x 10^8,
-# 3/4, 2 million, but not 2nd.
-NUMBER = re.compile(r"""(?x) (?<![A-Za-z_\d])(?<!\d[.,])
-    (?P<minus>(?<![\w).}%])-)? [$€£₹]?\ ?(?P<minus2>-)?
-    (?:(?P<whole>\d+)\ {1,2}(?=\d+/\d))?
-    (?P<digits>\d{1,3}(?:(?:,\d{2,3})*,\d{3}|(?:\ \d{3})+)(?!\d)|\d+|(?=\.\d)) (?P<decimals>\.\d+)?
-    (?: [eE](?P<e>[-+]?\d{1,2})\b
-      | \ ?(?:[x×*·]|\\times|\\cdot)\ ?10\ ?\^\ ?\{?(?P<e10>-?\d{1,2})(?!\d)\}? )?
-    (?:\ ?/\ ?(?P<under>\d+))? (?!\d|st\b|nd\b|rd\b|th\b)
-    (?:\ (?P<scale>hundred|thousand|million|billion|trillion)\b)?""")
-# After a number it says that this was a term of open arithmetic ("36 + 48"), or of a share
-# ("5 of 7").
-OPERATOR = re.compile(
-    r"(?: [a-z]+){1,3} (?:[-+*/x×÷]|\\times) [$€£]?\d"  # 12 eggs - 4
-    r"|(?: ?%| percent) of [$€£]?\d|,? (?:squared|cubed|multiplied by|added to)\b"
-    r"|[(^²³⁴-⁹√π]| ?%? ?(?:=|(?:[-/]|\*\*?)(?= ?[\d$(])|[+×÷](?= ?[\w$(])"
-    r"|\\(?:times|cdot|div|sqrt|pi)"
-    r"|(?:[a-z]+ )?(?:x|of|out of|times|plus|minus|(?:more|less|fewer) than|divided by|equals)\b)")
-# Before a number it says that this is not the value: more than 5, sqrt(16), -(5), half of 10.
-INSIDE = re.compile(
-    r"(?i)(?:\bthan(?: or equal to)?\s|√|sqrt\s?[({]?|[\^_][({]?|-\s?\(|\|"
-    r"|\b(?:minus|over|under|twice|double|triple|(?:half|third|quarter|square|root|cube) of)\s)\Z")
-SCALE = {"": 1, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-         "trillion": 10**12}
-ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-        "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
-        "nineteen"]
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-SPELLED = {word: number for number, word in enumerate(ONES)}  # up to "nine hundred ninety nine"
-SPELLED |= {f"{ten} {one}".strip(): 20 + 10 * t + o for t, ten in enumerate(TENS)
-            for o, one in enumerate(["", *ONES[1:10]])}
-SPELLED |= {f"{ONES[h]} hundred {rest}".strip(): 100 * h + n for h in range(1, 10)
-            for rest, n in [("", 0), *SPELLED.items()] if rest != "zero"}
-_WORD = f"(?:{'|'.join([*ONES, *TENS, *list(SCALE)[1:]])})"
-SPELLED_NUMBER = re.compile(rf"(?i)\W*(?:(?:\w+ly|about|just|therefore|thus|a total of)\s)*"
-                            rf"((?:an?\s)?{_WORD}(?:[\s-](?:and\s)?{_WORD})*)\b")
-# After a number it says that this was one of several, or a part of a measure: 5 or 6, 4 hours and
-# 30 minutes, 4:30, 2 and a half, x = 3 and y = 5; or that it is in thousands: $10K.
-_PART = r"(?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
-ONE_OF_SEVERAL = re.compile(
-    rf"(?i):\d|h\d|[\s-]{_PART}"
-    r"|[^.;:=()\d\n]{0,40}\b(?:and|or)\s(?:about\s|only\s)?"
-    rf"(?:[$€£]?-?\d|an?\s{_PART}|{_WORD}\b)"
-    r"|,?\s(?:to|through)\s[$€£]?-?\d|\s[A-Za-z]+[.,]?\s\d|,\s?-?\d|(?:,|\sand)\s[A-Za-z]\s?="
-    r"|(?-i:[kKMB])\b")
-SIGNS = str.maketrans("−–‒﹣－‐‑", "-------")
-SIGNS |= str.maketrans({"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4"})
+def in_braces(text):
+    """(content, rest) of a text that begins with {...}; two "" if they never close: it was cut."""
+    depths = list(itertools.accumulate((c == "{") - (c == "}") for c in text))
+    end = depths.index(0) if 0 in depths else 0
+    return text[1:end], text[end + 1:]
 
 
-def read_number(statement, choices=None):
-    """The number that the first sentence of a statement gives, or None."""
-    text = TEXT.sub(r"\1", statement.replace("{,}", ",").replace("\\!", "").replace("\\,", " "))
-    text = re.sub(r"\\[dtc]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r" \1\2/\3\4", text)
-    return number_in(first_sentence(text))
+def without_latex(text):
+    """A text with plain numbers: without currency, LaTeX's marks and thousands separators."""
+    text = re.sub(r"[−–]", "-", text.replace("{,}", ","))
+    text = re.sub(r"\\(?:text\w*|math\w+|[()\[\]$%!, ])|(?<=\d)\$", " ", text)
+    return re.sub(r"[{}]|[$€£]\s?|(?<=\d)[, ](?=\d{3}\b)", "", text)
 
 
 def number_in(text):
-    """The one number that a text gives: its first, or what its last equation comes to. None for
-    open arithmetic, several numbers, and one that is denied."""
-    text = digits_for_words(text.translate(SIGNS))
-    text = re.sub(r"(?i)(?:^\W*minus|(?<!-)\bnegative)\s(?=[$€£]?\d)", "-", text)
-    m = NUMBER.search(text)
-    if not m:
+    """The one number that a text gives, or that its equation comes to ("18", "2.5", "1/3"); None
+    for several, for open arithmetic and for a scale or a measure that is not read."""
+    text = without_latex(text)
+    if "=" in text and re.search(r"[,;]\s|\b(?:and|or|because|since)\b", text):  # x = 3, y = 5
         return None
-    before, rest = text[:m.start()], text[m.end():]
-    if DENIED.search(before):
-        positive = BUT.split(text, maxsplit=1)[1:]  # "not 5 but 6"
-        return number_in(positive[0]) if positive else None
-    operator = OPERATOR.match(rest)
-    if operator and (equation := re.split(r"=|\bequals\b", rest))[1:]:
-        return number_in(equation[-1])
-    open_ended = operator and not operator[0].endswith("of")
-    if open_ended or INSIDE.search(before) or ONE_OF_SEVERAL.match(rest) or "\\frac" in text:
+    value = text.rsplit("=", 1)[-1]
+    m = NUMBER.match(value, LEAD.match(value).end())
+    others = {other[0] for other in NUMBER.finditer(value)}
+    if not m or len(others) > 1 or UNREAD.search(value):
         return None
-    return canonical(m)
+    return m[0].replace(" ", "")
 
 
-def canonical(m):
-    """The exact value of a NUMBER match as a string ("18", "2.5", "1/3"); None for a division by
-    zero and for what is too long."""
-    digits = (re.sub("[, ]", "", m["digits"]) or "0") + (m["decimals"] or "")
-    try:
-        value = Fraction(digits) / int(m["under"] or 1) + int(m["whole"] or 0)
-        value *= Fraction(10) ** int(m["e"] or m["e10"] or 0) * SCALE[m["scale"] or ""]
-        value = -value if m["minus"] or m["minus2"] else value
-        decimal = str(float(value))
-        exact = value.denominator > 1 and Fraction(decimal) == value
-        return decimal if exact else str(value)
-    except (ValueError, ArithmeticError):
+def last_number(text):
+    """The number that a text which announces nothing ends with, or None."""
+    text = without_latex(text)
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
         return None
-
-
-def digits_for_words(text):
-    """A text that begins with a number in words, with digits for it ("forty-two eggs"); nothing is
-    left of one that begins with no clear number ("five six", "one of them")."""
-    m = SPELLED_NUMBER.match(text)
-    if not m:
-        return text
-    words, rest = re.sub(r"[\s-]+(?:and\s)?", " ", m[1].lower()), text[m.end():]
-    words = re.sub(r"^an? ", "one ", words)
-    value, smallest = 0, math.inf
-    for part, scale in re.findall(r"(\S.*?)(?: (thousand|million|billion|trillion)|$)", words):
-        if part not in SPELLED or SCALE[scale] >= smallest:
-            return ""
-        smallest = SCALE[scale]
-        value += SPELLED[part] * smallest
-    return "" if words == "one" and re.match(r"\s*\w", rest) else f"{value}{rest}"
-
-
-# ---- yes or no
-def read_yesno(statement, choices=None):
-    """The "yes" or "no" that begins a statement ("most likely No", "technically, yes"), or None."""
-    m = re.match(r"(?i)(?:\W|(?!hardly|unlikely)\w+ly\b|most\b|very\b|a\b|therefore\b|thus\b"
-                 r"|hence\b|indeed\b|\\text\b)*(yes|no|true|false)\b", statement)
-    both = r"\W{0,3}(?:(?:or|and|but)\W+)?(?:yes|no|true|false)\b(?!\sone)"
-    phrase = r"\s(?:longer|one|idea|doubt|way|such|more|(?:\w+\s)?(?:answer|consensus|evidence))\b"
-    if not m or re.match(f"(?i){both}|{phrase}", statement[m.end():]):
-        return None  # "yes/no", "yes and no", "no clear answer"
-    return YESNO[m[1].lower()]
-
-
-# ---- one of several choices
-REASON = re.compile(r"\b(?:because|since|as|given|which|while|whereas|although|though|not"
-                    r"|rather than|instead of|unlike|due to|Explanation|Reason(?:ing)?)\b")
-NOUN = r"(?!because|since|as\b|or\b|and\b|which|is\b|for\b|with\b)[a-z]"  # after the article "A"
-
-
-def read_choice(statement, choices):
-    """The letter of the one choice that a statement names by letter or by text, or None: never the
-    article "a", never one that is denied, never one of several."""
-    s = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\b|[{}$*`\"'“”]", "", statement).strip()
-    if re.match(r"(?i)(?:not|neither|never)\b", s):
-        s = "".join(BUT.split(s, maxsplit=1)[1:])
-    m = re.match(r"(?:[\s:,-]|\b(?:its?|is|most|likely|probably|definitely|clearly|therefore|thus"
-                 r"|hence|indeed|simply|option|choice|letter)\b)*"
-                 r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Z])(?!\w)|([a-z])(?=[.,:;)]?\s*$))", s)
-    if m and (letter := (m[1] or m[2] or m[3]).upper()) in choices:
-        rest = s[m.end():]
-        article = m[2] in ("A", "I") and re.match(f" {NOUN}", rest)
-        if not article:
-            return None if names_another(rest, letter, choices) else letter
-    return choice_by_text(s, choices)
-
-
-def names_another(rest, letter, choices):
-    """Whether what follows a letter names another choice as well, by letter or by text."""
-    after = numeric_dates(rest).lstrip("().:, \n").lower()  # "B. bank"
-    rest = re.sub(r"[):,\s]*(?:\.\s*(?=(?:or|and)\b))?", "", rest, count=1)  # "B. or C."
-    claim = REASON.split(first_sentence(rest), maxsplit=1)[0].lstrip("( ")
-    own = choices[letter].lower()
-    if claim.lower().startswith(own):
-        claim = claim[len(own):]
-    else:
-        claim = re.sub(rf"^A (?={NOUN})", "", claim)  # "(B): A library lends books"
-    said = claim.lower()
-    begun = [text.lower() for text in choices.values()
-             if said.startswith(text.lower()) or after.startswith(numeric_dates(text).lower())]
-    if begun and max(begun, key=len) != own:
-        return True
-    letters = set(re.findall(r"(?<![\w'’])([A-Z])\b(?!['’]\w)", claim)) & set(choices)
-    letters |= {letter.upper() for letter in re.findall(r"\(([a-z])\)", claim)} & set(choices)
-    texts = "|".join(re.escape(text.lower()) for c, text in choices.items() if c != letter)
-    return bool(letters - {letter} or re.search(rf"(?:\b(?:or|and)\s|[/&]\s?)(?:{texts})\b", said))
-
-
-def choice_by_text(statement, choices):
-    """The letter of the one choice whose text a statement gives, or None."""
-    texts = {letter: normal(text) for letter, text in choices.items() if normal(text)}
-    said = normal(statement)
-    claim = normal(REASON.split(first_sentence(numeric_dates(statement)), maxsplit=1)[0])
-    # not the 5 of 2.5, 1/5 or 5.2, nor "no contradiction"
-    whole = {letter: rf"(?<!\w)(?<!\bno )(?<![./,-](?=\d)){re.escape(text)}(?!\w|[./,]\d)"
-             for letter, text in texts.items()}
-    hits = [c for c, text in whole.items() if re.match(text, said) or re.search(text, claim)]
-    # "park" in "car park"
-    hits = [c for c in hits if not any(texts[c] in texts[d] for d in hits if d != c)]
-    if len(hits) != 1 or DENIED.search(claim.replace(texts[hits[0]], "")):
+    before, after = text[:numbers[-1].start()][-80:], text[numbers[-1].end():][:80]
+    several = re.search(r"\d(?: ?[A-Za-z]+,?)? (?:(?:or|to|and) )?$", before)  # 4 hours 30
+    if several or DENIED.search(CLAUSE_END.split(before)[-1]) or UNREAD.match(after.lstrip()):
         return None
-    return hits[0]
+    return numbers[-1][0].replace(" ", "")
 
 
-MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
-# March 3, 1987 and 3rd of March 1987, 3/3/1987, 1987-03-03
-_MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
-DATE = re.compile(rf"""(?ix)\b(?: (?P<month>{_MONTH})\ (?P<day>\d\d?)(?:st|nd|rd|th)?,?\s
-      | (?P<day2>\d\d?)(?:st|nd|rd|th)?\ (?:of\ )?(?P<month2>{_MONTH}),?\s
-      | (?P<month3>\d\d?)/(?P<day3>\d\d?)/ ) (?P<year>\d{{4}})\b
-    | \b(?P<year4>\d{{4}})-(?P<month4>\d\d)-(?P<day4>\d\d)\b""")
-
-
-def normal(text):
-    """A text in lower case, without articles and punctuation (but 1,500), dates as MM/DD/YYYY."""
-    text = numeric_dates(text).lower()
-    return re.sub(r"(?:\b(?:the|an|a)\b(?=\s+\w)|,(?!\d)|[^\w/.,%$-])+", " ", text).strip(" .,")
-
-
-def numeric_dates(text):
-    """A text with MM/DD/YYYY for each date in words or without leading zeros."""
-    def numeric(m):
-        found = {key.rstrip("234"): part for key, part in m.groupdict().items() if part}
-        month = found["month"].lower()
-        month = int(month) if month.isdigit() else MONTHS.index(month[:3]) + 1
-        return f"{month:02}/{int(found['day']):02}/{found['year']}"
-    return DATE.sub(numeric, text)
-
-
-# ---- mathematics
-FORMULA = re.compile(r"(?s)\$\$?([^$]{1,500})\$|\\[(\[](.{1,500}?)\\[)\]]")
-# Between boxes that make one answer: "}$ and $y = ".
-JOINT = re.compile(r"(?:[\s$,;{}&]|\\[()\[\],;]|\\q?quad|\\text|\b(?:and|or)\b"
-                   r"|[A-Za-z](?:_\w)?\s?=)*")
-
-
-def read_math(text, announced):
-    """The LaTeX that a text announces last: a box (with those beside it: "\\boxed{1} and
-    \\boxed{2}"), or the formulas of a sentence, or the sentence; None if it is empty."""
-    boxes = [m for m in announced if m[0].startswith("\\")][-20:]
-    if announced[-1] not in boxes:
-        sentence = first_sentence(statement_after(text, announced[-1])).strip()
-        # "$5$ because $2+3=5$"
-        sentence = re.split(rf"(?<=[$)\]])[a-z ]{{0,20}},? {REASON.pattern}", sentence)[0]
-        formulas = [(a or b).strip() for a, b in FORMULA.findall(sentence)]
-        before = FORMULA.split(sentence)[0]
-        if formulas and (DENIED.search(before) or VALUED.search(before)):
-            return None
-        if formulas or not boxes or re.search(r"\d", sentence):
-            return ", ".join(formulas) or sentence or None
-    found = [braces(text[boxes[-1].end():][:1000]).strip()]
-    for left, right in zip(boxes[-2::-1], boxes[::-1]):
-        content = braces(text[left.end():][:1000])
-        between = text[left.end():right.start()].split(content or "}", maxsplit=1)[-1]
-        if not content.strip() or not JOINT.fullmatch(between):
-            break
-        found.insert(0, content.strip())
-    if all(same_math(clean_latex(found[0]), clean_latex(other)) for other in found[1:]):
-        found = found[-1:]  # one answer in two forms
-    return ", ".join(found) or None
-
-
-READERS = {"number": read_number, "yesno": read_yesno, "choice": read_choice}
+def read_choice(statement, claim, choices):
+    """The letter of the one choice that a claim names by letter or by exact text, or None."""
+    choices = {letter: without_latex(text).lower() for letter, text in choices.items()}
+    m = re.match(r"[(\[]?([A-Z])(?:[)\].,:;\"'”]|$)", claim)
+    if not m or m[1] not in choices:
+        hits = [letter for letter, text in choices.items()
+                if re.match(rf"(?i)(?:the |an? )?{re.escape(text)}\W*(?:$|\n)", statement)]
+        return hits[0] if len(hits) == 1 else None
+    letters = {*re.findall(r"(?<![\w'’])[A-Z](?!\w)", claim)} & {*choices}
+    rest = SENTENCE_END.split(statement[m.end():].lstrip(" .):"))[0].lower()
+    texts = [text for text in choices.values() if text in rest and text not in choices[m[1]]]
+    several = letters != {m[1]} or texts or rest.startswith(("or ", "and "))  # "B. or C", "B: bank"
+    return None if several else m[1]
 
 
 def grade(task, prediction, answer):
     """True if a prediction means the same as the answer; None (unparsed) is wrong."""
-    if prediction is None:
+    if prediction is None or max(len(prediction), len(answer)) > 500:
         return False
-    kind, prediction, answer = TASKS[task], prediction.strip(), answer.strip()
-    if kind == "math":
-        return len(prediction) < 500 and same_math(clean_latex(prediction), clean_latex(answer))
-    if kind != "number":
+    if TASKS[task] == "math":
+        return same_math(spelled(prediction), spelled(answer))
+    if TASKS[task] != "number":
         return prediction.strip("() .").lower() == answer.strip("() .").lower()
     a, b = number_in(prediction), number_in(answer)
     if a is None or b is None:
         return False
-    # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
     a, b = Fraction(a), Fraction(b)
+    # a program's 137.99999999999997 is 138, but 1000001 isn't 1000000
     return a == b or (a.denominator > 1 and abs(a - b) <= abs(b) / 10**6)
 
 
 # ---------------------------------------------------------------- mathematical equality
-# Two formulas are equal if their values agree to 80 digits wherever we put their variables. That
-# needs neither eval() nor a simplifier, and its time is bounded by the length of the text: nothing
-# can hang, in whatever thread.
-FUNCTIONS = {"sin": "sin", "cos": "cos", "tan": "tan", "sec": "sec", "csc": "csc", "cot": "cot",
-             "arcsin": "asin", "arccos": "acos", "arctan": "atan", "exp": "exp", "ln": "ln",
-             "log": "log10"}
-GREEK = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "lambda", "mu", "nu", "rho",
-         "sigma", "tau", "phi", "varphi", "psi", "omega", "infty")
-UNICODE = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "°": "",
-                         "≤": "<=", "≥": ">=", "≠": "!=", "√": r"\sqrt", "π": r"\pi ",
-                         "∞": r"\infty "})
-COMMANDS = {"cdot": "*", "times": "*", "div": "/", "cup": "∪", "approx": "≈", "lt": "<",
-            "gt": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=",
-            "geqslant": ">=", "ne": "!=", "neq": "!=", "dfrac": r"\frac", "tfrac": r"\frac",
-            "cfrac": r"\frac"}
-COMMAND = re.compile(rf"\\({'|'.join(COMMANDS)})(?![a-z])")
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    # layout, currency and degrees
-    (r",\s*\\!\s*|\{,\}", ""),  # 11,\!111 and 11{,}111
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|allowbreak)(?![A-Za-z])|\\[!,;: ]|~", " "),
-    (r"\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\^?\\degree|\\[()\[\]]", ""),
-    (r"[(\[]?\s*\\begin\{array\}\s*(?:\{[^{}]*\})?", r"\\begin{matrix}"),
-    (r"\\end\{array\}\s*[)\]]?", r"\\end{matrix}"),
-    # one spelling of powers, commands, names and lists: \mathrm{e}, x_{1}, sqrt(2)
-    (r"\*\s*\*", "^"), (r"_\{\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\w+))\s*\}", r"_\1\2"),
-    (r"\\(?:math(?:rm|bf|it)|operatorname|boldsymbol)\s*\{(\w)\}", r"\1"),
-    (r"\\operatorname\s*\{(\w+)\}", r"\\\1"),
-    (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),
-    (r"([<>]=?[^<>,;]{1,40}?)(?:\\(?:text|mbox)\s*\{\s*,?\s*or\s*\}|,?\sor\s)", r"\1∪"),
-    (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s(?:and|or)\s", ","), (r",\s*,", ","),
-    # mixed numbers: 3\frac12, 3\frac{1}{2} and 3 1/2; the set that x is in; {1,2} in plain braces
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+# Two formulas are equal in one spelling, or part by part, or if their values agree to 80 digits
+# wherever we put their letters. No eval() runs and nothing can hang, in whatever thread.
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+    # layout, thousands, currency, degrees, an approximation behind a value
+    (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
+    (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
+    (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
+    # \frac12 and 3\frac12, \sqrt2 and sqrt(2), \mathbf{i}, x_{1}
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"(?<![\w.^}])(\d+) +(\d+) ?/ ?(\d+)(?![\d.])", r"(\1+\2/\3)"),
-    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\{([^{}]*)\}\s*$", r"\1"))]
-# words in a formula (but "a.m." and "p.m." are part of an answer), and plain units after it
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|[mh]box|emph|mathrm|mathbf|bold)\s*"
-                  r"\{(?!\s*[ap]\.?m\b)([^{}]*)\}(?:\^\{?\d\}?)?")
-UNITS = re.compile(r"(?<=\S)(?:\s+(?:[a-z]{4,}|cm|mm|km|kg|ft|mph|sq|per)\b\.?)+"
-                   r"(?:\^\{?\d\}?)?\s*$")
-# But not the words that change a value, nor those between two numbers: they stay, as letters.
-VALUED = re.compile(r"(?i)\b(?:hundred|thousand|million|billion|trillion|dozen|not|negative|minus"
-                    r"|than|more|less|fewer|at (?:least|most))\b|\d\s*" + TEXT.pattern + r"\s*\d")
-_SYMBOL = rf"(?:[A-Za-z]'?(?:_\w+)?'?|\\(?:{'|'.join(GREEK)})(?:_\w+)?)"
-SYMBOL = re.compile(_SYMBOL)
-# What may stand before "=" without being a part of the answer: x, f(x), (a, b), AB, \angle ABC.
-NAME = re.compile(rf"(?:{_SYMBOL}(?:\^\{{?-1\}}?)?(?:\([^()=]{{1,20}}\))?"
-                  rf"|\(\s*{_SYMBOL}(?:\s*,\s*{_SYMBOL})+\s*\)|\|?[A-Z]{{2,3}}\|?"
-                  r"|m?\s*\\(?:angle|overline)\s*\{?[A-Z]+\}?)")
+    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"), (r"\\math\w+\s*\{(\w)\}", r"\1"),
+    (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
+    # lists, sets, and matrices as tuples of their rows
+    (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
+    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
+    (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "(("), ("&", ","),
+    (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))"))]
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
+# Units behind a number go ("10 cm", "5 apples"), but not the words that change its value.
+UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?:\^\{?\d\}?)?\s*$")
+VALUED = re.compile(r"(?i)\b(?:hundred|[mb]illion|thousand|dozen|not|negative|minus|than|more|less"
+                    r"|fewer|at|[ap]\.?m)\b")
+THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])")  # (1,000) is a pair
+# x = 5, f(x) = 5, (a, b) = (2, 9)
+NAMED = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
+# Fractions, powers and roots of what has no braces inside
+BRACES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
+    (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))"))]
+# A word is a name of its own: "east" is not "seat".
+TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\?[A-Za-z]{3,}|\\[a-z]+|[A-Za-z](?:_\w+)?|.")
+SYMBOL = re.compile(r"[A-Za-z]\w*|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|infty)")
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.Pow: operator.pow}
 
 
-def clean_latex(s):
-    """LaTeX or plain mathematics without layout, currency, units, thousands separators and an
-    approximation after the exact value."""
-    s = s.translate(UNICODE).replace(r"\\", "\n")  # which ends the row of a matrix
-    s = COMMAND.sub(lambda m: COMMANDS[m[1]], s)
-    for pattern, new in REWRITES:
+def spelled(s):
+    """A formula in one spelling: without layout, currency, units and thousands separators."""
+    for pattern, new in SPELLINGS:
         s = pattern.sub(new, s)
-    exact, approximately, rest = s.partition("≈")
-    if approximately:
-        s = exact if re.search(r"\d|\\pi", exact) else f"{exact}={rest}".strip(" =")
-    if VALUED.search(s):
-        s = TEXT.sub(r"\1", s)
-    else:
-        bare = TEXT.sub(" ", s)
-        s = UNITS.sub("", bare if re.search(r"\w", bare) else TEXT.sub(r"\1", s))
-    s = s.strip().rstrip(".").strip()
-    if s[:1] in ("(", "[", "\\"):  # (1,000) is a pair
-        return s
-    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), s)
-
-
-def depths(s):
-    return list(itertools.accumulate((c in "([{") - (c in ")]}") for c in s))
-
-
-def split_top(s, separators):
-    """Split at the separators outside of all brackets."""
-    cuts = [i for i, (c, depth) in enumerate(zip(s, depths(s))) if c in separators and depth == 0]
-    return [s[i + 1:j].strip() for i, j in zip([-1] + cuts, cuts + [len(s)])]
-
-
-def structure(s):
-    """(kind, parts) of a formula: a matrix, a union, a set or list, a tuple or interval, or the
-    formula alone."""
-    if m := re.fullmatch(r"(?s)\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}", s):
-        rows = m[2].strip().split("\n")
-        return f"matrix of {len(rows)} rows", [c.strip() for row in rows for c in row.split("&")]
-    for kind, separators in (("union", "∪"), ("set", ",;")):
-        if len(parts := split_top(s, separators)) > 1:
-            return kind, [q for p in parts for q in (structure(p)[1] if "\\pm" in p else [p])]
-    m = re.fullmatch(r"(?s)(\\\{|[(\[])(.*?)(\\\}|[)\]])", s)
-    if m and 0 not in depths(s)[len(m[1]) - 1:-1]:
-        kind, parts = structure(m[2].strip())
-        ordered = kind == "set" and m[1] != "\\{" and len(split_top(m[2], ",;")) > 1
-        return m[1] + m[3] if ordered else kind, parts
-    if "\\pm" in s:
-        return "set", [s.replace("\\pm", "+"), s.replace("\\pm", "-")]
-    return "formula", [s]
-
-
-def named(s):
-    """(name, value) of "x = 5" or "f(x) = ... = 2x"; (None, s) of anything else."""
-    name, equals, rest = s.partition("=")
-    parts = split_top(rest, ",;")
-    if not equals or not NAME.fullmatch(name.strip()) or any("=" in part for part in parts[1:]):
-        return None, s
-    return "".join(name.split()), rest.rsplit("=", 1)[1].strip() if "=" in rest else rest.strip()
-
-
-def interval(s):
-    """(variable, interval) of an inequality such as x > 3 or 3 < x <= 5; (None, s) of others."""
-    parts = [part.strip() for part in re.split(r"([<>]=?)", s)]
-    if len(parts) in (3, 5) and parts[1][0] == ">":  # from the smallest to the largest
-        parts = [part.replace(">", "<") for part in reversed(parts)]
-    if len(parts) == 3:
-        rising = SYMBOL.fullmatch(parts[0])  # x < 3, else 3 < x
-        parts = ["-\\infty", "<", *parts] if rising else [*parts, "<", "\\infty"]
-    if len(parts) != 5 or not parts[1][0] == parts[3][0] == "<" or not SYMBOL.fullmatch(parts[2]):
-        return None, s
-    low, first, name, second, high = parts
-    return name, f"{'[' if '=' in first else '('}{low},{high}{']' if '=' in second else ')'}"
+    bare = TEXT.sub(" ", s)
+    keep_words = VALUED.search(s) or not re.search(r"\w", bare)
+    s = TEXT.sub(r" \1 ", s) if keep_words else UNITS.sub("", bare)
+    s = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", s).rstrip(".")  # "1 2" is not 12
+    return THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
 
 
 def same_math(a, b):
-    """Whether two cleaned formulas are equal: sets and lists in any order, tuples, intervals and
-    matrices part by part; a name before "=" and an inequality's variable may lack in one."""
-    x, y = (re.sub(r"\\text|\s|\.(?!\d)", "", s) for s in (a, b))
-    word = "\\" not in x and re.search("[A-Za-z]{2}|^[A-Za-z]$", x)
-    if x == y or (x.lower() == y.lower() and word):
-        return x != ""
-    for read in (named, interval):
-        (name, value), (name_b, value_b) = read(a), read(b)
-        alike = (name or name_b) and (name is None or name_b is None or name == name_b)
-        if alike and same_math(value, value_b):
-            return True
-    (kind, parts), (kind_b, parts_b) = structure(a), structure(b)
-    if kind != kind_b or len(parts) != len(parts_b):
+    """Whether two formulas, as spelled() writes them, are equal: sets and lists in any order,
+    tuples, intervals, matrices and equations part by part; "x=5" is 5."""
+    if a == b or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
+        return a != ""
+    a_is, b_is = NAMED.fullmatch(a), NAMED.fullmatch(b)
+    if bool(a_is) != bool(b_is):
+        return same_math(a_is[1] if a_is else a, b_is[1] if b_is else b)
+    (kind, parts), (kind_b, others) = parts_of(a), parts_of(b)
+    if kind != kind_b or len(parts) != len(others) or len(parts) > 20:
         return False
     if kind == "formula":
-        return same_formula(parts[0], parts_b[0])
+        x, y = values(a), values(b)
+        return bool(x and y) and all(abs(p - q) * 10**80 <= abs(p) for p, q in zip(x, y))
+    if kind != "list":
+        return all(map(same_math, parts, others))
     for part in parts:
-        candidates = parts_b if kind in ("set", "union") else parts_b[:1]
-        twin = next((other for other in candidates if same_math(part, other)), None)
+        twin = next((other for other in others if same_math(part, other)), None)
         if twin is None:
             return False
-        parts_b.remove(twin)
+        others.remove(twin)
     return True
 
 
-def same_formula(a, b):
-    """Whether two LaTeX formulas have the same values; equations up to a factor."""
-    if not a.count("=") == b.count("=") == 1:
-        x, y = values(a), values(b)
-        return bool(x and y) and all(close(p, q) for p, q in zip(x, y))
-    if gives_a_number(a) or gives_a_number(b):  # x = 5 and 2x = 10 are not the same answer
-        return False
-    x, y = (values("({})-({})".format(*s.split("="))) for s in (a, b))
-    return bool(x and y) and all(p and q and close(p * y[0], q * x[0]) for p, q in zip(x, y))
+def parts_of(s):
+    """(kind, parts) of a formula: a list, set or union, the sides of an equation, a tuple, interval
+    or matrix, or the formula alone."""
+    if "\\pm" in s:
+        s = s.replace("\\pm", "+") + "," + s.replace("\\pm", "-")
+    for kind, separator in (("list", ","), ("equation", "=")):
+        if len(parts := split_top(s, separator)) > 1:
+            return kind, parts
+    if s[:1] in ("(", "[") and s[-1] in ")]" and len(parts := split_top(s[1:-1], ",")) > 1:
+        return s[0] + s[-1], parts
+    return "formula", [s]
 
 
-def gives_a_number(equation):
-    """Whether it is a name = a value without variables."""
-    name, value = named(equation)
-    at_points = values(value) if name else None
-    return bool(at_points) and at_points[0] == at_points[1]
-
-
-def close(x, y):
-    size, gap = max(abs(x), abs(y)), abs(x - y) * 10**80
-    return gap <= size or (min(abs(x), abs(y)) == 0 and gap < 1)
+def split_top(s, separator):
+    """Split at the separators outside of all brackets."""
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in s)
+    marked = ["\n" if c == separator and depth == 0 else c for c, depth in zip(s, depths)]
+    return "".join(marked).split("\n")
 
 
 @lru_cache(maxsize=4096)
 def values(formula):
-    """The values of a formula with its variables at three arbitrary points (100 digits), None if it
-    can't be read."""
-    from mpmath import MPContext
+    """A formula's values with its letters at three arbitrary points; None if it can't be read.
 
-    mp = MPContext()  # our own: the precision of mpmath.mp is global, threads would share it
+    Python's parser reads it with n0, a1, ... for its numbers and letters, by their place among the
+    tokens: 2x(x+1) is n0 * a1 * ( a3 + n5 ).
+    """
+    for _ in range(9):  # from the innermost braces outwards
+        for pattern, new in BRACES:
+            formula = pattern.sub(new, formula)
+    tokens = TOKEN.findall(formula)
+    names = [*tokens]
+    for i, token in enumerate(tokens):
+        if token not in "+-*/()^":
+            names[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
+    expression = re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(names)).replace("^", "**")
+    mp = MPContext()  # our own: threads would share the precision of mpmath.mp
     mp.dps = 100
     try:
-        return tuple(evaluate_formula(mp, formula, point) for point in range(3))
-    except (ValueError, ArithmeticError, IndexError, RecursionError, TypeError):
+        tree = ast.parse(expression, mode="eval").body
+        return [value_of(mp, tree, tokens, point) for point in range(3)]
+    except (ValueError, SyntaxError, ArithmeticError, AttributeError, LookupError, RecursionError,
+            MemoryError):  # the last two: too deep
         return None
 
 
-def evaluate_formula(mp, formula, point):
-    """Recursive descent over LaTeX; raises ValueError or IndexError where it can't read on."""
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|\\[A-Za-z]+|[A-Za-z](?:_\w)?|\S", formula)
-    tokens.reverse()  # a stack
-
-    def take(*expected):
-        return tokens.pop() if tokens and tokens[-1] in expected else None
-
-    def bounded(x):  # nobody computes 9^(9^9)
-        if not abs(x) <= 10**4:
-            raise ValueError("too large")
-        return x
-
-    def power(x):
-        return mp.power(x, bounded(power(-atom() if take("-") else atom()))) if take("^") else x
-
-    def atom():
-        token = tokens.pop()
-        if token[-1].isdigit() and token[0] in ".0123456789":
-            return mp.mpf(token)
-        if token in "([{":
-            x = total()
-            if not take(")", "]", "}"):
-                raise ValueError("not closed")
-            return x
-        if token == "\\frac":
-            return atom() / atom()
-        if token == "\\sqrt":
-            n = atom() if tokens[-1] == "[" else 2
-            return mp.power(atom(), 1 / mp.mpf(n))
-        if token[1:] in FUNCTIONS:
-            n = bounded(atom()) if take("^") else 1
-            x = getattr(mp, FUNCTIONS[token[1:]])(bounded(product(of_function=True)))
-            return mp.power(x, n)
+def value_of(mp, node, tokens, point):
+    """The value of a tree of names, signs and OPERATORS; some error for all others."""
+    if isinstance(node, ast.Name):
+        token = tokens[int(node.id[1:])]
         if token in ("e", "i", "\\pi"):
             return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
-        if not token[0].isalpha() and token[1:] not in GREEK:
-            raise ValueError(f"unexpected {token}")
-        # a variable; > 0, where sqrt(1/n) is 1/sqrt(n)
-        return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
-
-    def factor():
-        x = power(atom())
-        while take("!"):
-            x = power(mp.factorial(bounded(x)))
-        if x and not abs(mp.mag(x)) < 10**5:  # bits: longer sums and logarithms take seconds
-            raise ValueError("too large")
-        return x
-
-    def product(of_function=False):
-        # signs may lack, as in 2x(x+1); a function's argument ends early: sin 2x cos x
-        bracket = of_function and tokens[-1] == "("
-        take("+")
-        x = -factor() if take("-") else atom() if bracket else factor()
-        while tokens and not bracket:
-            sign = None if of_function else take("*", "/")
-            follows = tokens[-1][0].isalpha() or tokens[-1][1:] in ("frac", "sqrt", "pi", *GREEK)
-            opens = tokens[-1] in "([{" or tokens[-1][1:] in FUNCTIONS
-            if not sign and not follows and (of_function or not opens):
-                break
-            y = -factor() if sign and take("-") else factor()
-            x = x / y if sign == "/" else x * y
-        return x
-
-    def total():
-        x = product()
-        while sign := take("+", "-"):
-            x = x + product() if sign == "+" else x - product()
-        return x
-
-    x = total()
-    if tokens or not mp.isfinite(x):
-        raise ValueError("not a formula to its end")
-    return x
+        if SYMBOL.fullmatch(token):  # > 0, where sqrt(1/n) is 1/sqrt(n)
+            return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
+        return mp.mpf(token)
+    if isinstance(node, ast.UnaryOp):
+        x = value_of(mp, node.operand, tokens, point)
+        return -x if isinstance(node.op, ast.USub) else x
+    x = value_of(mp, node.left, tokens, point)
+    y = value_of(mp, node.right, tokens, point)
+    if isinstance(node.op, ast.Pow) and abs(y) > 10**4:  # nobody computes 9^(9^9)
+        raise ValueError("too large")
+    return OPERATORS[type(node.op)](x, y)
 
 
 # ---------------------------------------------------------------- students: load, merge adapters
