@@ -6,10 +6,9 @@
 
 A pool is a JSON Lines file, one path a line: id, task, question, answer, style, teacher, path, and
 optionally choices, level, prompt, sample, reasoning, finish_reason, usage, refusal. Grading (step 1
-of the filter) adds prediction and correct, judging (step 2) adds valid and verdict. The same command
-goes on where an earlier one ended; no reply that is on disk is asked for again.
-A model is MODEL@URL, behind any OpenAI-compatible chat endpoint, or the name or folder of a Hugging
-Face model.
+of the filter) adds prediction and correct, judging (step 2) valid and verdict. A model is MODEL@URL
+(any OpenAI-compatible chat endpoint) or the name or folder of a Hugging Face model. The same
+command goes on where it ended: no reply that is on disk is asked for again.
 """
 import argparse
 import asyncio
@@ -124,10 +123,10 @@ def _sane(solution):
 
 
 def demo_questions(n, seed):
-    """n arithmetic word problems of two or three steps (`level`) with small numbers, every answer
-    in 1..199. The first questions do not depend on n; question sets of seeds that differ modulo
-    SEEDS share no text."""
-    rng, seen, rows, misses = random.Random(f"questions {seed}"), set(), [], 0
+    """n (up to some 2,000) arithmetic word problems of two or three steps (`level`) with small
+    numbers, every answer in 1..199. The first do not depend on n; question sets of seeds that
+    differ modulo SEEDS share no text."""
+    rng, seen, rows = random.Random(f"questions {seed}"), set(), []
     k = rng.randrange(len(TEMPLATES))
     while len(rows) < n:
         text, steps = TEMPLATES[k]
@@ -137,11 +136,7 @@ def demo_questions(n, seed):
         solution = _solve(steps, numbers)
         mine = zlib.crc32(question.encode()) % SEEDS == seed % SEEDS
         if question in seen or not mine or not _sane(solution):
-            misses += 1
-            if misses == 50_000:
-                tasks.stop(f"the demo has no {n} questions for one seed: ask for fewer")
             continue
-        misses = 0
         seen.add(question)
         rows.append({"id": f"demo-{seed}-{len(rows):05d}", "task": "demo", "question": question,
                      "answer": str(solution[-1][3]), "level": len(solution), "template": k,
@@ -237,12 +232,10 @@ def demo_sentences(n, seed):
 
 # ------ the pool: rows as they come from a file
 def read_pool(path, questions=()):
-    """All rows of a pool (list of dicts), checked and in canonical form (see tasks.clean_row).
-
-    A graded row has all of prediction, correct, valid and verdict; a row without `correct` is
-    ungraded and has none of them, unless it was judged elsewhere: then it is graded here. Stops
-    with FILE:LINE on the first bad row, and on one that differs from the question of its id.
-    """
+    """All rows of a pool (list of dicts), checked and in canonical form (see tasks.clean_row): a
+    graded row has all of prediction, correct, valid and verdict, and one that was judged elsewhere
+    is graded here. Stops with FILE:LINE on the first bad row, and on one that differs from the
+    question of its id."""
     known = {row["id"]: (row["question"], row["answer"]) for row in questions}
     rows = []
     for where, row in tasks.numbered_rows(path):
@@ -378,15 +371,13 @@ def replies_in(path):
     if not os.path.exists(path):
         return []
     with open(path, "r+b") as file:
-        data = file.read().rstrip(b"\0")
-        whole, last = data[:data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1:]
-        if data and b'"teacher"' not in data.partition(b"\n")[0]:
+        lines = file.read().rstrip(b"\0").split(b"\n")
+        if lines != [b""] and b'"teacher"' not in lines[0]:
             tasks.stop(f"{path} exists and is not a pool: choose another --out")
-        file.truncate(len(whole))
+        file.seek(sum(len(line) + 1 for line in lines[:-1]))
+        file.truncate()
         with contextlib.suppress(ValueError):  # a whole line that lacks its end is not torn
-            json.loads(last)
-            file.seek(len(whole))
-            file.write(last + b"\n")
+            append(file, json.loads(lines[-1]))
     return tasks.read_jsonl(path)
 
 
@@ -404,8 +395,8 @@ def split_spec(spec):
     if os.path.isdir(spec):
         return os.path.basename(os.path.realpath(spec)), None
     if not spec or re.search(r"://|[@?]", spec):
-        tasks.stop("a model is MODEL@URL, such as m@http://localhost:8000/v1, or the name or folder "
-                   "of a local one; a key belongs into an environment variable (--api_key_env)")
+        tasks.stop("a model is MODEL@URL, such as m@http://localhost:8000/v1, or the name or "
+                   "folder of a local one; a key is read from the environment (--api_key_env)")
     return spec, None
 
 
@@ -435,8 +426,6 @@ class Server:
     may be a gateway's token."""
 
     def __init__(self, url, key, timeout):
-        if not (key.isascii() and key.isprintable()):
-            tasks.stop("the key has a character that no request can carry: set it again")
         words = [key, *re.split("[/?&=]", url)[3:]]
         self.secrets = [word for word in words if not re.fullmatch("[a-z_-]{,24}|.{,11}", word)]
         self.url, self.timeout = url, timeout
@@ -451,13 +440,8 @@ class Server:
 
     async def call(self, body, answered):
         """One call -> (word, what was said, seconds that the server asks to wait). The word is
-
-        reply    said is the reply, see read_reply
-        again    a wait may mend it
-        lost     no answer, or none that can be read; it may have been paid for
-        refused  this prompt is
-        fatal    no call can work
-        """
+        'reply' (see read_reply), 'again' (a wait may mend it), 'lost' (nothing readable came, but
+        it may be paid for), 'refused' (this prompt is) or 'fatal' (no call can work)."""
         wait = 0
         try:
             response = await asyncio.wait_for(self.client.post(self.url, json=body), self.timeout)
@@ -467,7 +451,7 @@ class Server:
                 word, said = read_reply(said)
             else:
                 word, said = word_of(response.status_code), f"HTTP {response.status_code} {said}"
-        except (httpx2.HTTPError, TimeoutError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError) as error:
             # a server that has never answered is not there
             is_back = answered and isinstance(error, httpx2.ConnectError)
             word, said = "again" if is_back else "lost", tasks.in_a_line(error)
@@ -515,8 +499,8 @@ def usage_of(usage):
     usage = (usage[0] if isinstance(usage, list) else usage) or {}
     prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
     completion = usage.get("completion_tokens") or usage.get("output_tokens") or 0
-    thinking = (usage.get("total_tokens") or 0) - prompt
-    return {"prompt_tokens": prompt, "completion_tokens": max(completion, thinking)}
+    total = usage.get("total_tokens") or prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": total - prompt}
 
 
 # ------ asking: every job that the file does not hold yet, of a server or of a local model
@@ -539,10 +523,9 @@ class Calls:
         self.problem = self.said = ""  # said: by the last call that came to nothing
         self.latest = 0  # number of the latest call to this model that was answered
         self.refusals = {}  # number of a call: its row, not yet written
-        self.failed = []  # the questions of calls that came to nothing since the last reply
+        self.failed = set()  # questions of the calls that came to nothing since the last reply
 
     def end(self, why):
-        """No further call; what is in flight is waited for."""
         self.problem = self.problem or why
 
     def begin(self, most):
@@ -575,7 +558,7 @@ class Calls:
     def miss(self, number, job, word, said):
         """A call came to nothing in the end."""
         self.said = said
-        self.failed.append(job["id"])
+        self.failed.add(job["id"])
         if word == "refused":
             tqdm.write(f"{job['id']}: {said}")
             self.refusals[number] = {**job, "path": "", "finish_reason": word, "refusal": said,
@@ -583,9 +566,8 @@ class Calls:
             self.write_refusals()
         elif word == "fatal" or not self.latest:
             self.end("no call can work")
-        # all paths of one question may be refused: that says nothing about the others
-        if len(self.failed) >= 10 and len(set(self.failed)) > 2:
-            self.end("ten calls in a row came to nothing")
+        if len(self.failed) >= (10 if self.latest else 3):
+            self.end(f"all calls for {len(self.failed)} questions in a row came to nothing")
 
     def finish(self):
         """End the program if a reply is missing, and say why."""
@@ -594,7 +576,8 @@ class Calls:
         so_far = (f"{self.bar.n} of {self.bar.total} replies are in {self.out}, the same command "
                   "goes on from there")
         if self.problem == OVER_BUDGET:
-            print(f"stopped after {self.calls} calls and {self.tokens} tokens, {OVER_BUDGET}; {so_far}")
+            print(f"stopped after {self.calls} calls and {self.tokens} tokens, since "
+                  f"{OVER_BUDGET}; {so_far}")
             raise SystemExit(0)
         if self.refusals:
             so_far += "; leave out a question that is refused, or change the request with --extra"
@@ -634,9 +617,10 @@ async def ask(server, calls, job, body):
         if tries == RETRIES.get(word, tries):
             calls.miss(number, job, word, said)
             return
-        for _ in range(100):  # the wait, but no longer than until there is a reason to end
-            if not calls.problem:
-                await asyncio.sleep(max(wait, back_off(tries)) / 100)
+        pause = max(wait, back_off(tries)) / 100
+        for _ in range(100):
+            if not calls.problem:  # a reason to end ends the wait
+                await asyncio.sleep(pause)
 
 
 async def ask_server(server, calls, todo, request, concurrency):
@@ -700,8 +684,8 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
     with open(calls.out, "ab") as calls.file, bar as calls.bar:
         if url:
             request = {"model": name, "temperature": temperature, "max_tokens": args.max_new_tokens}
-            key = os.environ.get(args.api_key_env, "").strip("\"' \t\r\n")  # as env files leave it
-            server = Server(url, key, args.timeout)
+            key = os.environ.get(args.api_key_env, "")
+            server = Server(url, re.sub(r"[\s\"']", "", key), args.timeout)  # env files leave them
             asyncio.run(ask_server(server, calls, todo, request | args.extra, args.concurrency))
         else:
             ask_local(spec, calls, todo, args, temperature)
@@ -730,9 +714,9 @@ def judge_prompt(row):
     is new in each prompt and that the data cannot contain."""
     steps = re.findall(r".*\S.*", row["path"])
     if len(steps) < 3:
-        steps = [step for line in steps for step in re.split(r"(?<=[.!?])\s+(?=\S)", line)]
-    numbered = [f"Step {k}: {step.strip()}" for k, step in enumerate(steps, 1)]
-    data = "\n".join([f"Question: {tasks.question_of(row)}", "", *numbered])
+        steps = re.split(r"(?<=[.!?])\s+(?=\S)|\n+", row["path"].strip())
+    numbered = "".join(f"\nStep {k}: {step.strip()}" for k, step in enumerate(steps, 1))
+    data = f"Question: {tasks.question_of(row)}\n{numbered}"
     return JUDGE_PROMPT.format(nonce=secrets.token_hex(8), data=data)
 
 
@@ -756,8 +740,7 @@ def judged_as(row, judge):
 
 def add_verdicts(rows, judges, replies, accept):
     """Add `verdict` {judge: what it said} and `valid` to graded rows, in place: valid where at
-    least `accept` judges say so, None where the answer is not right. Each judge says 'valid', or
-    'invalid: ...' or 'unparsed: ...' with the end of its reply."""
+    least `accept` judges say 'valid', None where the answer is not right."""
     replies = {row_key(reply): reply for reply in replies}
     for row in rows:
         row["valid"] = row["verdict"] = None
@@ -817,36 +800,30 @@ def judge_paths(args):
 
 def flags():
     """The parser of this command."""
-    positive = tasks.within(int, 1)
     p = argparse.ArgumentParser(
         usage="python judge.py (--questions FILE | --paths POOL | --demo N) --out POOL [flags]",
-        description=__doc__, epilog="Defaults in brackets.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = tasks.stop  # one sentence and exit code 2
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error, positive = tasks.stop, tasks.within(int, 1)  # one sentence and exit code 2
     p.add_argument("--questions", help="sample paths for the questions of this file")
     p.add_argument("--task", choices=tasks.TASKS, help="of these questions (as the file says)")
     p.add_argument("--paths", help="grade and judge this pool")
-    p.add_argument("--demo", type=positive, help="grade and judge the demo's pool of N questions")
-    p.add_argument("--out", required=True, help="pool to write; an unfinished one is continued")
-    p.add_argument("--teacher", action="append", default=[],
-                   help="that samples: MODEL@URL or a local model; repeatable")
-    p.add_argument("--judge", action="append", default=[],
-                   help="the same, rule (the demo's) or none; repeatable (none)")
+    p.add_argument("--demo", type=tasks.within(int, 1, 2000), help="the same for so many questions")
+    p.add_argument("--out", required=True, help="pool to write, or to go on with")
+    p.add_argument("--teacher", action="append", default=[], help="MODEL@URL or local; repeatable")
+    p.add_argument("--judge", action="append", default=[], help="the same, rule or none (none)")
     p.add_argument("--accept", type=positive, help="judges that must call a path valid (all)")
     p.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES, help="of paths (all)")
-    p.add_argument("--samples", type=positive, default=1,
-                   help="paths per question, style and teacher (1)")
+    p.add_argument("--samples", type=positive, default=1, help="paths per teacher and style (1)")
     p.add_argument("--temperature", type=tasks.within(float, 0, 10), default=0.8,
                    help="of the teachers (0.8, the paper's)")
     p.add_argument("--max_new_tokens", type=positive, default=1000,
                    help="longest reply, reasoning included (1000, the paper's)")
     p.add_argument("--reasoning", choices=("keep", "drop"), default="drop",
-                   help="as a part of the path; it is stored in any case (drop)")
-    p.add_argument("--api_key_env", default="OPENAI_API_KEY",
-                   help="environment variable with the key (OPENAI_API_KEY)")
+                   help="as a part of a path; it is stored in any case (drop)")
+    p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable (OPENAI_API_KEY)")
     p.add_argument("--extra", type=json.loads, default={},
-                   help="JSON object merged into each request; null drops a parameter, `messages` "
-                        "stand before the question")
+                   help="JSON object merged into each request, such as {\"reasoning_effort\": "
+                        "\"low\"}; null drops a parameter, `messages` stand before the question")
     p.add_argument("--concurrency", type=tasks.within(int, 1, 100), default=8,
                    help="calls to a server at once (8)")
     p.add_argument("--timeout", type=float, default=300, help="seconds for one call (300)")
@@ -855,8 +832,7 @@ def flags():
     p.add_argument("--max_tokens_total", type=positive, default=math.inf,
                    help="of the same calls (no limit)")
     p.add_argument("--dry_run", action="store_true", help="print calls and tokens, make none")
-    p.add_argument("--batch_size", type=positive, default=64,
-                   help="replies that a local model writes at once (64)")
+    p.add_argument("--batch_size", type=positive, default=64, help="of a local model (64)")
     p.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
     return p
 
@@ -872,10 +848,8 @@ def check(args):
         tasks.stop("two models have one name: their replies could not be told apart")
     if args.samples > 1 and args.temperature == 0:
         tasks.stop("--samples at --temperature 0 pays for one text several times")
-    if not isinstance(args.extra, dict) or "n" in args.extra:
-        tasks.stop("--extra must be a JSON object, without n (--samples asks for more)")
-    if args.extra and not all(url for _, url in specs):
-        tasks.stop("--extra is for servers: a local model gets no request")
+    if not isinstance(args.extra, dict) or args.extra and not all(url for _, url in specs):
+        tasks.stop("--extra is a JSON object, for requests to servers")
 
 
 def main(argv=None):
