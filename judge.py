@@ -382,7 +382,7 @@ def replies_in(path):
 
 
 # ------ a server: one call, and which of five words its answer means
-SPEC = re.compile(r"(.+?)@(https?://[^\s/?#@]+)([^\s?#]*)(\?[^\s#]*)?")
+SPEC = re.compile(r"(.+?)@(https?://[^\s/?#@]+)(/[^\s?#]*)?(\?[^\s#]*)?")
 
 
 def split_spec(spec):
@@ -541,7 +541,8 @@ class Calls:
     def save(self, number, job, reply, most):
         """A reply came: on disk first of all."""
         usage = reply["usage"] if any(reply["usage"].values()) else {"at_most": most}
-        append(self.file, {**job, **place_reasoning(reply, self.keep), "usage": usage})
+        row = {**job, **place_reasoning(reply, self.keep), "usage": usage}
+        append(self.file, {key: value for key, value in row.items() if value is not None})
         self.bar.update()
         self.tokens += sum(usage.values()) - most
         self.latest = max(self.latest, number)
@@ -593,7 +594,7 @@ def place_reasoning(reply, keep):
     path = reply["path"] if keep else answer.strip()
     if keep and reasoning and not block:
         path = f"{reasoning}\n\n{path}"
-    return {**reply, "path": path, "reasoning": reasoning}
+    return {**reply, "path": path, "reasoning": reasoning or None}
 
 
 def tokens_in(value):
