@@ -521,8 +521,7 @@ class Calls:
         self.calls = len(rows)
         self.tokens = sum(sum(row.get("usage", {}).values()) for row in rows)
         self.problem = self.said = ""  # said: by the last call that came to nothing
-        self.latest = 0  # number of the latest call to this model that was answered
-        self.refusals = {}  # number of a call: its row, not yet written
+        self.refusals = []  # (number of the last call that had begun, row), not yet written
         self.failed = set()  # questions of the calls that came to nothing since the last reply
 
     def end(self, why):
@@ -545,29 +544,29 @@ class Calls:
         append(self.file, {key: value for key, value in row.items() if value is not None})
         self.bar.update()
         self.tokens += sum(usage.values()) - most
-        self.latest = max(self.latest, number)
+        self.answered = True
         self.failed.clear()
-        self.write_refusals()
+        self.confirm(number)
 
-    def write_refusals(self):
-        """Calls that began before one that was answered were refused for their prompts, not for the
-        account or the request."""
-        for number in [number for number in self.refusals if number < self.latest]:
-            append(self.file, self.refusals.pop(number))
+    def confirm(self, number):
+        """A call was answered: what was refused before it began was refused for its prompt, not
+        for the account."""
+        while self.refusals and self.refusals[0][0] < number:
+            append(self.file, self.refusals.pop(0)[1])
             self.bar.update()
 
-    def miss(self, number, job, word, said):
+    def miss(self, job, word, said):
         """A call came to nothing in the end."""
         self.said = said
         self.failed.add(job["id"])
         if word == "refused":
             tqdm.write(f"{job['id']}: {said}")
-            self.refusals[number] = {**job, "path": "", "finish_reason": word, "refusal": said,
-                                     "max_new_tokens": self.max_new_tokens}
-            self.write_refusals()
-        elif word == "fatal" or not self.latest:
+            row = {**job, "path": "", "finish_reason": word, "refusal": said}
+            row["max_new_tokens"] = self.max_new_tokens
+            self.refusals.append((self.calls, row))
+        elif word == "fatal" or not self.answered:
             self.end("no call can work")
-        if len(self.failed) >= (10 if self.latest else 3):
+        if len(self.failed) >= (10 if self.answered else 3):
             self.end(f"all calls for {len(self.failed)} questions in a row came to nothing")
 
     def finish(self):
@@ -609,14 +608,14 @@ async def ask(server, calls, job, body):
         number = calls.begin(most)
         if number is None:
             return
-        word, said, wait = await server.call(body, calls.latest)
+        word, said, wait = await server.call(body, calls.answered)
         if word == "reply":
             calls.save(number, job, said, most)
             return
         if word != "lost":
             calls.tokens -= most
         if tries == RETRIES.get(word, tries):
-            calls.miss(number, job, word, said)
+            calls.miss(job, word, said)
             return
         pause = max(wait, back_off(tries)) / 100
         for _ in range(100):
@@ -634,7 +633,7 @@ async def ask_server(server, calls, todo, request, concurrency):
         for job, prompt in todo:
             messages = [*before, {"role": "user", "content": prompt}]
             await ask(server, calls, job, {**request, "messages": messages})
-            if calls.problem or alone and calls.latest:
+            if calls.problem or alone and calls.answered:
                 return
 
     def interrupt():  # what is in flight is paid for: it is waited for, but for a second signal
@@ -647,6 +646,11 @@ async def ask_server(server, calls, todo, request, concurrency):
     async with server.client:
         await work(alone=True)
         await asyncio.gather(*(work() for _ in range(concurrency)))
+        if calls.refusals and (number := calls.begin(calls.max_new_tokens)):
+            body = {**request, "messages": [{"role": "user", "content": "What is 1 + 1?"}]}
+            word, _, _ = await server.call(body, True)
+            if word == "reply":  # neither the account nor the request is to blame
+                calls.confirm(number)
 
 
 def ask_local(spec, calls, todo, args, temperature):
@@ -680,7 +684,7 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
               f"tokens and at most {len(todo) * calls.max_new_tokens} new ones")
     if not todo or args.dry_run:
         return
-    calls.latest, calls.keep = 0, keep
+    calls.answered, calls.keep = False, keep
     todo, bar = iter(todo.values()), tqdm(total=len(todo), desc=name, unit="call")
     with open(calls.out, "ab") as calls.file, bar as calls.bar:
         if url:

@@ -596,32 +596,33 @@ def test_a_reply_of_unknown_cost_counts_with_its_most(tmp_path, server):
     assert all(100 + len(prompt.split()) < row["usage"]["at_most"] < 200 + len(prompt) for row in read(tmp_path / "p.jsonl"))
 
 
-@pytest.mark.parametrize("events, written", [  # (what happens to the call of this number)
-    ([(1, "refused")], []), ([(1, "refused"), (2, "reply")], [1]), ([(2, "refused"), (1, "reply")], []), ([(2, "reply"), (1, "refused")], [1]),
-    ([(3, "refused"), (1, "refused"), (2, "reply"), (4, "refused")], [1]), ([(3, "refused"), (1, "refused"), (4, "reply")], [3, 1])])
+@pytest.mark.parametrize("events, written", [  # calls that begin, are refused and are answered, in this order
+    ("begin1 refused1", ""), ("begin1 refused1 begin2 reply2", "1"), ("begin1 begin2 refused1 reply2", ""), ("begin1 begin2 reply2 refused1", ""),
+    ("begin1 begin2 refused2 begin3 refused1 reply3 begin4", "2"), ("begin1 begin2 refused2 begin3 refused1 begin4 reply4", "21")])
 def test_a_refusal_is_a_row_after_a_reply_to_a_later_call(tmp_path, events, written):
     """So that credit that ran out, said with HTTP 400, is no refusal of a question."""
     calls = judge.Calls(tmp_path / "p.jsonl", 100, 9, 9e9)
-    calls.keep, calls.bar = False, judge.tqdm(disable=True)
+    calls.keep, calls.bar, calls.answered = False, judge.tqdm(disable=True), False
     with open(tmp_path / "p.jsonl", "wb") as calls.file:
-        for number, word in events:
-            job = {**ROW, "sample": number}
-            if word == "reply":
-                calls.save(number, job, {"path": TWO, "reasoning": "", "finish_reason": None, "usage": {}}, 10)
+        for word, number in re.findall(r"([a-z]+)(\d)", events):
+            if word == "begin":
+                assert calls.begin(10) == int(number)
+            elif word == "reply":
+                calls.save(int(number), ROW, {"path": TWO, "reasoning": "", "finish_reason": None, "usage": {}}, 10)
             else:
-                calls.miss(number, job, word, "no credit")
-    assert [row["sample"] for row in read(tmp_path / "p.jsonl") if "refusal" in row] == written
+                calls.miss({**ROW, "sample": number}, word, "no credit")
+    assert "".join(row["sample"] for row in read(tmp_path / "p.jsonl") if "refusal" in row) == written
 
 
 def test_a_refused_question_is_a_row(tmp_path, server):
-    server.reply = lambda request: (400, {"error": "content filter"}) if "time 3?" in request["prompt"] else TWO
+    server.reply = lambda request: (400, {"error": "content filter"}) if "time 5?" in request["prompt"] else TWO
     args = (*sampling(tmp_path, server, 6), "--samples", 4)
     for _ in range(2):
-        out = run(*args, "--concurrency", 2, cwd=tmp_path)[0]
-        assert len(server.requests) == 24  # nothing is asked twice
+        out = run(*args, cwd=tmp_path)[0]
+        assert len(server.requests) == 24 + 1  # one more tells whether the account is to blame; nothing is asked twice
     rows = judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl"))
-    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 3 else "kept"): 4 for i in range(6)}
-    assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q3") and "refused" in out
+    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 5 else "kept"): 4 for i in range(6)}
+    assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q5") and "refused" in out
 
 
 def test_credit_that_runs_out_costs_no_question(tmp_path, server):
