@@ -232,10 +232,9 @@ def demo_sentences(n, seed):
 
 # ------ the pool: rows as they come from a file
 def read_pool(path, questions=()):
-    """All rows of a pool (list of dicts), checked and in canonical form (see tasks.clean_row): a
-    graded row has all of prediction, correct, valid and verdict, and one that was judged elsewhere
-    is graded here. Stops with FILE:LINE on the first bad row, and on one that differs from the
-    question of its id."""
+    """All rows of a pool, checked and in canonical form (see tasks.clean_row): a graded row has all
+    of prediction, correct, valid and verdict. Stops with FILE:LINE on the first bad row, and on
+    one that differs from the question of its id."""
     known = {row["id"]: (row["question"], row["answer"]) for row in questions}
     rows = []
     for where, row in tasks.numbered_rows(path):
@@ -332,7 +331,8 @@ def fate(row, mode="full"):
     if mode != "none" and not row["correct"]:
         return "unparsed" if row["prediction"] is None else "wrong"
     if mode == "full" and row.get("valid") is False:
-        return "invalid" if "'invalid" in str(row.get("verdict")) else "no verdict"
+        said = (row.get("verdict") or {}).values()
+        return "invalid" if any(str(s).startswith("invalid") for s in said) else "no verdict"
     return "kept"
 
 
@@ -386,8 +386,8 @@ SPEC = re.compile(r"(.+?)@(https?://[^\s/?#@]+)(/[^\s?#]*)?(\?[^\s#]*)?")
 
 
 def split_spec(spec):
-    """MODEL@URL -> (MODEL, URL of its chat endpoint); a local model -> (its name, None). What is
-    neither is not repeated: it may hold a key."""
+    """MODEL@URL -> (MODEL, its chat endpoint); a local model -> (its name, None). What is neither
+    is not repeated: it may hold a key."""
     if found := SPEC.fullmatch(spec):
         model, host, path, query = found.groups(default="")
         path = path.rstrip("/").removesuffix("/chat/completions") or "/v1"
@@ -494,8 +494,7 @@ def text_of(content, kinds=("text", "output_text")):
 
 
 def usage_of(usage):
-    """{prompt_tokens, completion_tokens} of a reply, zeros where it does not say. Thinking that
-    only the total counts is completion: it is paid for."""
+    """{prompt_tokens, completion_tokens} of a reply; what only the total counts is completion."""
     usage = (usage[0] if isinstance(usage, list) else usage) or {}
     prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
     completion = usage.get("completion_tokens") or usage.get("output_tokens") or 0
@@ -524,13 +523,10 @@ class Calls:
         self.refusals = []  # (number of the last call that had begun, row), not yet written
         self.failed = set()  # questions of the calls that came to nothing since the last reply
 
-    def end(self, why):
-        self.problem = self.problem or why
-
     def begin(self, most):
         """Count a call of at most so many tokens -> its number, or None if none may be made."""
         if self.calls >= self.max_calls or self.tokens + most > self.max_tokens:
-            self.end(OVER_BUDGET)
+            self.problem = self.problem or OVER_BUDGET
         if self.problem:
             return None
         self.calls += 1
@@ -565,9 +561,9 @@ class Calls:
             row["max_new_tokens"] = self.max_new_tokens
             self.refusals.append((self.calls, row))
         elif word == "fatal" or not self.answered:
-            self.end("no call can work")
+            self.problem = self.problem or "no call can work"
         if len(self.failed) >= (10 if self.answered else 3):
-            self.end(f"all calls for {len(self.failed)} questions in a row came to nothing")
+            self.problem = self.problem or "too many calls in a row came to nothing"
 
     def finish(self):
         """End the program if a reply is missing, and say why."""
@@ -596,14 +592,9 @@ def place_reasoning(reply, keep):
     return {**reply, "path": path, "reasoning": reasoning or None}
 
 
-def tokens_in(value):
-    """An estimate of the tokens of a JSON value that few pass."""
-    return len(json.dumps(value)) // 2
-
-
 async def ask(server, calls, job, body):
     """Ask a server for one job's reply, as often as a wait may mend it."""
-    most = tokens_in(body) + calls.max_new_tokens
+    most = len(json.dumps(body)) // 2 + calls.max_new_tokens  # few prompts have more tokens
     for tries in itertools.count():
         number = calls.begin(most)
         if number is None:
@@ -637,7 +628,7 @@ async def ask_server(server, calls, todo, request, concurrency):
                 return
 
     def interrupt():  # what is in flight is paid for: it is waited for, but for a second signal
-        calls.end("interrupted")
+        calls.problem = calls.problem or "interrupted"
         loop.remove_signal_handler(signal.SIGINT)
 
     loop = asyncio.get_running_loop()
@@ -670,16 +661,16 @@ def ask_local(spec, calls, todo, args, temperature):
 
 
 def ask_all(spec, jobs, calls, args, temperature, keep=False):
-    """Ask one model the jobs, pairs of (row so far, prompt), that the file of `calls` does not
-    answer yet; each reply is appended to it the moment it comes. keep: reasoning is a part of a
-    path. Ends the program if calls failed or the budget is used up."""
+    """Ask one model the jobs, (row so far, prompt), that the file of `calls` does not answer yet;
+    each reply is appended to it as it comes. keep: reasoning is a part of its path. Ends the
+    program if a reply is missing."""
     name, url = split_spec(spec)
     # a refusal may be about a length: it is asked again when fewer tokens are wanted
     done = {row_key(row) for row in replies_in(calls.out)
             if calls.max_new_tokens >= row.get("max_new_tokens", 0)}
     todo = {row_key(job): (job, prompt) for job, prompt in jobs if row_key(job) not in done}
     if args.dry_run:
-        tokens = sum(tokens_in(prompt) for _, prompt in todo.values())
+        tokens = sum(len(prompt) for _, prompt in todo.values()) // 4
         print(f"{name}: {len(todo)} calls ({len(done)} rows are there), about {tokens} prompt "
               f"tokens and at most {len(todo) * calls.max_new_tokens} new ones")
     if not todo or args.dry_run:
@@ -717,10 +708,10 @@ STATED = re.compile(r"\bverdict (?:is )?(?:not )?(?:in)?valid\b")  # in words, i
 def judge_prompt(row):
     """Question and numbered steps (lines, or sentences of one or two lines), fenced by a code that
     is new in each prompt and that the data cannot contain."""
-    steps = re.findall(r".*\S.*", row["path"])
+    steps = [line.strip() for line in row["path"].splitlines() if line.strip()]
     if len(steps) < 3:
-        steps = re.split(r"(?<=[.!?])\s+(?=\S)|\n+", row["path"].strip())
-    numbered = "".join(f"\nStep {k}: {step.strip()}" for k, step in enumerate(steps, 1))
+        steps = re.split(r"(?<=[.!?])\s+|\n", "\n".join(steps))
+    numbered = "".join(f"\nStep {k}: {step}" for k, step in enumerate(steps, 1))
     data = f"Question: {tasks.question_of(row)}\n{numbered}"
     return JUDGE_PROMPT.format(nonce=secrets.token_hex(8), data=data)
 
@@ -728,7 +719,8 @@ def judge_prompt(row):
 def parse_verdict(reply):
     """'valid', 'invalid' or 'unparsed' for a judge's reply {path, finish_reason}: what its last
     line says, unless it was cut or gave a verdict before. Thoughts are not part of the reply."""
-    lines = re.findall(r".*\w.*", tasks.after_thought(reply["path"]))
+    text = tasks.after_thought(reply["path"])
+    lines = [line for line in text.split("\n") if re.search(r"\w", line)]
     found = VERDICT.fullmatch(lines.pop()) if lines else None
     earlier = " ".join(re.findall(r"[^\W_]+", "\n".join(lines).lower()))
     if not found or STATED.search(earlier) or ending(reply) != "whole":
@@ -814,18 +806,21 @@ def flags():
     p.add_argument("--paths", help="grade and judge this pool")
     p.add_argument("--demo", type=tasks.within(int, 1, 2000), help="the same for so many questions")
     p.add_argument("--out", required=True, help="pool to write, or to go on with")
-    p.add_argument("--teacher", action="append", default=[], help="MODEL@URL or local; repeatable")
-    p.add_argument("--judge", action="append", default=[], help="the same, rule or none (none)")
+    p.add_argument("--teacher", action="append", default=[], help="repeatable")
+    p.add_argument("--judge", action="append", default=[],
+                   help="a model, rule (the demo's) or none; repeatable (none)")
     p.add_argument("--accept", type=positive, help="judges that must call a path valid (all)")
-    p.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES, help="of paths (all)")
+    p.add_argument("--styles", metavar="STYLE", nargs="+", default=STYLES, choices=STYLES,
+                   help=f"{', '.join(STYLES)} (all)")
     p.add_argument("--samples", type=positive, default=1, help="paths per teacher and style (1)")
     p.add_argument("--temperature", type=tasks.within(float, 0, 10), default=0.8,
                    help="of the teachers (0.8, the paper's)")
     p.add_argument("--max_new_tokens", type=positive, default=1000,
-                   help="longest reply, reasoning included (1000, the paper's)")
+                   help="of a reply, reasoning included (1000, the paper's)")
     p.add_argument("--reasoning", choices=("keep", "drop"), default="drop",
                    help="as a part of a path; it is stored in any case (drop)")
-    p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="variable (OPENAI_API_KEY)")
+    p.add_argument("--api_key_env", default="OPENAI_API_KEY",
+                   help="environment variable with the key (OPENAI_API_KEY)")
     p.add_argument("--extra", type=json.loads, default={},
                    help="JSON object merged into each request, such as {\"reasoning_effort\": "
                         "\"low\"}; null drops a parameter, `messages` stand before the question")
