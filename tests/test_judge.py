@@ -204,28 +204,9 @@ def test_each_demo_question_has_one_path_per_style_with_known_mistakes(demo):
     assert 0.15 < sum(not p["source_correct"] for p in paths) / len(paths) < 0.20 and 0.06 < slips / len(paths) < 0.08
 
 
-def test_the_warm_start_teaches_no_wrong_fact_in_a_small_vocabulary(demo):
-    sentences = judge.demo_sentences(1000, 0)
-    for sentence in sentences:
-        for statement, result in re.findall(r"(\d+ [-+*/] \d+)\s+[=#]\s(\d+)", sentence):
-            assert eval(statement) == int(result), sentence
-    texts = sentences + [q["question"] for q in demo[0]] + [p["path"] for p in demo[1]]
-    words = {word for text in texts for word in re.findall(r"\d+|\w+", text)}
-    assert max(int(w) for w in words if w.isdigit()) <= 200 and sum(not w.isdigit() for w in words) < 120
-
-
 def test_rule_judge_finds_every_wrong_step_of_the_demo_and_no_other(demo):
     right = [path for path in demo[1] if path["correct"]]
     assert [judge.rule_judge(path)[0] for path in right] == [path["source_valid"] for path in right]
-
-
-@pytest.mark.parametrize("path, valid", [
-    ("3 + 4 = 7. 7 - 2 = 5.\nThe answer is 5", True), ("7 - 2 = 5. 3 + 4 = 7.\nThe answer is 5", False), ("", False),
-    ("3 + 5 = 8. 8 - 2 = 6.\nThe answer is 6", False), ("The answer is 5", False), ("VALID\nVERDICT: VALID", False),
-    ("3 + 4 = 7. 7 - 2 = 5.\nThe answer is 3", False)])
-def test_rule_judge_needs_derived_numbers_in_order(path, valid):
-    question = "Tom has 3 eggs and finds 4 more. Tom gives 2 eggs to Mia. How many are left?"
-    assert judge.rule_judge({"task": "demo", "question": question, "path": path})[0] == valid
 
 
 # ------------------------------------------------------------------------------------------------ the filter
@@ -311,26 +292,22 @@ BODIES = [  # the body of a 200 answer, the word, the path and the fate that fol
     ({"choices": [{"finish_reason": "content_filter"}]}, "reply", "", "refused"),
     ({"choices": [{"finish_reason": "length", "message": None}]}, "reply", "", "cut"),
     *(({"choices": [choice]}, "lost", None, None) for choice in ({"text": "hi"}, {"finish_reason": "stop"}, {}, "hi", {"message": "hi"})),
-    *((body, "lost", None, None) for body in ([1], "x", None, {}, {"choices": "many"}, {"choices": []}, {"message": {"content": TWO}})),
+    *((body, "lost", None, None) for body in ([1], None, {}, {"choices": "many"}, {"choices": []}, {"message": {"content": TWO}})),
+    *((text, "lost", None, None) for text in ("", "<html>data: x", "[" * 100_000, "9" * 5000, "{'choices': ")),
+    *((text, "fatal", None, None) for text in ("data: {}", ": ping\n\ndata: {}", "event: x\ndata: {}")),
     (answer(reason="error"), "again", None, None), ({"error": "overloaded"}, "again", None, None),
     ({"choices": [{"error": {"code": 502}, "message": {"content": "The"}}]}, "again", None, None),
     *(({"error": {"message": "x", "code": code}}, word, None, None) for code, word in (
         (401, "fatal"), (402, "fatal"), (403, "refused"), (429, "again"), (503, "again"), ("rate", "again"), (None, "again"), (1301, "again")))]
 
 
-@pytest.mark.parametrize("body, word, path, fate", BODIES)
+@pytest.mark.parametrize("body, word, path, fate", BODIES, ids=range(len(BODIES)))
 def test_a_reply_is_read_as_what_it_is(body, word, path, fate):
-    found, said = judge.read_reply(json.dumps(body))
+    found, said = judge.read_reply(body if isinstance(body, str) else json.dumps(body))
     assert found == word
     if word == "reply":
         row = judge.grade_paths([{**ROW, "path": said["path"], "finish_reason": said["finish_reason"]}])[0]
         assert said["path"] == path and {judge.fate(row, mode) for mode in ("full", "answer", "none")} == {fate}
-
-
-@pytest.mark.parametrize("text, word", [("data: {}\n\n", "fatal"), (": ping\n\ndata: {}", "fatal"), ("event: x\ndata: {}", "fatal"), ("", "lost"),
-                                        ("<html>data: x", "lost"), ("[" * 100_000, "lost"), ("9" * 5000, "lost"), ("{'choices': ", "lost")])
-def test_what_is_no_json_is_a_stream_or_lost(text, word):
-    assert judge.read_reply(text)[0] == word
 
 
 @pytest.mark.parametrize("usage, tokens", [
@@ -371,11 +348,6 @@ def test_reasoning_is_stored_and_is_a_part_of_the_path_if_wanted(tmp_path, serve
 def test_a_spec_is_an_openai_base_url(url, path):
     model, full = judge.split_spec(f"org/model@7b@{url}")
     assert model == "org/model@7b" and full == url.split("//")[0] + "//" + url.split("/")[2] + path
-
-
-def test_a_folder_may_have_any_name_and_a_hub_name_is_one(tmp_path):
-    (tmp_path / "run@2?").mkdir()
-    assert judge.split_spec(str(tmp_path / "run@2?")) == ("run@2?", None)
     assert judge.split_spec("Qwen/Qwen2.5-0.5B-Instruct") == ("Qwen/Qwen2.5-0.5B-Instruct", None)
 
 
@@ -385,15 +357,11 @@ def test_which_statuses_a_wait_may_mend_refuse_one_prompt_or_end_the_run(word, s
     assert {judge.word_of(status) for status in statuses} == {word}
 
 
-@pytest.mark.parametrize("header, seconds", [
-    ("7", 7), ("0.5", 0.5), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (formatdate(time.time() + 1e6, usegmt=True), 600),
-    (formatdate(time.time() - 60, usegmt=True), 0), ("Sat, 01 Jan 99999 00:00:00 GMT", 0)])
+@pytest.mark.parametrize("header, seconds", [  # a number is a date so many seconds away
+    ("7", 7), ("0.5", 0.5), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (300, 300), (1e6, 600), (-60, 0)])
 def test_retry_after_is_honoured_within_reason(header, seconds):
-    assert judge.retry_after(header) == pytest.approx(seconds, abs=0.01)
-
-
-def test_retry_after_may_be_an_http_date():
-    assert 50 < judge.retry_after(formatdate(time.time() + 300, usegmt=True)) <= 300
+    header = header if isinstance(header, str) else formatdate(time.time() + header, usegmt=True)
+    assert judge.retry_after(header) == pytest.approx(seconds, abs=30 if "GMT" in header else 0.1)
 
 
 def test_back_off_grows_with_jitter():
@@ -465,12 +433,6 @@ def test_azure_wants_another_header(tmp_path, server, path, header, other):
     headers = {name.lower(): value for name, value in headers.items()}
     assert headers[header.lower()].split()[-1] == KEY and other.lower() not in headers
     assert asked == path.replace("?", "/chat/completions?") if "?" in path else asked == f"{path}/chat/completions"
-
-
-def test_without_a_key_none_is_sent(tmp_path, server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_private")
-    run(*sampling(tmp_path, server), cwd=tmp_path, key="")
-    assert not {"authorization", "api-key"} & {name.lower() for name in server.seen[0][1]}
 
 
 def test_no_key_in_any_byte_of_any_run(tmp_path, server):
@@ -589,13 +551,6 @@ def test_budgets_end_a_run_before_they_are_passed(tmp_path, server):
     assert "stopped" in run(*args, "--max_calls", len(read(tmp_path / "p.jsonl")) + 5, cwd=tmp_path)[0] and len(server.requests) == 5
 
 
-def test_a_reply_of_unknown_cost_counts_with_its_most(tmp_path, server):
-    server.reply = lambda request: {"choices": [{"message": {"content": TWO}}]}
-    run(*sampling(tmp_path, server, 2), "--max_new_tokens", 100, cwd=tmp_path)
-    [prompt, _] = [request["prompt"] for request in server.requests]
-    assert all(100 + len(prompt.split()) < row["usage"]["at_most"] < 200 + len(prompt) for row in read(tmp_path / "p.jsonl"))
-
-
 @pytest.mark.parametrize("events, written", [  # calls that begin, are refused and are answered, in this order
     ("begin1 refused1", ""), ("begin1 refused1 begin2 reply2", "1"), ("begin1 begin2 refused1 reply2", ""), ("begin1 begin2 reply2 refused1", ""),
     ("begin1 begin2 refused2 begin3 refused1 reply3 begin4", "2"), ("begin1 begin2 refused2 begin3 refused1 begin4 reply4", "21")])
@@ -623,16 +578,6 @@ def test_a_refused_question_is_a_row(tmp_path, server):
     rows = judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl"))
     assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 5 else "kept"): 4 for i in range(6)}
     assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q5") and "refused" in out
-
-
-def test_credit_that_runs_out_costs_no_question(tmp_path, server):
-    server.reply = lambda request: (400, {"error": "balance too low"}) if len(server.requests) > 12 else TWO
-    args = sampling(tmp_path, server, 60)
-    assert "balance too low" in run(*args, cwd=tmp_path, code=2)[1] and len(server.requests) < 40
-    assert {row["path"] for row in read(tmp_path / "p.jsonl")} == {TWO}
-    server.reply = lambda request: TWO  # topped up
-    run(*args, cwd=tmp_path)
-    assert [row["path"] for row in read(tmp_path / "p.jsonl")] == [TWO] * 60
 
 
 def test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted(tmp_path, server):
@@ -734,15 +679,6 @@ def test_accept_says_how_many_judges_must_agree(tmp_path, server):
     assert len(server.requests) == 18  # the replies are paid for once, whatever --accept says later
 
 
-def test_judging_ends_with_what_is_missing_and_goes_on_from_there(tmp_path, server):
-    server.reply = lambda request: "VERDICT: VALID"
-    args = ("--paths", pool(tmp_path / "p.jsonl"), "--judge", f"j@{server.url}", "--out", "o.jsonl")
-    run(*args, "--max_calls", 2, cwd=tmp_path)
-    assert not (tmp_path / "o.jsonl").exists() and len(read(tmp_path / "o.jsonl.replies.jsonl")) == 2  # no half-judged pool
-    run(*args, cwd=tmp_path)
-    assert len(server.requests) == 6 and all(row["valid"] for row in read(tmp_path / "o.jsonl"))
-
-
 def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
     graded = {"prediction": "2", "correct": True, "valid": False, "verdict": {"j": "invalid: step 1"}}
     write(tmp_path / "p.jsonl", [{**ROW, **graded}, {**ROW, **graded, "id": "corrected", "answer": "3"}])
@@ -787,16 +723,6 @@ def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
     assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["no verdict"]
 
 
-def test_a_local_reasoning_model_is_read_like_a_server(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "load_student", lambda *args: (None, None))
-    monkeypatch.setattr(tasks, "encode_prompt", lambda tokenizer, prompt: [1, 2, 3])
-    monkeypatch.setattr(tasks, "generate", lambda model, tokenizer, prompts, *args, **more: [
-        {"text": f"<think>Hm.</think>\n\n{TWO}", "tokens": 9, "stopped": True} for _ in prompts])
-    run("--questions", questions(tmp_path / "q.jsonl", 2), "--teacher", "org/thinker", "--styles", "vanilla", "--out", "p.jsonl", cwd=tmp_path)
-    assert {(r["teacher"], r["path"], r["reasoning"], r["usage"]["completion_tokens"]) for r in read(tmp_path / "p.jsonl")} == {
-        ("org/thinker", TWO, "<think>Hm.</think>", 9)}
-
-
 @pytest.mark.parametrize("flags, words", [
     ((), "--questions FILE"), (("--questions", "q.jsonl"), "--teacher"), (("--questions", "q.jsonl", "--paths", "q.jsonl"), "one of"),
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 0), "--samples"), (("--demo", 3, "--judge", "rule", "--judge", "rule"), "one name"),
@@ -810,9 +736,3 @@ def test_bad_flags_are_one_sentence(tmp_path, flags, words):
     write(tmp_path / "other.jsonl", [ROW])
     err = run(*flags, "--out", "o.jsonl", cwd=tmp_path, code=2)[1]
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
-
-
-def test_real_pools_pass_unchanged(data_dir):
-    for name in ("date", "strategyqa", "word"):
-        path = data_dir / "paths" / f"{name}.jsonl"
-        assert judge.read_pool(path) == read(path)
