@@ -22,12 +22,10 @@ import random
 import re
 import secrets
 import signal
-import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from email.utils import parsedate_to_datetime
-from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import torch
@@ -102,9 +100,8 @@ SEEDS = 16  # a question's text decides which seed (modulo this) may ask it: see
 
 
 def _solve(steps, numbers, at=None, confuse=False, shift=0, recover=False):
-    """Work the steps out: [(left, op, right, result)]. At step `at` take the confused operation
-    and/or add `shift` to the result; with `recover` the later results are the true ones again
-    (right answer, wrong step)."""
+    """Work the steps out: [(left, op, right, result)]. At step `at` take the confused operation or
+    add `shift` to the result; with `recover` the later results are the true ones again."""
     said, true, out = dict(numbers), dict(numbers), []
     for k, (step, name) in enumerate(zip(steps.split(", "), "xyz")):
         left, op, right = step.split()
@@ -174,10 +171,9 @@ def _write(style, question, solution):
 
 
 def demo_paths(questions, seed):
-    """The demo teacher: one path per question and style. 15 to 20 % of its answers are wrong (a
-    wrong operation or a wrong result) and 6 to 8 % are right after a wrong step, concentrated on
-    two templates and two styles. Its own truth stands in `source_correct` (the answer) and
-    `source_valid` (every step)."""
+    """The demo teacher: one path per question and style. 15 to 20 % of its answers are wrong and 6
+    to 8 % are right after a wrong step, most of them in two templates and two styles; its own truth
+    stands in `source_correct` (the answer) and `source_valid` (every step)."""
     rows = []
     for question in questions:
         steps, numbers = TEMPLATES[question["template"]][1], question["numbers"]
@@ -320,8 +316,8 @@ def ending(row):
 
 def fate(row, mode="full"):
     """One of FATES: 'kept', or why a graded and judged row does not train. mode full = right answer
-    and judged valid (a row that nobody judged, valid None, passes on its answer), answer = right
-    answer, none = no filter. Rows that are cut, refused or empty never train, in any mode."""
+    and judged valid (valid None, which nobody judged, passes), answer = right answer, none = no
+    filter. Rows that are cut, refused or empty never train, in any mode."""
     if ending(row) != "whole":
         return ending(row)
     if not row["path"].strip():
@@ -653,10 +649,10 @@ def ask_local(spec, calls, todo, args, temperature):
         prompts = [tasks.encode_prompt(tokenizer, prompt) for _, prompt in batch]
         replies = tasks.generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size,
                                  temperature=temperature)
-        for (job, _), prompt, reply in zip(batch, prompts, replies):
-            usage = {"prompt_tokens": len(prompt), "completion_tokens": reply["tokens"]}
-            reply = {"path": reply["text"], "reasoning": "", "usage": usage,
-                     "finish_reason": "stop" if reply["stopped"] else "length"}
+        for (job, _), prompt, said in zip(batch, prompts, replies):
+            usage = {"prompt_tokens": len(prompt), "completion_tokens": said["tokens"]}
+            reason = "stop" if said["stopped"] else "length"
+            reply = {"path": said["text"], "reasoning": "", "finish_reason": reason, "usage": usage}
             calls.save(0, job, reply, 0)
 
 
@@ -691,12 +687,10 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
 def style_jobs(questions, teacher, styles, samples):
     """The jobs that sample paths: every question in every style, `samples` times."""
     for question in questions:
-        fields = ("id", "task", "question", "answer", "choices", "level", "prompt")
-        kept = {key: question[key] for key in fields if key in question}
         end = END[tasks.TASKS[question["task"]]]
         for style, sample in itertools.product(styles, range(samples)):
             prompt = PROMPTS[style].format(question=tasks.question_of(question), end=end)
-            yield {**kept, "style": style, "teacher": teacher, "sample": sample}, prompt
+            yield {**question, "style": style, "teacher": teacher, "sample": sample}, prompt
 
 
 # ------ the LLM judge: the last line is the verdict, and nothing else is one
@@ -804,17 +798,17 @@ def flags():
     p.add_argument("--questions", help="sample paths for the questions of this file")
     p.add_argument("--task", choices=tasks.TASKS, help="of these questions (as the file says)")
     p.add_argument("--paths", help="grade and judge this pool")
-    p.add_argument("--demo", type=tasks.within(int, 1, 2000), help="the same for so many questions")
+    p.add_argument("--demo", metavar="N", type=tasks.within(int, 1, 2000),
+                   help="grade and judge the demo teacher's paths to N questions")
     p.add_argument("--out", required=True, help="pool to write, or to go on with")
-    p.add_argument("--teacher", action="append", default=[], help="repeatable")
+    p.add_argument("--teacher", action="append", default=[], help="model to ask; repeatable")
     p.add_argument("--judge", action="append", default=[],
-                   help="a model, rule (the demo's) or none; repeatable (none)")
+                   help="model to ask, rule (the demo's) or none; repeatable (none)")
     p.add_argument("--accept", type=positive, help="judges that must call a path valid (all)")
     p.add_argument("--styles", metavar="STYLE", nargs="+", default=STYLES, choices=STYLES,
                    help=f"{', '.join(STYLES)} (all)")
     p.add_argument("--samples", type=positive, default=1, help="paths per teacher and style (1)")
-    p.add_argument("--temperature", type=tasks.within(float, 0, 10), default=0.8,
-                   help="of the teachers (0.8, the paper's)")
+    p.add_argument("--temperature", type=float, default=0.8, help="of teachers (0.8, the paper's)")
     p.add_argument("--max_new_tokens", type=positive, default=1000,
                    help="of a reply, reasoning included (1000, the paper's)")
     p.add_argument("--reasoning", choices=("keep", "drop"), default="drop",
@@ -824,13 +818,11 @@ def flags():
     p.add_argument("--extra", type=json.loads, default={},
                    help="JSON object merged into each request, such as {\"reasoning_effort\": "
                         "\"low\"}; null drops a parameter, `messages` stand before the question")
-    p.add_argument("--concurrency", type=tasks.within(int, 1, 100), default=8,
-                   help="calls to a server at once (8)")
+    p.add_argument("--concurrency", type=positive, default=8, help="calls at once (8)")
     p.add_argument("--timeout", type=float, default=300, help="seconds for one call (300)")
     p.add_argument("--max_calls", type=positive, default=math.inf,
                    help="to servers, by this run and for the rows there (no limit)")
-    p.add_argument("--max_tokens_total", type=positive, default=math.inf,
-                   help="of the same calls (no limit)")
+    p.add_argument("--max_tokens_total", type=positive, default=math.inf, help="of these (no limit)")
     p.add_argument("--dry_run", action="store_true", help="print calls and tokens, make none")
     p.add_argument("--batch_size", type=positive, default=64, help="of a local model (64)")
     p.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
@@ -846,7 +838,7 @@ def check(args):
         tasks.stop("--questions goes with --teacher; judge the pool afterwards with --paths")
     if len({name for name, _ in specs}) < len(specs):
         tasks.stop("two models have one name: their replies could not be told apart")
-    if args.samples > 1 and args.temperature == 0:
+    if args.samples > 1 and args.temperature <= 0:
         tasks.stop("--samples at --temperature 0 pays for one text several times")
     if not isinstance(args.extra, dict) or args.extra and not all(url for _, url in specs):
         tasks.stop("--extra is a JSON object, for requests to servers")
