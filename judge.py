@@ -422,8 +422,10 @@ class Server:
     may be a gateway's token."""
 
     def __init__(self, url, key, timeout):
-        words = [key, *re.split("[/?&=]", url)[3:]]
-        self.secrets = [word for word in words if not re.fullmatch("[a-z_-]{,24}|.{,11}", word)]
+        parts = re.split("[/?&=]", url)[3:]
+        tokens = [part for part in parts if not re.fullmatch("[a-z_-]{,24}|.{,11}", part)]
+        keys = [key, key.replace("/", "\\/")] if len(key) > 5 else []  # "none", "EMPTY" are none
+        self.secrets = keys + tokens
         self.url, self.timeout = url, timeout
         is_azure = "/openai/deployments/" in url or "api-version=" in url
         headers = {"api-key": key} if is_azure else {"Authorization": f"Bearer {key}"}
@@ -821,8 +823,8 @@ def flags():
     p.add_argument("--concurrency", type=positive, default=8, help="calls at once (8)")
     p.add_argument("--timeout", type=float, default=300, help="seconds for one call (300)")
     p.add_argument("--max_calls", type=positive, default=math.inf,
-                   help="to servers, by this run and for the rows there (no limit)")
-    p.add_argument("--max_tokens_total", type=positive, default=math.inf, help="of these (no limit)")
+                   help="to servers, by this run and for the rows there (none)")
+    p.add_argument("--max_tokens_total", type=positive, default=math.inf, help="of these (none)")
     p.add_argument("--dry_run", action="store_true", help="print calls and tokens, make none")
     p.add_argument("--batch_size", type=positive, default=64, help="of a local model (64)")
     p.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
