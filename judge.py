@@ -234,29 +234,26 @@ def read_pool(path, questions=()):
     known = {row["id"]: (row["question"], row["answer"]) for row in questions}
     rows = []
     for where, row in tasks.numbered_rows(path):
-        rows.append(clean_path(row, where))
+        tasks.clean_row(row, where)
+        tasks.require_text(row, ("style", "teacher"), where)
+        if not isinstance(row.get("path"), str):  # it may be empty: recorded, never trains
+            tasks.stop(f"{where}: field 'path' is missing or not a string")
+        for key in {"correct", "valid"} & row.keys():
+            if row[key] not in (0, 1):  # 1.0 is pandas' true
+                tasks.stop(f"{where}: field {key!r} is neither true nor false")
+            row[key] = bool(row[key])
+        if not isinstance(row.get("verdict", {}), dict):
+            tasks.stop(f"{where}: field 'verdict' is no object of judges and what they said")
         content = (row["question"], row["answer"])
         if known.setdefault(row["id"], content) != content:
             tasks.stop(f"{where}: id {row['id']!r} has another question or answer elsewhere: "
                        "correct the row, or choose another --out")
+        if "valid" in row:  # judged elsewhere, perhaps not graded: its verdict must not be lost
+            grade_paths([row])
+        if "correct" in row:
+            row = {"prediction": None, "valid": None, "verdict": None, **row}
+        rows.append(row)
     return rows
-
-
-def clean_path(row, where):
-    """A row whose own fields, beside those that it shares with questions, are checked."""
-    tasks.clean_row(row, where)
-    tasks.require_text(row, ("style", "teacher"), where)
-    if not isinstance(row.get("path"), str):  # it may be empty: recorded, never trains
-        tasks.stop(f"{where}: field 'path' is missing or not a string")
-    for key in {"correct", "valid"} & row.keys():
-        if row[key] not in (0, 1):  # 1.0 is pandas' true
-            tasks.stop(f"{where}: field {key!r} is neither true nor false")
-        row[key] = bool(row[key])
-    if not isinstance(row.get("verdict", {}), dict):
-        tasks.stop(f"{where}: field 'verdict' is no object of judges and what they said")
-    if "valid" in row:  # judged elsewhere: its verdict must not be lost
-        grade_paths([row])
-    return {"prediction": None, "valid": None, "verdict": None, **row} if "correct" in row else row
 
 
 # ------ the filter: which paths train, and why the others do not
@@ -647,15 +644,21 @@ def ask_local(spec, calls, todo, args, temperature):
     device = tasks.usable_device(args.device)
     dtype = torch.bfloat16 if tasks.has_bfloat16(device) else torch.float32
     model, tokenizer = tasks.load_student(spec, device, dtype)
+    context = tasks.context_of(model)
     while batch := list(itertools.islice(todo, args.batch_size)):
-        prompts = [tasks.encode_prompt(tokenizer, prompt) for _, prompt in batch]
-        replies = tasks.generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size,
-                                 temperature=temperature)
-        for (job, _), prompt, said in zip(batch, prompts, replies):
+        batch = [(job, tasks.encode_prompt(tokenizer, prompt)) for job, prompt in batch]
+        short = [(job, prompt) for job, prompt in batch if len(prompt) < context]
+        replies = tasks.generate(model, tokenizer, [prompt for _, prompt in short],
+                                 args.max_new_tokens, args.batch_size, temperature=temperature)
+        for (job, prompt), said in zip(short, replies):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": said["tokens"]}
             reason = "stop" if said["stopped"] else "length"
             reply = {"path": said["text"], "reasoning": "", "finish_reason": reason, "usage": usage}
             calls.save(0, job, reply, 0)
+        for job, prompt in batch:
+            if len(prompt) >= context:
+                calls.miss(job, "refused", f"{len(prompt)} tokens; the model reads {context}")
+        calls.confirm(math.inf)
 
 
 def ask_all(spec, jobs, calls, args, temperature, keep=False):

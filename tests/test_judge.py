@@ -720,6 +720,9 @@ def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
         assert keys(rows) == {(f"q{i}", "vanilla", "tiny", k): 1 for i in range(3) for k in range(samples)}
     assert all(0 < r["usage"]["completion_tokens"] <= 6 and r["finish_reason"] in ("stop", "length") for r in rows)
     assert len({r["path"] for r in rows}) > 2
+    long = {**read(tmp_path / "q.jsonl")[0], "id": "long", "question": "word " * 2000}
+    write(tmp_path / "q.jsonl", [long, *read(tmp_path / "q.jsonl")])
+    assert "long: 2" in run(*args, cwd=tmp_path)[0] and judge.fate(read(tmp_path / "p.jsonl")[-1], "none") == "refused"
     run("--paths", pool(tmp_path / "r.jsonl", 1), "--judge", tmp_path / "tiny", *local, "--out", "o.jsonl", cwd=tmp_path)
     assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["no verdict"]
 
