@@ -1031,7 +1031,6 @@ def write_results(out, run, after, students, rows, p):
         name = f"student {s} ({os.path.basename(student.source)})"
         shares = before["accuracy"], after["accuracy"], after["unparsed"], after["stopped"]
         print(f"{name:40}" + "".join(f"{100 * share[s]:10.1f}" for share in shares))
-    print(f"{'ensemble':40}{100 * before['ensemble']:10.1f}{100 * after['ensemble']:10.1f}")
     print(f"{'any student right':40}{100 * before['upper_bound']:10.1f}"
           f"{100 * after['upper_bound']:10.1f}")
     names = "".join(f"{f'student {s}':>10}" for s in range(len(students)))

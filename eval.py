@@ -1,11 +1,9 @@
-"""Tasks and evaluation: rows, the student's prompt, answers, grading, generation, pictures.
+"""Tasks and evaluation: rows, the student's prompt, answers, grading, generation.
 
     python eval.py --students out/student_0 out/student_1 --questions test.jsonl
-    python eval.py --plot out/run_a out/run_b
 
 A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices"
-{"A": text, ...}, "level" and "prompt" (which overrides the student prompt).
-"""
+{"A": text, ...}, "level" and "prompt", which a student sees instead of the question. """
 import argparse
 import ast
 import contextlib
@@ -20,30 +18,20 @@ import zlib
 from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
-import numpy as np
 import torch
+from mpmath import MPContext
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationConfig, StoppingCriteria
 from transformers.utils import cached_file
 
-from mpmath import MPContext
-
-# One line per task, and no more is needed for a new one: which kind of answer it has.
-TASKS = {
-    "gsm8k": "number",
-    "math": "math",
-    "strategyqa": "yesno",
-    "arc": "choice",
-    "commonsense_qa": "choice",
-    "anli": "choice",
-    "date": "choice",
-    "demo": "number",
-}
+# Task -> its kind of answer; no more is needed for a new one.
+TASKS = {"gsm8k": "number", "demo": "number", "math": "math", "strategyqa": "yesno",
+         "arc": "choice", "commonsense_qa": "choice", "anli": "choice", "date": "choice"}
 # Kind of answer -> how a student's prompt ends, and what a text says that does as it is asked.
 KINDS = {
     "number": ('"The answer is N." where N is a number.', r"[$€£]?-?\d(?:[\d,.]{0,29}\d)?"),
@@ -58,7 +46,6 @@ ASKED = {kind: re.compile(r"(?im)(?:^|(?<=[.!>]))\W{0,9}(?:(?:so|thus|therefore|
 LETTERS = [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 YESNO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 ANLI = {"A": "entailment", "B": "neutral", "C": "contradiction"}
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 
 
 # ---------------------------------------------------------------- commands: how they end
@@ -75,12 +62,12 @@ def in_a_line(error):
 
 def within(kind, low, high=math.inf):
     """An argparse type: a finite number of `kind` (int or float) from low to high."""
-    def number(text):
+    def number(text):  # argparse says "invalid number value: 'x'"
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
         return value
-    return number  # argparse says "invalid number value: 'x'"
+    return number
 
 
 # ---------------------------------------------------------------- rows: one door for every file
@@ -90,15 +77,16 @@ def read_jsonl(path):
 
 
 def numbered_rows(path):
-    """Yield ("FILE:LINE", row) for each object of a JSON Lines file, or ("FILE:NUMBER", row) of a
-    JSON list; the content decides which it is. Stops with the place at anything but an object."""
+    """Yield ("FILE:LINE", row) of a JSON Lines file, or of a JSON list or BIG-bench's "examples",
+    whatever the file's name. Stops with the place at anything but an object."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as e:
         stop(f"cannot read {path} ({in_a_line(e)})")
     try:
         value = parse_json(text)
+        value = value.get("examples", value) if isinstance(value, dict) else value
         rows = enumerate(value if isinstance(value, list) else [value], 1)
     except ValueError:
         rows = numbered_lines(path, text)
@@ -109,8 +97,8 @@ def numbered_rows(path):
 
 
 def numbered_lines(path, text):
-    """(number, value) of each line of JSON that is not blank."""
-    for number, line in enumerate(text.split("\n"), 1):  # U+2028 ends no line
+    """(number, value) of each line of JSON that is not blank; U+2028 ends no line."""
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
                 yield number, parse_json(line)
@@ -119,8 +107,8 @@ def numbered_lines(path, text):
 
 
 def parse_json(text):
-    """The value of a JSON text. A field that is null or NaN is absent and half a surrogate pair is
-    a question mark, at every depth."""
+    """The value of a JSON text. A field that is null or NaN is absent, at every depth, and half a
+    surrogate pair is a question mark."""
     value = json.loads(text, parse_constant=lambda name: None, object_hook=without_nulls)
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
@@ -137,20 +125,16 @@ def require_text(row, keys, where):
 
 
 def as_text(value):
-    """A string as it is, a number as text (18.0, as pandas writes 18, is "18"), else None."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """A string as it is, a number as text (18.0, as pandas writes 18, is "18"), else ""."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    return value if isinstance(value, str) else None
+        value = str(value).removesuffix(".0")
+    return value if isinstance(value, str) else ""
 
 
 def clean_row(row, where):
-    """Check the fields that questions and paths share and bring them into canonical form.
-
-    Changes the row in place and returns it. A number may be an id, a choice or an answer, choices
-    may be a list, and an answer the text of a choice. Stops with FILE:LINE at the rest.
-    """
+    """Bring the fields that questions and paths share into canonical form, in place -> the row.
+    A number may be an id, a choice or an answer, choices may be a list, and an answer the text of
+    a choice. Stops with FILE:LINE at the rest."""
     task = row.get("task")
     if task not in [*TASKS]:
         stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (--task names the task "
@@ -166,40 +150,36 @@ def clean_row(row, where):
     require_text(choices, choices, where)
     if choices:
         row["choices"] = choices
-    answer, kind = row.get("answer"), TASKS[task]
-    if isinstance(answer, bool):
-        answer = "yes" if answer else "no"
-    row["answer"] = canonical_answer(kind, (as_text(answer) or "").strip(), choices)
+    given = row.get("answer")
+    row["answer"] = canonical_answer(TASKS[task], given, choices)
     if not row["answer"]:
-        stop(f"{where}: field 'answer' is {str(answer)[:80]!r}, no answer of task {task} ({kind}"
-             f"{' of two or more choices' * (kind == 'choice')})")
+        stop(f"{where}: field 'answer' is {str(given)[:80]!r}, no answer of task {task} (kind "
+             f"{TASKS[task]}; a choice needs two or more)")
     return row
 
 
-def canonical_answer(kind, text, choices):
+def canonical_answer(kind, given, choices):
     """A gold answer as the grader knows it, or None where it is none of its kind."""
+    text = as_text(given).strip()
     if kind == "number":
         return text if number_in(text) is not None else None
     if kind == "yesno":
-        return YESNO.get(text.lower())
-    if kind == "choice":
+        return YESNO.get(str(given).strip().lower())
+    if kind == "choice" and len(choices) > 1:
         by_text = {choice: letter for letter, choice in choices.items()}
-        letter = text.strip("()") if text.strip("()") in choices else by_text.get(text)
-        return letter if len(choices) > 1 else None
-    return text
+        return text.strip("()") if text.strip("()") in choices else by_text.get(text)
+    return text if kind == "math" else None
 
 
 # ---------------------------------------------------------------- readers: published questions
 def read_questions(path, task=None):
-    """Rows of a file of questions, each id once, clean (see clean_row).
-
-    The file is in a published format (GSM8K, MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI,
-    StrategyQA), flat rows, or a path pool. `task` overrides what the file says.
-    """
+    """Rows of a file of questions, each id once, clean (see clean_row): a published format (GSM8K,
+    MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), flat rows, or a path pool. `task`
+    overrides what the file says."""
     stem = os.path.splitext(os.path.basename(path))[0]
     guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
     questions = {}
-    for i, (where, record) in enumerate(records(path)):
+    for i, (where, record) in enumerate(numbered_rows(path)):
         try:
             row = without_nulls(flatten(record, guess))
         except (KeyError, TypeError, AttributeError) as e:
@@ -208,37 +188,18 @@ def read_questions(path, task=None):
         row["id"] = ids[0] if ids else f"{stem}-{i:05d}"
         row = clean_row({**row, "task": task or row.get("task")}, where)
         if question_of(questions.setdefault(row["id"], row)) != question_of(row):
-            stop(f"{where}: the id {row['id']!r} belongs to another question already; give each "
-                 "question its own")
+            stop(f"{where}: the id {row['id']!r} belongs to another question already")
     if not questions:
         stop(f"{path}: no questions in it")
     return list(questions.values())
 
 
-def records(path):
-    """(place, record) of the rows of a file, or of the "examples" in BIG-bench's one object."""
-    for where, row in numbered_rows(path):
-        examples = row.get("examples")
-        yield from ((where, r) for r in examples) if isinstance(examples, list) else [(where, row)]
-
-
-def boxed(solution):
-    """The answer of a MATH solution: its last box, and those to which an "and" or "or" joins it."""
-    parts = BOX.split(solution)  # text, box, text, ..., box, text
-    values = []
-    for before, value in zip(parts[-3::-2], parts[-2::-2]):
-        if not any(grade("math", value, other) for other in values):  # "x + 1, or 1 + x"
-            values.insert(0, value)
-        if not re.fullmatch(r"[^.]{0,20}\b(?:and|or)\b[^.]{0,20}", before):
-            break
-    return ", ".join(values)
-
-
 def flatten(r, guess):
     """A published record as a flat row without id; `guess` is the task that its file's name has."""
     if "problem" in r:  # MATH
-        answer = r["answer"] if "answer" in r else boxed(r["solution"])
-        return {"task": "math", "question": r["problem"], "level": r.get("level"), "answer": answer}
+        last_box = in_braces(r.get("solution", "").rpartition("\\boxed")[2].lstrip())[0]
+        return {"task": "math", "question": r["problem"], "level": r.get("level"),
+                "answer": r.get("answer", last_box)}
     if "target_scores" in r:  # BIG-bench
         scores = r["target_scores"]
         right = max(scores, key=scores.get)
@@ -265,14 +226,12 @@ def flatten(r, guess):
         task = guess or ("commonsense_qa" if "question_concept" in stem else "arc")
         return {"task": task, "question": stem["stem"], "answer": letters[r["answerKey"]],
                 "choices": choices["text"]}
-    row = {key: r.get(key) for key in ("question", "answer", "choices", "level", "prompt")}
-    task = guess
+    row = {key: r.get(key) for key in ("task", "question", "answer", "choices", "level", "prompt")}
     if isinstance(r["answer"], bool):
-        task = guess or "strategyqa"
+        guess = guess or "strategyqa"
     elif "####" in str(r["answer"]):  # GSM8K
-        row["answer"] = r["answer"].rsplit("####", 1)[1].strip()
-        task = guess or "gsm8k"
-    return {**row, "task": r.get("task", task)}
+        row["answer"], guess = r["answer"].rsplit("####", 1)[1].strip(), guess or "gsm8k"
+    return {**row, "task": row["task"] or guess}
 
 
 # ---------------------------------------------------------------- prompts: what a student reads
@@ -302,11 +261,9 @@ FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, in which the names of control tokens are text.
-
-    With a chat template: one user turn, then what the template writes before any answer (a header,
-    an empty thought). Without: the text with the tokenizer's own BOS, never a trailing EOS.
-    """
+    """Token ids of a prompt, in which the names of control tokens are text. With a chat template:
+    one user turn, then what the template writes before any answer (a header, an empty thought).
+    Without: the text with the tokenizer's own BOS, never a trailing EOS."""
     if tokenizer.chat_template:
         return os.path.commonprefix(two_chats(tokenizer, prompt.strip()))
     ids = list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
@@ -642,14 +599,13 @@ def value_of(mp, node, tokens, point):
 # ---------------------------------------------------------------- students: load, merge adapters
 def load_student(name, device="cpu", dtype=None, **more):
     """(model, tokenizer) of a Hugging Face causal LM, or of a LoRA adapter in PEFT's format
-    (merged), by folder or name on the hub. dtype: of the weights (None: float32); `more` goes to
-    from_pretrained. Code that comes with a model is never run. Stops with one sentence at what is
-    no such model, lacks weights, is saved quantised, or is an adapter without its base."""
+    (merged), by folder or name. dtype: of the weights (None: float32); `more` is for
+    from_pretrained. Stops with one sentence at what is no such model, lacks weights, is saved
+    quantised, or is an adapter without its base."""
     base, revision, adapter = name, "main", None
     try:
         if file := file_of(name, "adapter_config.json"):
-            with open(file, encoding="utf-8") as f:
-                adapter = json.load(f)
+            adapter = json.loads(Path(file).read_text(encoding="utf-8"))
             base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
             if not file_of(base, "config.json", revision):
                 stop(f"{name}: the base of this adapter, {base}, is not there; if it has moved, "
@@ -658,9 +614,8 @@ def load_student(name, device="cpu", dtype=None, **more):
         if getattr(config, "quantization_config", None):
             stop(f"{name}: the weights of {base} are saved quantised, where LoRA can't be merged: "
                  "take the model that was quantised")
-        own = file_of(name, "tokenizer_config.json")
-        tokenizer = AutoTokenizer.from_pretrained(
-            name if own else base, revision="main" if own else revision, trust_remote_code=False)
+        own = name if file_of(name, "tokenizer_config.json") else base
+        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             base, revision=revision, dtype=dtype or torch.float32, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **more)
@@ -686,13 +641,13 @@ def file_of(name, file, revision=None):
 
 
 def merge_adapter(model, config, weights):
-    """W += scale B A for every pair in an adapter's weights; ValueError at more than plain LoRA.
-    (Initial weights such as pissa's change those of the base.)"""
+    """W += scale B A for every pair in an adapter's weights; ValueError at more than plain LoRA."""
+    # Initial weights such as pissa's change those of the base.
+    is_plain = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
     pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
     for key, weight in weights.items():
         m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        plain_lora = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
-        if not m or not plain_lora or config.get("alpha_pattern"):
+        if not m or not is_plain or config.get("alpha_pattern"):
             raise ValueError(f"only plain LoRA can be merged, see {key} and adapter_config.json")
         pairs[m[1]][m[2]] = weight.float()
     for name, pair in pairs.items():
@@ -706,11 +661,11 @@ def merge_adapter(model, config, weights):
 def logit_factor(config):
     """What a family multiplies its logits with (Cohere, Falcon-H1; Granite and MiniCPM3 divide)."""
     config = config.get_text_config()
-    factor = 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    factor = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
     for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         factor *= getattr(config, key, None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return factor * scaling if config.model_type.startswith("hyperclovax") else factor / scaling
+    return factor
 
 
 def context_of(model):
@@ -721,25 +676,24 @@ def context_of(model):
 # ---------------------------------------------------------------- generation: answers to prompts
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, temperature=0.0,
              until=None, desc=None):
-    """One response to each prompt (a list of token ids), in their order: {"text", "ids": its
-    tokens, "tokens": their number, "stopped": it ended by itself}. Greedy at temperature 0.
-
-    It ends with an end token (which counts, but is not in the text), after max_new_tokens, at the
-    end of the model's context, or with the first match of `until`, a pattern for each prompt.
-    batch_size prompts are answered together (None: see rows_at_once).
-    """
+    """One response to each prompt (a list of token ids), in their order: {"text", "tokens": their
+    number, "stopped": it ended by itself}. Greedy at temperature 0. It ends with an end token
+    (which counts, but is not in the text), after max_new_tokens, at the end of the model's context,
+    or with the first match of `until`, a pattern for each prompt. batch_size prompts are answered
+    together (None: 64, and 256 of a toy)."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest, context = max(map(len, prompts), default=0), context_of(model)
-    if longest >= context:
-        stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
-    eos = model.generation_config.eos_token_id
+    context = context_of(model)
+    if prompts and len(prompts[order[0]]) >= context:
+        stop(f"a prompt of {len(prompts[order[0]])} tokens leaves no room in the model's context "
+             f"of {context}")
+    own = model.generation_config.eos_token_id
     ends = [end_token(tokenizer), tokenizer.eos_token_id]
-    ends += eos if isinstance(eos, list) else [eos]
+    ends += own if isinstance(own, list) else [own]
     ends = [token for token in ends if token is not None]
-    sampling = {"temperature": temperature, "top_k": 0} if temperature else {}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    size = batch_size or (64 if is_large(model) else 256)
     results = [None] * len(prompts)
     with answering(model), tqdm(total=len(order), desc=desc, disable=not desc, leave=False) as bar:
-        size = batch_size or rows_at_once(model, longest + max_new_tokens)
         for start in range(0, len(order), size):
             batch = order[start:start + size]
             ids = [torch.tensor(prompts[i], device=model.device) for i in batch]
@@ -747,14 +701,13 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
             mask = pad_sequence([torch.ones_like(own) for own in ids], **left)
             ids = pad_sequence(ids, padding_value=ends[0], **left)  # (batch, width)
             width = ids.shape[1]
-            said = AnswerSaid(tokenizer, ends, width, until and [until[i] for i in batch])
+            patterns = [until[i] if until else None for i in batch]
             ids = model.generate(
                 ids, attention_mask=mask, max_new_tokens=min(max_new_tokens, context + 1 - width),
-                do_sample=temperature > 0, **sampling, eos_token_id=ends, pad_token_id=ends[0],
-                stopping_criteria=[said] if until else [])
-            for j, (i, tokens) in enumerate(zip(batch, ids[:, width:].tolist())):
-                tokens = tokens[:said.length.get(j)]
-                results[i] = response(tokenizer, tokens, ends, until and until[i])
+                eos_token_id=ends, pad_token_id=ends[0], **sampling,
+                stopping_criteria=[AnswerSaid(tokenizer, width, patterns)])
+            for i, tokens, pattern in zip(batch, ids[:, width:].tolist(), patterns):
+                results[i] = response(tokenizer, tokens, ends, pattern)
             bar.update(len(batch))
     return results
 
@@ -762,61 +715,36 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
 class AnswerSaid(StoppingCriteria):
     """Ends the responses of a batch in which their patterns match; looks every 16 tokens."""
 
-    def __init__(self, tokenizer, ends, width, until):
-        self.tokenizer, self.ends, self.width, self.until = tokenizer, ends, width, until
-        self.length = {}  # place in the batch of a response that was ended -> its tokens
+    def __init__(self, tokenizer, width, patterns):
+        self.tokenizer, self.width, self.patterns = tokenizer, width, patterns
+        self.said = [False] * len(patterns)
 
     def __call__(self, ids, scores, **kwargs):
-        new = ids.shape[1] - self.width
-        if new % 16 == 0:
-            for j, tokens in enumerate(ids[:, self.width:].tolist()):
-                is_open = j not in self.length and not {*self.ends} & {*tokens}
-                if is_open and read(self.tokenizer, tokens, self.until[j])[1]:
-                    self.length[j] = new
-        return torch.tensor([j in self.length for j in range(len(ids))], device=ids.device)
+        if (ids.shape[1] - self.width) % 16 == 0:
+            texts = self.tokenizer.batch_decode(ids[:, self.width:], skip_special_tokens=True)
+            self.said = [bool(said(*pair)) for pair in zip(self.patterns, texts)]
+        return torch.tensor(self.said, device=ids.device)
 
 
-def read(tokenizer, tokens, pattern):
-    """The text of tokens, and the first match of a pattern outside its thoughts, or None."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    thought = len(text) - len(after_thought(text))  # what is said in it is no answer yet
-    return text, pattern and pattern.search(text, thought)
+def said(pattern, text):
+    """The first match of a pattern, if any, outside the thoughts of a text, or None."""
+    return pattern and pattern.search(text, len(text) - len(after_thought(text)))
 
 
 def response(tokenizer, tokens, ends, pattern):
     """What generate returns, from new tokens; what follows an end token is padding."""
     n = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
-    stopped = tokens[n - 1] in ends
-    text, said = read(tokenizer, tokens[:n - stopped], pattern)
-    if said and said.end() < len(text):  # what follows the answer does not count
-        text = text[:said.end()]
-        n = next(n for n in range(1, n + 1) if read(tokenizer, tokens[:n], pattern)[1])
-    return {"text": text, "ids": tokens[:n], "tokens": n, "stopped": stopped}
-
-
-def rows_at_once(model, length):
-    """How many responses of so many tokens, prompts included, are written together: as many, from 8
-    to 256, as have their keys and values in 2 GB of a CPU's memory, or in a quarter of what a GPU
-    has free. More are faster: the weights are read once for all of them."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    heads = getattr(config, "num_key_value_heads", None) or heads
-    row = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize  # bytes
-    is_gpu = model.device.type == "cuda"
-    room = torch.cuda.mem_get_info(model.device)[0] / 4 if is_gpu else 2e9
-    return int(min(256, max(8, room // row)))
+    text = tokenizer.decode(tokens[:n], skip_special_tokens=True)
+    match = said(pattern, text)
+    if match and match.end() < len(text):  # what follows the answer does not count
+        return {"text": text[:match.end()], "tokens": n, "stopped": False}
+    return {"text": text, "tokens": n, "stopped": tokens[n - 1] in ends}
 
 
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
-    """The device that --device names, or the default; stop() where this machine has none such."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        stop(f"--device {name} can't be used ({in_a_line(e)})")
-    return name
+    """The device that --device names, or the default."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16(device="cpu"):
@@ -827,6 +755,10 @@ def has_bfloat16(device="cpu"):
     return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(False)
 
 
+def is_large(model):
+    return sum(weight.numel() for weight in model.parameters()) > 10**7
+
+
 @contextlib.contextmanager
 def answering(model):
     """Inside, distill.LoRA is merged, weights are bfloat16 where has_bfloat16 and the model is no
@@ -835,11 +767,9 @@ def answering(model):
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     weights = [*model.parameters()]
     lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]
-    is_large = sum(weight.numel() for weight in weights) > 10**7
-    dtype = torch.bfloat16 if is_large and has_bfloat16(model.device) else model.dtype
-    is_plain = all(weight.is_floating_point() for weight in weights)  # not quantised
-    if not is_plain or (dtype == model.dtype and not lora):
-        weights, lora = [], []  # nothing is cast or merged
+    dtype = torch.bfloat16 if is_large(model) and has_bfloat16(model.device) else model.dtype
+    if not all(weight.is_floating_point() for weight in weights):  # quantised
+        weights, lora = [], []
     kept = [weight.data.cpu() for weight in weights]  # a GPU might have no room for both
     try:
         for module in lora:
@@ -860,16 +790,13 @@ def answering(model):
         model.train(was_training).generation_config = settings
 
 
-# ---------------------------------------------------------------- evaluation: accuracy and ensemble
+# ---------------------------------------------------------------- evaluation
 def evaluate(students, rows, max_new_tokens, batch_size=None):
-    """Students [(model, tokenizer), ...] on rows, in shares of 1, from greedy answers.
-
-    -> {"questions": their number without those that exceed a context, "accuracy", "unparsed",
-    "stopped": a share per student, "ensemble": accuracy of the answer that its student finds
-    likeliest, "upper_bound": share of questions with any right response, "predictions": per
-    question {"id", "question", "answer", "ensemble", "ensemble_correct", "responses": per student
-    what generate returns, without "ids", "prediction", "correct" and, where needed, "logprob"}}.
-    """
+    """Students [(model, tokenizer), ...] on rows, by greedy answers -> {"questions": their number
+    without those that exceed a context, "accuracy", "unparsed", "stopped": a share of 1 per
+    student, "upper_bound": share of questions with any right response, "predictions": per question
+    {"id", "question", "answer", "responses": per student what generate returns, "prediction",
+    "correct"}}."""
     asked, prompts = [], []  # prompts: [question][student]
     for row in rows:
         ids = [encode_prompt(tokenizer, student_prompt(row)) for _, tokenizer in students]
@@ -888,20 +815,8 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
             r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
             r["correct"] = grade(row["task"], r["prediction"], row["answer"])
     answers = [*zip(*responses)]  # [question][student]
-    disputed = [i for i, given in enumerate(answers)
-                if len({r["prediction"] for r in given} - {None}) > 1]
-    for s, (model, _) in enumerate(students):
-        add_logprobs(model, [prompts[i][s] for i in disputed], [answers[i][s] for i in disputed])
-    predictions = []
-    for row, given in zip(asked, answers):
-        parsed = [r for r in given if r["prediction"] is not None]
-        surest = max(parsed, key=lambda r: r.get("logprob", 0), default=given[0])
-        predictions.append({"id": row["id"], "question": row["question"], "answer": row["answer"],
-                            "ensemble": surest["prediction"],
-                            "ensemble_correct": surest["correct"],
-                            "responses": given})
-        for r in given:
-            del r["ids"]
+    predictions = [{"id": row["id"], "question": row["question"], "answer": row["answer"],
+                    "responses": given} for row, given in zip(asked, answers)]
 
     def share(flags):
         return sum(flags) / max(len(flags), 1)
@@ -910,93 +825,33 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
             "accuracy": [share([r["correct"] for r in own]) for own in responses],
             "unparsed": [share([r["prediction"] is None for r in own]) for own in responses],
             "stopped": [share([r["stopped"] for r in own]) for own in responses],
-            "ensemble": share([p["ensemble_correct"] for p in predictions]),
             "upper_bound": share([any(r["correct"] for r in given) for given in answers]),
             "predictions": predictions}
 
 
-def add_logprobs(model, prompts, responses):
-    """Give each response "logprob", the mean log-probability of its tokens after its prompt."""
-    size = max(1, 2**20 // model.config.get_text_config().vocab_size)  # logits are large
-    with answering(model):
-        for start in range(0, len(prompts), size):
-            batch = [*zip(prompts[start:start + size], responses[start:start + size])]
-            ids = [torch.tensor(prompt + r["ids"]) for prompt, r in batch]
-            ids = pad_sequence(ids, batch_first=True).to(model.device)  # (batch, T)
-            logits = model(ids).logits[:, :-1].float()  # (batch, T - 1, V)
-            nats = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            for (prompt, r), own in zip(batch, nats):
-                r["logprob"] = -own[len(prompt) - 1:][:len(r["ids"])].mean().item()
-
-
-# ---------------------------------------------------------------- pictures of run folders (--plot)
-PANELS = {"loss/": "loss (nats per response token)", "accuracy/": "right answers (share)",
-          "rate/": "paths selected (share)"}
-
-
-def plot(folder):
-    """Draw training.png into a run folder of distill.py, from its log.jsonl."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        stop("--plot needs matplotlib: pip install matplotlib")
-    log = read_jsonl(os.path.join(folder, "log.jsonl"))
-    names = sorted({name for line in log for name in line})
-    panels = [start for start in PANELS if any(name.startswith(start) for name in names)]
-    if not panels:
-        stop(f"{folder}/log.jsonl: no step of distill.py in it yet")
-    figure = Figure((5 * len(panels), 3.6), layout="constrained")
-    figure.suptitle(os.path.basename(os.path.abspath(folder)), parse_math=False)
-    for ax, start in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        lines = [name for name in names if name.startswith(start)]
-        for name, look in zip(lines, itertools.cycle(["-", "--", ":", "-."])):
-            points = np.array([(line["step"], line[name]) for line in log if name in line])
-            width = 1 + len(points) // 10  # a running mean over a tenth of the points
-            steps, values = (np.convolve(x, np.full(width, 1 / width), "valid") for x in points.T)
-            ax.plot(steps, values, look, label=f"student {name.removeprefix(start)}")
-        ax.set(xlabel="optimiser step", ylabel=PANELS[start])
-        ax.legend(frameon=False)
-    file = os.path.join(folder, "training.png")
-    figure.savefig(file, dpi=150)
-    print(file)
-
-
 # ---------------------------------------------------------------- the command
 def parse_args():
-    p = argparse.ArgumentParser(description="Evaluate saved students on a file of questions "
-                                            "(--students --questions), or draw runs (--plot).")
+    p = argparse.ArgumentParser(description="Test students on a file of questions.")
     p.error = stop  # one sentence and exit code 2
-    p.add_argument("--students", nargs="+", metavar="NAME",
+    count = within(int, 1)
+    p.add_argument("--students", nargs="+", required=True,
                    help="models or PEFT LoRA adapters, by folder or name")
-    p.add_argument("--questions", metavar="FILE",
+    p.add_argument("--questions", metavar="FILE", required=True,
                    help="a dataset's own file, a pool, or rows with id, task, question, answer")
     p.add_argument("--task", choices=TASKS, help="overrides the task that the file names")
-    p.add_argument("--limit", type=within(int, 1), help="use only the first questions (all)")
-    p.add_argument("--plot", nargs="+", metavar="RUN_DIR",
-                   help="draw runs of distill.py instead: training.png in each folder")
-    p.add_argument("--max_new_tokens", type=within(int, 1), default=512,
-                   help="longest response in tokens (512)")
-    p.add_argument("--batch_size", type=within(int, 1),
-                   help="responses written at a time (up to 256, as memory allows)")
+    p.add_argument("--limit", type=count, help="use only the first questions (all)")
+    p.add_argument("--max_new_tokens", type=count, default=512, help="longest response (512)")
+    p.add_argument("--batch_size", type=count, help="responses at a time (64; of a toy 256)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
     p.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
-    args = p.parse_args()
-    if not args.plot and not (args.students and args.questions):
-        stop("pass --students and --questions to test students, or --plot RUN_DIR to draw runs")
-    return args
+    return p.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.plot:
-        for folder in args.plot:
-            plot(folder)
-        return
     rows = read_questions(args.questions, args.task)[:args.limit]
-    if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.questions):
-        stop(f"--out {args.out} would overwrite the questions: choose another place")
-    if args.out:
-        open(args.out, "a").close()  # raises now, and not after the answers
+    if args.out and os.path.exists(args.out):
+        stop(f"--out {args.out} is there already: choose another file")
     device = usable_device(args.device)
     half = device.startswith("cuda") and has_bfloat16(device)
     dtype = torch.bfloat16 if half else torch.float32
@@ -1004,24 +859,17 @@ def main():
     results = evaluate(students, rows, args.max_new_tokens, args.batch_size)
     for p in results["predictions"][:3]:
         for name, r in zip(args.students, p["responses"]):
-            print(f"--- {p['id']}, {name}: {r['prediction']} (right: {p['answer']})")
-            print(r["text"].strip())
-    print_table(args.students, results)
+            print(f"--- {p['id']}, {name}: {r['prediction']} (right: {p['answer']})\n{r['text']}")
+    n, width = results["questions"], max(map(len, args.students))
+    print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
+    shares = zip(results["accuracy"], results["unparsed"], results["stopped"])
+    for name, (accuracy, unparsed, stopped) in zip(args.students, shares):
+        error = math.sqrt(accuracy * (1 - accuracy) / max(n, 1))  # binomial
+        print(f"{name:{width}} {accuracy:8.1%} {error:6.1%} {unparsed:8.1%} {stopped:8.1%}")
+    print(f"{results['upper_bound']:.1%} are answered by any of them")
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump({"args": vars(args), **results}, file, indent=1)
-
-
-def print_table(names, results):
-    """Print shares per student, ensemble and upper bound; s.e. is the accuracy's standard error."""
-    n, width = results["questions"], max(map(len, (*names, "upper bound (any right)")))
-    print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
-    lines = [*zip(names, results["accuracy"], results["unparsed"], results["stopped"]),
-             ("ensemble", results["ensemble"]), ("upper bound (any right)", results["upper_bound"])]
-    for name, accuracy, *more in lines:
-        error = math.sqrt(accuracy * (1 - accuracy) / max(n, 1))  # binomial
-        shares = "".join(f"{share:9.1%}" for share in more)
-        print(f"{name:{width}} {accuracy:8.1%} {error:6.1%}{shares}")
 
 
 if __name__ == "__main__":
