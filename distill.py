@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -144,10 +143,16 @@ def make_parser():
 
 def parse_args(argv=None):
     """The run's flags; with --resume those that the run was started with."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
+    p = make_parser()
+    args = p.parse_args(argv)
     if args.resume:
-        return resumed_args(args, argv)
+        file = Path(args.resume) / "args.json"
+        if args != p.parse_args(["--resume", args.resume]):
+            stop(f"--resume goes on with the run's own flags: leave all others out, or edit {file}")
+        if not file.is_file():
+            stop(f"--resume {args.resume}: no {file}; pass the --out_dir of an earlier run")
+        saved = json.loads(file.read_text())
+        return argparse.Namespace(**saved | {"resume": args.resume, "out_dir": args.resume})
     if "all" in args.printed:
         args.printed = list(PRINTED)
     defaults = DEFAULTS | (REAL if args.students else DEMO)
@@ -161,17 +166,6 @@ def parse_args(argv=None):
     if args.students:  # absolute, since adapters name their base
         args.students = [os.path.abspath(x) if os.path.isdir(x) else x for x in args.students]
     return args
-
-
-def resumed_args(args, argv):
-    """The flags of the run in the folder --resume."""
-    file = Path(args.resume) / "args.json"
-    if any(word.startswith("--") and not word.startswith("--resume") for word in argv):
-        stop(f"--resume goes on with the run's own flags: leave all others out, or edit {file}")
-    if not file.is_file():
-        stop(f"--resume {args.resume}: no args.json there; pass the --out_dir of an earlier run")
-    saved = json.loads(file.read_text())
-    return argparse.Namespace(**saved | {"resume": args.resume, "out_dir": args.resume})
 
 
 def check(args):
@@ -1054,11 +1048,11 @@ def write_decisions(out, rows, questions, lengths, p, drawn):
     question = " ".join(rows[some[0]]["question"].split())[:200]
     print(f"\nwhat the router decided, for one: {question}")
     print(f"{'a value for each student':28}{'tokens':>12}{'probability':>14}{'drawn':>10}   path")
-    for path in (paths[i] for i in some):
-        tokens, times = ("/".join(map(str, path[key])) for key in ("tokens", "drawn"))
-        probability = "/".join(f"{x:.2f}" for x in path["probability"])
-        print(f"{path['label'][:28]:28}{tokens:>12}{probability:>14}{times:>10}   "
-              f"{' '.join(path['path'].split())[:40]}")
+    for i in some:
+        tokens, drawn_i = ("/".join(map(str, paths[i][key])) for key in ("tokens", "drawn"))
+        odds = "/".join(f"{x:.2f}" for x in paths[i]["probability"])
+        text = " ".join(rows[i]["text"].split())[:40]
+        print(f"{rows[i]['label'][:28]:28}{tokens:>12}{odds:>14}{drawn_i:>10}   {text}")
 
 
 # ---------------------------------------- the demo's students
