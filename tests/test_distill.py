@@ -17,10 +17,12 @@ logging never ends a run                         test_a_run_outlives_its_logging
 """
 import copy
 import importlib.machinery
+import importlib.util
 import json
 import math
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -162,20 +164,9 @@ def assert_same_run(a, b):
 @pytest.fixture
 def train(world, tmp_path, monkeypatch):
     """train(*flags) runs main in a folder of its own -> its files and what it held in memory."""
-    held = {}
-
-    def hold(name, keep):
-        plain = getattr(distill, name)
-
-        def wrapped(*args):
-            result = plain(*args)
-            held.update(keep(args, result))
-            return result
-
-        monkeypatch.setattr(distill, name, wrapped)
-
-    hold("make_optimizers", lambda args, _: dict(zip(("students", "collab", "router"), args)))
-    hold("embed", lambda _, h: {"h": h})
+    held, plain = {}, distill.make_optimizers
+    monkeypatch.setattr(distill, "make_optimizers", lambda *args: (
+        held.update(zip(("students", "collab", "router"), args)), plain(*args))[1])
 
     def run(*flags, students=("words", "pieces"), name="run"):
         distill.main(flags_of(world, tmp_path / name, *flags, students=students))
@@ -252,8 +243,15 @@ def exact_loss(states, weight, bias, target, g, softcap):
     return [(nll.detach(), 1 + nll.detach().abs()), *zip(grads, sizes)]
 
 
-def chunks_of_7(states, weight):
-    return [slice(start, start + 7) for start in range(0, len(states), 7)]
+class Watch(TorchDispatchMode):
+    """Notes the size of every tensor that is made inside."""
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        many = out if isinstance(out, (tuple, list)) else [out]
+        self.largest = max([self.largest, *(x.numel() for x in many if torch.is_tensor(x))])
+        return out
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -261,9 +259,11 @@ def chunks_of_7(states, weight):
     (1, 5, 11, False, None), (6, 5, 11, True, None), (7, 5, 11, False, 3.0), (8, 5, 11, True, 3.0),
     (15, 5, 11, False, None), (70, 64, 500, True, 30.0), (18, 2, 262_144, False, None)])
 def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softcap):
-    """Gradients too. A float32 sum of k terms, in whatever order a processor takes them, is off by
-    at most k parts in 2**24 of the sum of their sizes (Higham, 2002, section 4.2)."""
-    monkeypatch.setattr(distill, "chunks", chunks_of_7)
+    """Gradients too, and no tensor holds more logits than those of a chunk. A float32 sum of k
+    terms, in whatever order a processor takes them, is off by at most k parts in 2**24 of the sum
+    of their sizes (Higham, 2002, section 4.2)."""
+    monkeypatch.setattr(distill, "chunks", lambda states, weight: [
+        slice(start, start + 7) for start in range(0, len(states), 7)])
     r = torch.Generator().manual_seed(n)
     states, weight = torch.randn(n, d, generator=r), torch.randn(vocabulary, d, generator=r)
     b = torch.randn(vocabulary, generator=r) if bias else None
@@ -272,8 +272,10 @@ def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softc
     largest = (states.abs() @ weight.abs().T).max().item()  # of a logit's sum
     leaves = [states.requires_grad_(), weight.requires_grad_(trained)]
     leaves += [b.requires_grad_(trained)] if bias else []
-    nll = distill.ChunkedNLL.apply(states, weight, b, target, softcap)
-    nll.backward(g)
+    with Watch() as watch:
+        nll = distill.ChunkedNLL.apply(states, weight, b, target, softcap)
+        nll.backward(g)
+    assert watch.largest <= max(7 * vocabulary, n * d, weight.numel())
     # Terms in a row: a logit, its softmax, the sum over the vocabulary, the sum over positions.
     roundings = 2 * vocabulary + (d + 20) * (1 + largest) + n
     got = [nll.detach(), *(x.grad for x in leaves if x.requires_grad)]
@@ -281,25 +283,6 @@ def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softc
     for ours, (theirs, size) in zip(got, exact):
         assert ours.dtype == torch.float32
         assert ((ours - theirs).abs() <= roundings * 2**-24 * size).all()
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_no_tensor_ever_holds_all_logits(monkeypatch, trained):
-    monkeypatch.setattr(distill, "chunks", chunks_of_7)
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            many = out if isinstance(out, (tuple, list)) else [out]
-            sizes.extend(x.numel() for x in many if isinstance(x, torch.Tensor))
-            return out
-
-    states, weight = torch.randn(70, 3, requires_grad=True), torch.randn(90, 3)
-    with Watch():
-        distill.ChunkedNLL.apply(states, weight.requires_grad_(trained), None, torch.arange(70),
-                                 None).sum().backward()
-    assert max(sizes) == 7 * 90
 
 
 # ---------------------------------------- forward: the model's own loss and states
@@ -386,41 +369,24 @@ def test_a_label_is_the_style_and_of_several_teachers_the_teacher(world):
 
 
 # ---------------------------------------- the steps of the method
-QUESTION = torch.tensor([0, 0, 0, 1, 1, 2])
-
-
-def test_what_is_drawn_at_random_has_equal_odds_and_what_is_fixed_has_no_gradient():
-    logits = torch.randn(6, 2, requires_grad=True)
-    rng = torch.Generator().manual_seed(1)
-    drawn = [distill.decide("random", logits, None, QUESTION, qr.categorical_gate, rng)
-             for _ in range(400)]
-    odds = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2, 1])[:, None].expand(6, 2)
-    assert torch.allclose(drawn[0][1], odds)
-    mean = torch.stack([alpha.detach() for alpha, _ in drawn]).mean(0)
-    assert ((mean - odds).abs() <= 5 * (odds * (1 - odds) / 400).sqrt()).all()  # deviations
-    fixed = torch.ones(6, 2)
-    alpha, p = distill.decide("all", logits, fixed, QUESTION, qr.categorical_gate, rng)
-    assert alpha is p is fixed
-
-
-@pytest.mark.parametrize("route", ["all", "short", "nll", "random", "learned"])
-def test_a_fixed_route_is_the_shortest_or_likeliest_path_of_each_student(world, route):
+@pytest.mark.parametrize("route", ["all", "short", "nll", "random"])
+def test_a_route_is_every_the_shortest_the_likeliest_or_any_path_of_each_student(world, route):
     students = [loaded(world.students[name]) for name in ("words", "pieces")]
     rows = distill.encode(world.rows[:12], students)
     _, question = distill.by_question(rows)
     lengths = torch.tensor([[len(response) for response in row["responses"]] for row in rows])
-    alpha = distill.fixed_route(route, rows, question, lengths, students)
-    if route in ("random", "learned"):
-        assert alpha is None
+    fixed = distill.fixed_route(route, rows, question, lengths, students)
+    alpha, p = distill.decide(route, torch.randn(12, 2), fixed, question, qr.categorical_gate, None)
+    if route == "random":
+        assert fixed is None and torch.allclose(p, torch.full((12, 2), 1 / 6))
     elif route == "all":
         assert (alpha == 1).all()
-    else:
-        for s, q in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            cost = {i: float(lengths[i, s]) for i in range(12) if question[i] == q}
-            if route == "nll":
-                cost = {i: float(alone(students[s].model, rows[i], s)[0].detach()) / n
-                        for i, n in cost.items()}
-            assert [i for i in cost if alpha[i, s]] == [min(cost, key=cost.get)]
+    for s, q in ((0, 0), (0, 1), (1, 0), (1, 1)) if route in ("short", "nll") else ():
+        cost = {i: float(lengths[i, s]) for i in range(12) if question[i] == q}
+        if route == "nll":
+            cost = {i: float(alone(students[s].model, rows[i], s)[0].detach()) / n
+                    for i, n in cost.items()}
+        assert [i for i in cost if alpha[i, s]] == [min(cost, key=cost.get)]
 
 
 ROUTED = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1], [0, 0, 0]]).bool()
@@ -489,46 +455,35 @@ def test_the_probe_runs_what_it_is_asked_for_and_gives_no_gradient():
         assert close(nats[i, s], exact.detach(), 200 * 36)
 
 
-def router_case():
-    r = torch.Generator().manual_seed(3)
+@pytest.mark.parametrize("reward, penalty", [("posterior", 0.0), ("posterior", 0.5), ("sum", 0.0),
+                                             ("loss", 0.0)])
+def test_the_router_learns_from_what_was_run_alone(reward, penalty):
+    """In float64, and question by question: posterior against cross-entropy with the student's own
+    choice, of probed questions; the others against the derivative by a gate, 0 where none ran."""
+    r, question = torch.Generator().manual_seed(3), torch.tensor([0, 0, 0, 1, 1, 2])
     nats = 30 * torch.rand(6, 2, generator=r, dtype=torch.float64) + 1
-    return nats, torch.randint(3, 40, (6, 2), generator=r)
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0])
-def test_posterior_compares_the_router_with_the_students_own_choice(penalty):
-    """Question by question; those that were not probed count for nothing."""
-    nats, length = router_case()
-    logits = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    loss = distill.router_loss("posterior", logits, None, nats, None, QUESTION < 2, length,
-                               QUESTION, penalty, [])
-    expected = 0
-    for of_q in (QUESTION == 0, QUESTION == 1):
-        own = (-nats[of_q] / (length[of_q] / length[of_q].double().mean(0)) ** penalty).softmax(0)
-        expected = expected + F.cross_entropy(logits[of_q].T, own.T, reduction="sum") / 2
-    assert torch.allclose(loss, expected, rtol=1e-6)  # the lengths are float32
-    gradient, = torch.autograd.grad(loss, logits)
-    assert (gradient[:5] != 0).all() and (gradient[5] == 0).all()
-
-
-@pytest.mark.parametrize("reward, printed", [("sum", []), ("loss", []), ("loss", ["eq9"])])
-def test_a_pair_that_was_not_run_gets_the_mean_cost_and_so_no_gradient(reward, printed):
-    """d L_distill / d alpha is (cost - mean) / count for a pair that was run, and 0 for others."""
-    nats, length = router_case()
+    length = torch.randint(3, 40, (6, 2), generator=r)
     alpha = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0], [1, 1], [0, 1]], dtype=torch.float64)
-    routed, cost = alpha > 0.5, nats if reward == "sum" else nats / length
-    weight = qr.path_weights(alpha.requires_grad_(), QUESTION, printed)
-    loss = distill.router_loss(reward, None, weight, nats * routed, routed,
-                               torch.zeros(6, dtype=torch.bool), length, QUESTION, 0.0, printed)
-    gradient, = torch.autograd.grad(loss, alpha)
-    for i, s in [(i, s) for i in range(6) for s in (0, 1)]:
-        reached = [j for j in range(6) if routed[j, s]]
-        peers = [j for j in reached if printed or QUESTION[j] == QUESTION[i]]
-        questions = 1 if printed else len(set(QUESTION[reached].tolist()))
-        wanted = 0.0
-        if routed[i, s]:
-            wanted = float(cost[i, s] - cost[peers, s].mean()) / len(peers) / questions
-        assert float(gradient[i, s]) == pytest.approx(wanted, abs=1e-12)
+    routed, posterior = alpha > 0.5, reward == "posterior"
+    logits = torch.randn(6, 2, generator=r, dtype=torch.float64, requires_grad=True)
+    weight = qr.path_weights(alpha.requires_grad_(), question)
+    probed = (question < 2) & posterior
+    known = nats * (routed | probed[:, None])
+    loss = distill.router_loss(reward, logits, weight, known, routed, probed, length, question,
+                               penalty, [])
+    gradient, = torch.autograd.grad(loss, logits if posterior else alpha)
+    cost = nats / length if reward == "loss" else nats
+    wanted = torch.zeros(6, 2, dtype=torch.float64)
+    for q, s in ((q, s) for q in (0, 1, 2) for s in (0, 1)):
+        of_q = (question == q).nonzero().squeeze(1)
+        ran = of_q[routed[of_q, s]]
+        n_questions = len(set(question[routed[:, s]].tolist()))
+        if not posterior:
+            wanted[ran, s] = (cost[ran, s] - cost[ran, s].mean()) / len(ran) / n_questions
+        elif q < 2:
+            own = -nats[of_q, s] / (length[of_q, s] / length[of_q, s].double().mean()) ** penalty
+            wanted[of_q, s] = (logits[of_q, s].softmax(0) - own.softmax(0)).detach() / 2
+    assert torch.allclose(gradient, wanted, rtol=0, atol=1e-6)  # the lengths are float32
 
 
 # ---------------------------------------- LoRA is PEFT's
@@ -618,7 +573,7 @@ def test_a_4_bit_base_keeps_its_head_and_its_adapters_are_pefts(bnb, world, name
 
 # ---------------------------------------- --as_printed: the paper's form, equation by equation
 PRINTED = {  # what can be seen of an equation from outside
-    "eq1": lambda run: run.h.shape[1] == 512,  # no style
+    "eq1": lambda run: getattr(run.router.net, "in_features", 0) == 512,  # no style
     "eq2": lambda run: re.findall(r"Linear|ReLU", str(run.router)) == ["Linear", "ReLU", "Linear"],
     "eq3": lambda run: run.log[0]["entropy"] < math.log(2) - 1e-4,  # of draws, not of their odds
     "eq5": lambda run: all(p.requires_grad for p in run.collab.proj.parameters()),
@@ -861,14 +816,8 @@ def test_what_the_router_decided_explains_the_rates(train):
     assert rates == [pytest.approx(1 / 6)] * 10
 
 
-def test_accuracy_is_measured_during_training_where_asked(train):
-    run = train("--eval_every", 2, "--max_steps", 4)
-    assert ["accuracy/1" in line for line in run.log] == [False, True, False, True]
-    assert [run.log[-1][f"accuracy/{s}"] for s in (0, 1)] == run.results["after"]["accuracy"]
-
-
 def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
-    """--wandb gets every line of log.jsonl, flat, and may fail."""
+    """--wandb gets every line of log.jsonl, flat, with --eval_every's tests, and may fail."""
     lines = []
 
     def log(line, step):
@@ -880,8 +829,9 @@ def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     wandb.init, wandb.log = (lambda **more: None), log
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run = train("--wandb", "p")
+    run = train("--wandb", "p", "--eval_every", 3)
     assert [line["step"] for line in lines] == [line["step"] for line in run.log] == [1, 2, 3]
+    assert [run.log[-1][f"accuracy/{s}"] for s in (0, 1)] == run.results["after"]["accuracy"]
     assert all(isinstance(x, (int, float)) for line in lines for x in line.values())
     said = capsys.readouterr()
     assert "RuntimeError: no network" in said.out + said.err
@@ -893,7 +843,7 @@ def test_a_real_encoder_reads_question_and_path(models_dir, world, train):
     alone = distill.encode_pairs(pairs[3:4], encoder, CPU)  # not padded
     assert torch.allclose(h[3:4], alone, atol=1e-4) and not torch.allclose(h[:1], alone, atol=1e-2)
     run = train("--encoder", encoder, "--max_steps", 1, "--styles", "program", "vanilla")
-    assert run.h.shape[1] == h.shape[1] + 2  # and the style
+    assert run.router.net.in_features == h.shape[1] + 2  # and the style
 
 
 # ---------------------------------------- kill and resume
@@ -909,6 +859,8 @@ MOMENTS = {  # a function, and the call of it that the process does not survive
     "saving a student": ("distill.save_student", 2), "before the table": ("distill.write_results", 1)}
 KILLS = [*((moment, "float32") for moment in MOMENTS), ("between checkpoints", "lora"),
          ("before it replaces the old one", "bf16"), ("between checkpoints", "fp16")]
+if importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate"):
+    KILLS.append(("between checkpoints", "nf4"))
 KILLER = """
 import json, os, signal, sys
 import torch
@@ -980,16 +932,6 @@ def test_a_killed_run_resumes_bit_for_bit(killed, unkilled, moment, kind):
     assert_same_run(files_of(out), files_of(unkilled(kind)))
 
 
-def test_a_quantised_run_saves_only_what_trains_and_resumes_bit_for_bit(bnb, unkilled, tmp_path):
-    out = shutil.copytree(unkilled("nf4"), tmp_path / "run")
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert all(2 in x.shape for s in (0, 1) for x in saved[f"student_{s}"].values())  # the rank
-    wrecked = {**saved, "run": {**saved["run"], "step": 5}}
-    assert wrecked["run"]["step"] == saved["run"]["step"]
-    distill.main(["--resume", str(out)])
-    assert_same_run(files_of(out), files_of(unkilled("nf4")))
-
-
 def test_resume_is_refused(world, unkilled, tmp_path, capsys):
     """With other flags or data, and where there is no run; a new run is, where there is one."""
     out = pathlib.Path(shutil.copytree(unkilled("float32"), tmp_path / "run"))
@@ -1009,16 +951,6 @@ def test_resume_is_refused(world, unkilled, tmp_path, capsys):
         assert "have changed" in refused(capsys, ["--resume", out]), change
 
 
-class Trap:
-    """Runs code where it is unpickled."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return pathlib.Path.touch, (self.file,)
-
-
 def test_a_checkpoint_runs_no_code_and_is_closed_again(unkilled, tmp_path):
     out = shutil.copytree(unkilled("float32"), tmp_path / "run")
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1031,10 +963,9 @@ def test_a_checkpoint_runs_no_code_and_is_closed_again(unkilled, tmp_path):
         assert "checkpoint.pt" not in pathlib.Path("/proc/self/maps").read_text()
         handles = pathlib.Path("/proc/self/fd").iterdir()
         assert not [handle for handle in handles if "checkpoint" in os.path.realpath(handle)]
-    torch.save({**saved, "run": Trap(tmp_path / "ran")}, out / "checkpoint.pt")
-    with pytest.raises(Exception, match="[Ww]eights"):
+    torch.save({**saved, "run": SimpleNamespace()}, out / "checkpoint.pt")  # needs code to load
+    with pytest.raises(pickle.UnpicklingError):
         distill.load_checkpoint(out, parts, torch.Generator(), data)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_run_that_stops_being_finite_keeps_its_last_good_checkpoint(world, tmp_path, capsys):
@@ -1082,16 +1013,6 @@ def test_the_demo_runs_to_its_table_and_its_cache_changes_nothing(tmp_path, monk
     out, = (tmp_path / "out").iterdir()
     assert {"before", "after", "seconds", "versions"} <= json.loads(
         (out / "results.json").read_text()).keys()
-    for s in (0, 1):
-        model, tokenizer = tasks.load_student(str(out / f"student_{s}"))
-        assert 2e5 < model.num_parameters() < 1e6
-        assert all(len(tokenizer(f" {n}")["input_ids"]) == 1 for n in (7, 42, 199))
     distill.main([*flags, "--out_dir", "again"])
     assert len(warmed) == 2 and list((tmp_path / "cache" / "qr-distill").iterdir())
     assert_same_run(files_of(pathlib.Path("again")), files_of(out))
-
-
-def test_the_demos_test_questions_do_not_train():
-    kept, test, _ = distill.load_data(distill.parse_args([]))
-    assert len(test) == 300 and not {r["question"] for r in kept} & {q["question"] for q in test}
-    assert len(ids_of(kept)) > 250 and {row["style"] for row in kept} == set(judge.STYLES)
