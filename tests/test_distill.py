@@ -27,7 +27,6 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,9 +35,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import distill
@@ -50,7 +48,6 @@ CPU = torch.device("cpu")
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-WORDS, PIECES = r" ?\d+| ?[^\W\d]+|\n *| ?[^\w\s]", r" ?\d| ?[^\W\d]{1,3}|\s|[^\w\s]"
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 KINDS = {  # of tiny students: a family, and what is special about it
     "llama": ("llama", {**GROUPED, "tie_word_embeddings": True}),
@@ -88,30 +85,22 @@ def tiny_model(kind, vocab=60):
     return model.eval()
 
 
-def tiny_tokenizer(corpus, pattern, template=None, pad="<pad>"):
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    special = ["<unk>", "<eos>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(corpus, trainers.WordLevelTrainer(
-        vocab_size=9999, special_tokens=special, show_progress=False))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token=pad,
-        additional_special_tokens=special[3:], chat_template=template)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A pool of 24 demo questions with six paths each, and the folders of five random students."""
     folder = tmp_path_factory.mktemp("world")
     rows = judge.demo_paths(judge.demo_questions(24, 0), 0)
     corpus = [text for row in rows for text in (tasks.student_prompt(row), row["path"])]
-    corpus += ["user\n", "assistant\n"]
     students = {}
-    for name, kind, pattern, *more in (
-            ("words", "llama", WORDS), ("pieces", "neox", PIECES), ("dropout", "gpt2", PIECES),
-            ("chat", "gemma3", WORDS, CHATML), ("pad_is_eos", "untied", WORDS, None, "<eos>")):
-        tokenizer = tiny_tokenizer(corpus, pattern, *more)
+    for name, kind, whole_words in (("words", "llama", True), ("pieces", "neox", False),
+                                    ("dropout", "gpt2", False), ("chat", "gemma3", True),
+                                    ("pad_is_eos", "untied", True)):
+        tokenizer = distill.demo_tokenizer(corpus, whole_words)
+        if name == "chat":
+            tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "user\n", "assistant\n"], True)
+            tokenizer.chat_template = CHATML
+        if name == "pad_is_eos":
+            tokenizer.pad_token = "<eos>"
         students[name] = str(folder / name)
         tiny_model(kind, len(tokenizer)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -144,10 +133,6 @@ def files_of(out):
     return {"results": results, "log": log, "weights": {f.parent.name: load_file(f) for f in files},
             "decisions": read_jsonl(out / "decisions.jsonl"),
             "predictions": read_jsonl(out / "predictions.jsonl")}
-
-
-def weights_of(world, name):
-    return load_file(pathlib.Path(world.students[name]) / "model.safetensors")
 
 
 def same_tensors(a, b):
@@ -438,21 +423,13 @@ def test_gradients_of_a_step_are_those_of_one_graph_in_float64(monkeypatch, size
     loss.backward()
     terms = 200 * sum(n for _, n in LENGTHS)
     assert close(nats, exact_nats, terms) and figures["co_routed"] == 0.5
+    probed = distill.probe(students, rows, batches, ROUTED)
+    assert close(probed, exact_nats, terms) and not probed.requires_grad
     ours = [*(student.model for student in students), collab]
     for a, b in zip(ours, [*exact, exact_collab]):
         for (name, x), y in zip(a.named_parameters(), b.parameters()):
             assert (x.grad is None) == (y.grad is None), name
             assert x.grad is None or close(x.grad, y.grad, terms), name
-
-
-def test_the_probe_runs_what_it_is_asked_for_and_gives_no_gradient():
-    rows = random_rows(LENGTHS, students=3)
-    students = [as_student(tiny_model(kind)) for kind in ("llama", "neox", "gemma3")]
-    nats = distill.probe(students, rows, [torch.tensor([0, 2]), torch.tensor([1, 3, 4, 5])], ROUTED)
-    assert not nats.requires_grad and (nats[~ROUTED] == 0).all()
-    for i, s in ROUTED.nonzero().tolist():
-        exact = alone(copy.deepcopy(students[s].model).double(), rows[i], s)[0]
-        assert close(nats[i, s], exact.detach(), 200 * 36)
 
 
 @pytest.mark.parametrize("reward, penalty", [("posterior", 0.0), ("posterior", 0.5), ("sum", 0.0),
@@ -608,13 +585,10 @@ def test_all_as_printed_is_every_equation_and_the_flags_that_they_set(train):
 
 # ---------------------------------------- flags and bad input: one sentence, exit code 2
 def test_what_nobody_set_is_for_the_demo_or_for_real_students(world):
-    names = ("lora_rank", "lr", "epochs", "eval_max_new_tokens", "length_penalty")
-    demo, real = (distill.parse_args(flags) for flags in ([], ["--students", "A"]))
-    assert [getattr(demo, name) for name in names] == [0, [2e-3], 4, 96, 0]
-    assert [getattr(real, name) for name in names] == [32, [2e-4], 3, 512, 1]
-    for args in (demo, real):
-        assert (args.gate, args.reward, args.probe, args.router_lr) == (
-            "categorical", "posterior", 0.125, 0.3)
+    names = ("lora_rank", "lr", "epochs", "eval_max_new_tokens", "length_penalty", "reward")
+    for flags, wanted in (([], [0, [2e-3], 4, 96, 0, "posterior"]),
+                          (["--students", "A"], [32, [2e-4], 3, 512, 1, "posterior"])):
+        assert [getattr(distill.parse_args(flags), name) for name in names] == wanted
 
 
 BAD = [  # flags, and what the sentence must name; {...} are files of bad_files
@@ -725,7 +699,8 @@ def test_other_questions_train(tmp_path, data_of):
 
     pool = pool_of(tmp_path / "pool.jsonl", rows_of(40))
     test = pool_of(tmp_path / "test.jsonl", rows_of(40, question="Is {} even?", answer="no"))
-    assert len(ids_of(data_of(pool, "--eval_questions", test)[0])) == 40
+    rows, _, said = data_of(pool, "--eval_questions", test, "--filter", "full")
+    assert len(ids_of(rows)) == 40 and "40 right answers were read by no judge" in said
     arc = rows_of(20, task="arc", answer="A", path="The answer is (A).")
     for i, row in enumerate(arc):
         row["question"] = "Which of these statements is true?" if i < 10 else f"Which is {i}?"
@@ -743,36 +718,20 @@ def test_a_filter_keeps_what_it_says(world, data_of, mode, field):
     assert [(row["id"], row["style"]) for row in rows] == wanted
 
 
-def test_a_graded_pool_is_believed_and_what_no_judge_read_is_counted(world, tmp_path, data_of):
-    rows = [{**row, "task": "gsm8k", "correct": row["style"] != "program", "valid": None}
-            for row in world.rows]
-    for row in rows[::6]:
-        row |= {"valid": False, "verdict": {"J": "invalid: x"}}  # all of style vanilla
-    kept, _, said = data_of(pool_of(tmp_path / "graded.jsonl", rows), "--filter", "full")
-    assert {row["style"] for row in kept} == set(judge.STYLES) - {"program", "vanilla"}
-    assert f"{24 * 4} right answers were read by no judge" in said
-
-
 # ---------------------------------------- whole runs
 @pytest.mark.parametrize("students", [("words",), ("words", "pieces", "chat")])
-def test_one_and_three_students_train_end_to_end(train, students):
-    run = train("--max_steps", 12, "--batch_size", 10, "--lr", 2e-2, students=students)
-    first, last = run.log[0], run.log[-1]
-    for s in range(len(students)):
-        assert last[f"loss/{s}"] < 0.8 * first[f"loss/{s}"]
+def test_one_and_three_students_train_end_to_end_and_a_frozen_one_stays(world, train, students):
+    run = train("--max_steps", 12, "--batch_size", 10, "--lr", 2e-2, students=students,
+                *(["--freeze", 1] if len(students) > 1 else []))
+    first, last, tokens = run.log[0], run.log[-1], run.results["tokens_trained"]
+    for s, name in enumerate(students):
+        before = load_file(pathlib.Path(world.students[name]) / "model.safetensors")
+        assert same_tensors(before, run.weights[f"student_{s}"]) == (s == 1) == (tokens[s] == 0)
+        assert s == 1 or last[f"loss/{s}"] < 0.8 * first[f"loss/{s}"]
         assert {f"rate/{s}", f"grad_norm/{s}", f"rate_style/program/{s}"} <= first.keys()
     assert ("mutual" in first) == ("gamma/0" in first) == (len(students) > 1)
     assert {"step", "entropy", "router_grad_norm", "co_routed"} <= first.keys()
-    assert set(run.results["selection_rate"]) == set(judge.STYLES)
-
-
-def test_a_frozen_student_keeps_every_bit_and_teaches(world, train):
-    """What the other one learns hangs on its states, through the mutual loss alone."""
-    flags = "--freeze", 0, "--route", "all", "--max_steps", 2
-    taught, untaught = (train(*flags, "--mutual_weight", w, name=f"weight {w}") for w in (5, 0))
-    assert same_tensors(weights_of(world, "words"), taught.weights["student_0"])
-    assert not same_tensors(taught.weights["student_1"], untaught.weights["student_1"])
-    assert taught.results["tokens_trained"][0] == 0 < taught.results["tokens_trained"][1]
+    assert run.results["selection_rate"].keys() == set(judge.STYLES)
 
 
 @pytest.mark.parametrize("dtype, bits", [("bf16", 8), ("fp16", 11)])
@@ -784,17 +743,16 @@ def test_half_precision_trains_as_float32_does(train, dtype, bits, rank):
         assert a["loss/0"] == pytest.approx(b["loss/0"], rel=24 * 2**-bits)
 
 
-@pytest.mark.parametrize("flags", [("--compile",), ("--checkpointing", "--micro_batch_size", 1)])
-def test_flags_about_speed_and_memory_change_no_result(monkeypatch, train, flags):
-    plain_compile, compiled = torch.compile, []
+@pytest.mark.parametrize("flag", ["--compile", "--checkpointing"])
+def test_flags_about_speed_and_memory_change_no_result(monkeypatch, train, flag):
+    compiled, plain_compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda blocks, **more: (
         compiled.append(blocks), plain_compile(blocks, backend="eager", **more))[1])
-    setting = "--max_steps", 2, "--batch_size", 2, "--mutual_weight", 0.5
-    plain, other = (train(*setting, *more, name=f"{len(more)}") for more in ((), flags))
-    assert len(compiled) == 2 * ("--compile" in flags)
-    for a, b in zip(plain.log, other.log):
-        for key in ("loss/0", "loss/1", "grad_norm/0", "rate/0"):
-            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    plain, other = (train("--max_steps", 1, *more, students=("words",), name=f"run{len(more)}")
+                    for more in ((), (flag,)))
+    assert len(compiled) == (flag == "--compile")
+    for key in ("loss/0", "grad_norm/0", "rate/0"):
+        assert plain.log[0][key] == pytest.approx(other.log[0][key], rel=1e-4), key
 
 
 def test_what_the_router_decided_explains_the_rates(train):
@@ -825,10 +783,9 @@ def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
         if step == 2:
             raise RuntimeError("no\nnetwork")
 
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init, wandb.log = (lambda **more: None), log
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    spec = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        __spec__=spec, init=lambda **more: None, log=log))
     run = train("--wandb", "p", "--eval_every", 3)
     assert [line["step"] for line in lines] == [line["step"] for line in run.log] == [1, 2, 3]
     assert [run.log[-1][f"accuracy/{s}"] for s in (0, 1)] == run.results["after"]["accuracy"]
@@ -837,13 +794,9 @@ def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
     assert "RuntimeError: no network" in said.out + said.err
 
 
-def test_a_real_encoder_reads_question_and_path(models_dir, world, train):
-    encoder, pairs = str(models_dir / "minilm"), [(r["question"], r["path"]) for r in world.rows[:8]]
-    h = distill.encode_pairs(pairs, encoder, CPU)
-    alone = distill.encode_pairs(pairs[3:4], encoder, CPU)  # not padded
-    assert torch.allclose(h[3:4], alone, atol=1e-4) and not torch.allclose(h[:1], alone, atol=1e-2)
-    run = train("--encoder", encoder, "--max_steps", 1, "--styles", "program", "vanilla")
-    assert run.router.net.in_features == h.shape[1] + 2  # and the style
+def test_a_real_encoder_is_what_the_router_sees(models_dir, train):
+    run = train("--encoder", models_dir / "minilm", "--max_steps", 1, "--styles", "program")
+    assert run.router.net.in_features == 384 + 1  # and the style
 
 
 # ---------------------------------------- kill and resume
@@ -853,40 +806,34 @@ RUNS = {"float32": (), "lora": ("--lora_rank", 2, "--lr", 0.05), "bf16": ("--dty
         "nf4": ("--quantize", "nf4", "--lora_rank", 2, "--lr", 0.05),
         "fp16": ("--dtype", "fp16", "--gate", "binary", "--reward", "loss")}
 MOMENTS = {  # a function, and the call of it that the process does not survive
-    "before the first checkpoint": ("distill.answer", 1),
-    "between checkpoints": ("distill.update", 4), "in the middle of one": ("torch.save", 3),
-    "before it replaces the old one": ("os.replace", 2),
-    "saving a student": ("distill.save_student", 2), "before the table": ("distill.write_results", 1)}
+    "before the first checkpoint": ("answer", 1), "between checkpoints": ("update", 4),
+    "before one replaces the last": ("replace", 3), "saving a student": ("save_student", 2),
+    "before the table": ("write_results", 1)}
 KILLS = [*((moment, "float32") for moment in MOMENTS), ("between checkpoints", "lora"),
-         ("before it replaces the old one", "bf16"), ("between checkpoints", "fp16")]
+         ("before one replaces the last", "bf16"), ("between checkpoints", "fp16")]
 if importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate"):
     KILLS.append(("between checkpoints", "nf4"))
 KILLER = """
-import json, os, signal, sys
+import json, os, sys
 import torch
 import distill
 torch.set_num_threads(1)
 
 def die(plain, call):
-    calls = []
     def wrapped(*args, **more):
         calls.append(0)
-        if len(calls) < call:
-            return plain(*args, **more)
-        if plain is torch_save:
-            open(args[1], "wb").write(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        return os.kill(os.getpid(), 9) if len(calls) == call else plain(*args, **more)
+    calls = []
     return wrapped
 
-torch_save, modules = torch.save, {"distill": distill, "torch": torch, "os": os}
 students, jobs = json.load(sys.stdin)
 for folder in students:  # loads what a student needs once for all
     distill.tasks.load_student(folder)
 for where, call, argv in jobs:
     child = os.fork()
     if not child:
-        module, name = where.split(".")
-        setattr(modules[module], name, die(getattr(modules[module], name), call))
+        module = os if where == "replace" else distill
+        setattr(module, where, die(getattr(module, where), call))
         distill.main(argv)
     print("status", os.waitpid(child, 0)[1], flush=True)
 """
@@ -937,8 +884,7 @@ def test_resume_is_refused(world, unkilled, tmp_path, capsys):
     out = pathlib.Path(shutil.copytree(unkilled("float32"), tmp_path / "run"))
     for flags in (["--seed", 5], ["--max_steps=3"], ["--freeze", 0], ["--out_dir", "x"]):
         assert "own flags" in refused(capsys, [f"--resume={out}", *flags])
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        assert "args.json" in refused(capsys, ["--resume", folder])
+    assert "args.json" in refused(capsys, ["--resume", tmp_path])
     assert f"--resume {out}" in refused(capsys, flags_of(world, out))
     args = json.loads((out / "args.json").read_text())
     other = shutil.copytree(world.students["words"], tmp_path / "other")
