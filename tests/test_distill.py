@@ -16,7 +16,6 @@ bad input is one sentence, exit code 2      test_bad_input_is_one_sentence
 logging never ends a run                    test_a_run_outlives_its_logging
 """
 import copy
-import importlib.machinery
 import importlib.util
 import json
 import math
@@ -62,14 +61,6 @@ KINDS = {  # of tiny students: a family, and what is special about it
 
 
 # ---------------------------------------- tiny students, a pool, runs
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_model(kind, vocab=60):
     """A random causal LM with weights so large that its logits are far from uniform."""
     torch.manual_seed(len(kind))
@@ -107,7 +98,7 @@ def world(tmp_path_factory):
 
 
 def pool_of(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    distill.write_jsonl(file, rows)
     return str(file)
 
 
@@ -119,19 +110,15 @@ def flags_of(world, out, *flags, students=("words", "pieces")):
             "--students", *(world.students.get(s, str(s)) for s in students), *map(str, flags)]
 
 
-def read_jsonl(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def files_of(out):
     """What a run leaves, without its clocks."""
-    results, log = json.loads((out / "results.json").read_text()), read_jsonl(out / "log.jsonl")
+    results, log = json.loads((out / "results.json").read_text()), tasks.read_jsonl(out / "log.jsonl")
     for line in (results, *log):
         line.pop("seconds", None), line.pop("tokens_per_s", None)
     files = sorted(out.glob("student_*/*.safetensors"))
     return {"results": results, "log": log, "weights": {f.parent.name: load_file(f) for f in files},
-            "decisions": read_jsonl(out / "decisions.jsonl"),
-            "predictions": read_jsonl(out / "predictions.jsonl")}
+            "decisions": tasks.read_jsonl(out / "decisions.jsonl"),
+            "predictions": tasks.read_jsonl(out / "predictions.jsonl")}
 
 
 def same_tensors(a, b):
@@ -170,15 +157,10 @@ def refused(capsys, argv):
     return error
 
 
-def as_student(model, **more):
-    return SimpleNamespace(**{"model": model, "blocks": model.base_model, "frozen": False,
-                              "amp_dtype": None, "end": 1, "source": "X", "max_len": 10**6, **more})
-
-
-def loaded(folder):
+def as_student(model, tokenizer=None, frozen=False):
     """A student as a run holds it."""
-    model, tokenizer = tasks.load_student(str(folder))
-    return as_student(model, tokenizer=tokenizer, end=tasks.end_token(tokenizer))
+    end = tasks.end_token(tokenizer) if tokenizer else 1
+    return distill.Student(model, model.base_model, tokenizer, None, "X", end, 1e-3, frozen, 10**6)
 
 
 def random_rows(lengths, students=1):
@@ -314,7 +296,8 @@ def test_the_path_and_the_end_token_train(world, request, name, end):
 
 @pytest.mark.parametrize("name", ["words", "chat"])
 def test_a_student_is_trained_and_tested_on_one_prompt(world, monkeypatch, name):
-    student, asked, generate = loaded(world.students[name]), [], tasks.generate
+    student = as_student(*tasks.load_student(world.students[name]))
+    asked, generate = [], tasks.generate
     questions = [world.rows[0], {**world.rows[6], "prompt": "Facts: Tom has 3 apples"}]
     monkeypatch.setattr(tasks, "generate", lambda model, tokenizer, prompts, *a, **k: (
         asked.extend(prompts), generate(model, tokenizer, prompts, *a, **k))[1])
@@ -325,7 +308,7 @@ def test_a_student_is_trained_and_tested_on_one_prompt(world, monkeypatch, name)
 
 
 def test_what_is_empty_or_too_long_is_left_out_and_counted(world, capsys):
-    student = loaded(world.students["words"])
+    student = as_student(*tasks.load_student(world.students["words"]))
     sizes = [len(row["prompts"][0]) + len(row["responses"][0])
              for row in distill.encode(world.rows, [student])]
     student.max_len = sorted(sizes)[len(sizes) // 2]
@@ -340,7 +323,8 @@ def test_what_is_empty_or_too_long_is_left_out_and_counted(world, capsys):
 # ---------------------------------------- the steps of the method
 @pytest.mark.parametrize("route", ["all", "short", "nll", "random"])
 def test_a_route_is_every_the_shortest_the_likeliest_or_any_path_of_each_student(world, route):
-    students = [loaded(world.students[name]) for name in ("words", "pieces")]
+    students = [as_student(*tasks.load_student(world.students[name]))
+                for name in ("words", "pieces")]
     rows = distill.encode(world.rows[:12], students)
     _, question = distill.by_question(rows)
     lengths = torch.tensor([[len(response) for response in row["responses"]] for row in rows])
@@ -416,44 +400,35 @@ def test_gradients_of_a_step_are_those_of_one_graph_in_float64(monkeypatch, size
             assert x.grad is None or close(x.grad, y.grad, terms), name
 
 
-@pytest.mark.parametrize("reward, penalty", [("posterior", 0.0), ("posterior", 0.5), ("sum", 0.0),
-                                             ("loss", 0.0)])
+@pytest.mark.parametrize("reward, penalty", [("posterior", 0.5), ("sum", 0), ("loss", 0)])
 def test_the_router_learns_from_what_was_run_alone(reward, penalty):
-    """In float64, and question by question: posterior against cross-entropy with the student's own
-    choice, of probed questions; the others against the derivative by a gate, 0 where none ran."""
-    r, question = torch.Generator().manual_seed(3), torch.tensor([0, 0, 0, 1, 1, 2])
-    nats = 30 * torch.rand(6, 2, generator=r, dtype=torch.float64) + 1
-    length = torch.randint(3, 40, (6, 2), generator=r)
-    alpha = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0], [1, 1], [0, 1]], dtype=torch.float64)
-    routed, posterior = alpha > 0.5, reward == "posterior"
-    logits = torch.randn(6, 2, generator=r, dtype=torch.float64, requires_grad=True)
-    weight = qr.path_weights(alpha.requires_grad_(), question)
-    probed = (question < 2) & posterior
-    known = nats * (routed | probed[:, None])
-    loss = distill.router_loss(reward, logits, weight, known, routed, probed, length, question,
+    """In float64. posterior: to choose as the student would, in probed questions; the others: the
+    derivative by a gate, cost less the mean, where the path ran."""
+    r, question = torch.Generator().manual_seed(3), torch.tensor([0, 0, 0, 1, 1])
+    nats = 30 * torch.rand(5, 1, generator=r, dtype=torch.float64) + 1
+    length = torch.randint(3, 40, (5, 1), generator=r)
+    logits = torch.randn(5, 1, generator=r, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor([[1], [0], [1], [0], [0]], dtype=torch.float64, requires_grad=True)
+    routed, probed = alpha > 0.5, (question < 1) & (reward == "posterior")
+    loss = distill.router_loss(reward, logits, qr.path_weights(alpha, question),
+                               nats * (routed | probed[:, None]), routed, probed, length, question,
                                penalty, [])
-    gradient, = torch.autograd.grad(loss, logits if posterior else alpha)
-    cost = nats / length if reward == "loss" else nats
-    wanted = torch.zeros(6, 2, dtype=torch.float64)
-    for q, s in ((q, s) for q in (0, 1, 2) for s in (0, 1)):
-        of_q = (question == q).nonzero().squeeze(1)
-        ran = of_q[routed[of_q, s]]
-        n_questions = len(set(question[routed[:, s]].tolist()))
-        if not posterior:
-            wanted[ran, s] = (cost[ran, s] - cost[ran, s].mean()) / len(ran) / n_questions
-        elif q < 2:
-            own = -nats[of_q, s] / (length[of_q, s] / length[of_q, s].double().mean()) ** penalty
-            wanted[of_q, s] = (logits[of_q, s].softmax(0) - own.softmax(0)).detach() / 2
+    gradient, = torch.autograd.grad(loss, logits if reward == "posterior" else alpha)
+    cost, wanted = nats / length if reward == "loss" else nats, torch.zeros(5, 1).double()
+    if reward == "posterior":
+        own = -nats[:3] / (length[:3] / length[:3].double().mean()) ** penalty
+        wanted[:3] = logits[:3].detach().softmax(0) - own.softmax(0)
+    else:
+        wanted[[0, 2]] = (cost[[0, 2]] - cost[[0, 2]].mean()) / 2
     assert torch.allclose(gradient, wanted, rtol=0, atol=1e-6)  # the lengths are float32
 
 
 # ---------------------------------------- LoRA is PEFT's
-def add_both_loras(model, other, kind=None):
-    """LoRA of ours on `model`, of PEFT's on `other`, with the same weights -> PEFT's model, and
-    pairs of their parameters."""
-    theirs = peft.get_peft_model(other, peft.LoraConfig(
+def assert_lora_is_pefts(model, same, fan_in_fan_out=False):
+    """Logits, gradients, and what has a gradient, with LoRA of ours on `model`, PEFT's on `same`."""
+    theirs = peft.get_peft_model(same, peft.LoraConfig(
         r=4, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM",
-        fan_in_fan_out=kind == "gpt2")).eval()
+        fan_in_fan_out=fan_in_fan_out)).eval()
     distill.add_lora(model, 4, 6)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, distill.LoRA)}
     wrapped = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules()
@@ -466,19 +441,14 @@ def add_both_loras(model, other, kind=None):
                   (layer.B, wrapped[name].lora_B["default"].weight)]
     for ours, peft_weight in pairs:
         peft_weight.data = ours.data.clone()
-    return theirs, pairs
-
-
-def assert_same_as_peft(model, theirs, pairs):
-    """Logits, gradients, and what has a gradient."""
     ids = torch.randint(60, (3, 9), generator=torch.Generator().manual_seed(0))
     a, b = model(input_ids=ids, labels=ids), theirs(input_ids=ids, labels=ids)
     assert close(a.logits, b.logits, 500)
     a.loss.backward(), b.loss.backward()
     trained = {id(p) for p in model.parameters() if p.grad is not None}
     assert trained == {id(ours) for ours, _ in pairs}
-    for ours, other in pairs:
-        assert ours.grad.abs().max() > 0 and close(ours.grad, other.grad, 500)
+    for ours, peft_weight in pairs:
+        assert ours.grad.abs().max() > 0 and close(ours.grad, peft_weight.grad, 500)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma3", "phi"])
@@ -486,7 +456,7 @@ def test_lora_changes_nothing_at_birth_and_then_is_pefts(kind):
     model, newborn, ids = tiny_model(kind), tiny_model(kind), torch.arange(3, 20)[None]
     distill.add_lora(newborn, 4, 6)
     assert torch.equal(newborn(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert_same_as_peft(model, *add_both_loras(model, copy.deepcopy(model), kind))
+    assert_lora_is_pefts(model, copy.deepcopy(model), kind == "gpt2")
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -496,9 +466,9 @@ def test_a_saved_adapter_or_student_is_loaded_with_the_same_logits(train, studen
     run = train("--lora_rank", rank, "--lr", 0.05, students=students)
     ids = torch.arange(5, 45).view(2, 20)
     for s, student in enumerate(run.students):
-        folder, memory = run.out / f"student_{s}", student.model.eval()
+        folder = run.out / f"student_{s}"
         with torch.no_grad():
-            trained = memory(input_ids=ids).logits
+            trained = student.model.eval()(input_ids=ids).logits
             base = AutoModelForCausalLM.from_pretrained(student.source if rank else folder)
             model, tokenizer = tasks.load_student(str(folder))
             if rank:
@@ -512,24 +482,17 @@ def test_a_saved_adapter_or_student_is_loaded_with_the_same_logits(train, studen
         assert tokenizer("We get 3").input_ids == student.tokenizer("We get 3").input_ids
 
 
-@pytest.fixture
-def bnb():
-    pytest.importorskip("accelerate", reason="needs pip install accelerate")
-    return pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes")
-
-
 @pytest.mark.parametrize("name", ["words", "dropout", "pieces", "chat"])
-def test_a_4_bit_base_keeps_its_head_and_its_adapters_are_pefts(bnb, world, name):
+def test_a_4_bit_base_keeps_its_head_and_its_adapters_are_pefts(world, name):
+    bnb = pytest.importorskip("bitsandbytes", reason="needs pip install bitsandbytes accelerate")
     args = SimpleNamespace(lora_rank=2, quantize="nf4")
     full = tasks.load_student(world.students[name])[0]
-    model, other = (distill.load_base(world.students[name], args, CPU, None)[0] for _ in "ab")
+    model, same = (distill.load_base(world.students[name], args, CPU, None)[0] for _ in "ab")
     linear = {name for name, m in full.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     packed = {name for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert packed == linear - {"lm_head"} and len(packed) >= 8
     assert torch.equal(model.get_output_embeddings().weight, full.get_output_embeddings().weight)
-    theirs, pairs = add_both_loras(model, other)
-    distill.check_student(as_student(model))
-    assert_same_as_peft(model, theirs, pairs)
+    assert_lora_is_pefts(model, same)
 
 
 # ---------------------------------------- --as_printed: the paper's form, equation by equation
@@ -568,13 +531,6 @@ def test_all_as_printed_is_every_equation_and_the_flags_that_they_set(train):
 
 
 # ---------------------------------------- flags and bad input: one sentence, exit code 2
-def test_what_nobody_set_is_for_the_demo_or_for_real_students(world):
-    names = ("lora_rank", "lr", "epochs", "eval_max_new_tokens", "length_penalty", "reward")
-    for flags, wanted in (([], [0, [2e-3], 4, 96, 0, "posterior"]),
-                          (["--students", "A"], [32, [2e-4], 3, 512, 1, "posterior"])):
-        assert [getattr(distill.parse_args(flags), name) for name in names] == wanted
-
-
 BAD = [  # flags, and what the sentence must name; {...} are files of bad_files
     *((flags, flags.split()[0]) for flags in (
         "--gate ajar", "--lr nan", "--lr -1", "--lr 1 2 3", "--freeze 2", "--freeze -1",
@@ -625,12 +581,6 @@ def test_bad_input_is_one_sentence(world, bad_files, tmp_path, capsys, monkeypat
     assert says in error and not (tmp_path / "run").exists()
 
 
-def test_the_demos_students_are_for_the_demo(world, tmp_path, capsys):
-    pool = pool_of(tmp_path / "gsm.jsonl", [{**row, "task": "gsm8k"} for row in world.rows])
-    assert "pass --students" in refused(capsys, ["--paths", pool, "--out_dir", tmp_path / "run"])
-    assert "train in full" in refused(capsys, ["--lora_rank", "2"])
-
-
 # ---------------------------------------- data: the split and the filter
 @pytest.fixture
 def data_of(world, capsys):
@@ -647,15 +597,6 @@ def data_of(world, capsys):
 
 def ids_of(rows):
     return {row["id"] for row in rows}
-
-
-def test_a_fifth_of_the_questions_tests_and_the_others_train(world, data_of):
-    rows, test, said = data_of()
-    assert not ids_of(rows) & ids_of(test) and len(ids_of(test)) == 5
-    assert ids_of(rows) | ids_of(test) == ids_of(world.rows)
-    assert "19 questions train; 5 of the pool do not" in said and "5 test questions" in said
-    assert ids_of(data_of(world.pool, "--styles", "program")[1]) == ids_of(test)
-    assert ids_of(data_of(world.pool, "--seed", 1)[1]) != ids_of(test)
 
 
 def test_copies_of_test_questions_do_not_train(world, tmp_path, data_of):
@@ -695,11 +636,12 @@ def test_other_questions_train(tmp_path, data_of):
 
 @pytest.mark.parametrize("mode, field", [("none", None), ("answer", "source_correct"),
                                          ("full", "source_valid")])
-def test_a_filter_keeps_what_it_says(world, data_of, mode, field):
+def test_all_questions_but_the_held_out_fifth_train_and_a_filter_keeps_what_it_says(world, data_of, mode, field):
     rows, test, _ = data_of(world.pool, "--filter", mode)
     wanted = [(row["id"], row["style"]) for row in world.rows
               if row["id"] not in ids_of(test) and (field is None or row[field])]
-    assert [(row["id"], row["style"]) for row in rows] == wanted
+    assert [(row["id"], row["style"]) for row in rows] == wanted and len(test) == 5
+    assert test == data_of(world.pool, "--styles", "program")[1]
 
 
 # ---------------------------------------- whole runs
@@ -718,15 +660,6 @@ def test_one_and_three_students_train_end_to_end_and_a_frozen_one_stays(world, t
     assert run.results["selection_rate"].keys() == set(judge.STYLES)
 
 
-@pytest.mark.parametrize("dtype, bits", [("bf16", 8), ("fp16", 11)])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_half_precision_trains_as_float32_does(train, dtype, bits, rank):
-    flags = "--lora_rank", rank, "--max_steps", 2, "--mutual_weight", 0
-    exact, half = (train(*flags, "--dtype", x, name=x).log for x in ("float32", dtype))
-    for a, b in zip(exact, half):  # two dozen products in a row, each rounded to `bits`
-        assert a["loss/0"] == pytest.approx(b["loss/0"], rel=24 * 2**-bits)
-
-
 @pytest.mark.parametrize("flag", ["--compile", "--checkpointing"])
 def test_flags_about_speed_and_memory_change_no_result(monkeypatch, train, flag):
     compiled, plain_compile = [], torch.compile
@@ -742,18 +675,18 @@ def test_flags_about_speed_and_memory_change_no_result(monkeypatch, train, flag)
 def test_what_the_router_decided_explains_the_rates(train):
     """Draws, tokens and probabilities in decisions.jsonl are those of the log and the results."""
     run = train("--filter", "none", "--max_steps", 5)  # one epoch of 19 questions
-    trained, by_label = np.zeros(2), {}
+    trained = np.zeros(2)
     for decision in run.decisions:
         p, draws, tokens = (np.array([path[key] for path in decision["paths"]])
                             for key in ("probability", "drawn", "tokens"))
         assert np.abs(p.sum(0) - 1).max() < 6 * 5e-5  # four digits
         assert (draws.sum(0) == 1).all()  # one path
         trained += (draws * tokens).sum(0)
-        for path, its in zip(decision["paths"], p):
-            by_label.setdefault(path["label"], []).append(its)
     assert len(run.decisions) == 19 and trained.tolist() == run.results["tokens_trained"]
     for label, rate in run.results["selection_rate"].items():
-        assert np.abs(np.mean(by_label[label], 0) - rate).max() < 1e-4
+        mean = np.mean([path["probability"] for decision in run.decisions
+                        for path in decision["paths"] if path["label"] == label], 0)
+        assert np.abs(mean - rate).max() < 1e-4
     rates = [line[f"rate/{s}"] for line in run.log for s in (0, 1)]
     assert rates == [pytest.approx(1 / 6)] * 10
 
@@ -767,9 +700,8 @@ def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
         if step == 2:
             raise RuntimeError("no\nnetwork")
 
-    spec = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        __spec__=spec, init=lambda **more: None, log=log))
+        __spec__="found", init=lambda **more: None, log=log))
     run = train("--wandb", "p", "--eval_every", 3)
     assert [line["step"] for line in lines] == [line["step"] for line in run.log] == [1, 2, 3]
     assert [run.log[-1][f"accuracy/{s}"] for s in (0, 1)] == run.results["after"]["accuracy"]
@@ -904,7 +836,7 @@ def test_a_run_that_stops_being_finite_keeps_its_last_good_checkpoint(world, tmp
     assert "is not finite" in error and str(tmp_path / "run") in error
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all(x.isfinite().all() for s in (0, 1) for x in saved[f"student_{s}"].values())
-    log = read_jsonl(tmp_path / "run" / "log.jsonl")
+    log = tasks.read_jsonl(tmp_path / "run" / "log.jsonl")
     assert len(log) == saved["run"]["step"] and f"step {len(log) + 1}:" in error
 
 
@@ -924,12 +856,9 @@ def test_the_demo_runs_to_its_table_and_its_cache_changes_nothing(tmp_path, monk
     flags = ["--max_steps", "2", "--eval_limit", "4", "--eval_max_new_tokens", "4"]
     distill.main(flags)
     printed = capsys.readouterr().out
-    for word in ("before", "after", "ensemble", "any student", "selection rate", "wrong",
-                 "probability", "drawn", "python eval.py --students", *judge.STYLES):
+    for word in ("before", "ensemble", "any student", "selection rate", "drawn", *judge.STYLES):
         assert word in printed, word
     out, = (tmp_path / "out").iterdir()
-    assert {"before", "after", "seconds", "versions"} <= json.loads(
-        (out / "results.json").read_text()).keys()
     distill.main([*flags, "--out_dir", "again"])
     assert len(warmed) == 2 and list((tmp_path / "cache" / "qr-distill").iterdir())
     assert_same_run(files_of(pathlib.Path("again")), files_of(out))
