@@ -8,14 +8,15 @@ nothing is unpickled, no file stays open    test_a_checkpoint_runs_no_code_and_i
 a loss that is not finite ends the run      test_a_run_that_stops_being_finite_keeps_...
 response and end token alone train          test_the_path_and_the_end_token_train
 prompt at training = prompt at test         test_a_student_is_trained_and_tested_on_one_prompt
-the loss is the model's, or it is refused   test_loss_..., test_forward_equals_the_model, test_a_head_...
-LoRA is PEFT's, on disk and in 4 bit too    test_lora_..., test_a_saved_adapter_..., test_a_4_bit_...
+the loss is the model's, or it is refused   test_loss_..., test_forward_..., test_a_head_...
+LoRA is PEFT's, on disk and in 4 bit too    test_lora_..., test_a_saved_..., test_a_4_bit_...
 no held-out question trains                 test_copies_of_test_questions_do_not_train
 all others do, and all are counted          test_other_questions_train, test_what_is_empty_...
 bad input is one sentence, exit code 2      test_bad_input_is_one_sentence
 logging never ends a run                    test_a_run_outlives_its_logging
 """
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -49,7 +50,6 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 KINDS = {  # of tiny students: a family, and what is special about it
     "llama": ("llama", {**GROUPED, "tie_word_embeddings": True}),
-    "untied": ("llama", {**GROUPED, "tie_word_embeddings": False}),
     "gpt2": ("gpt2", {}),  # Conv1D, dropout
     "neox": ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": False}),
     "gemma2": ("gemma2", {**GROUPED, "sliding_window": 8, "final_logit_softcapping": 2.0}),
@@ -84,7 +84,7 @@ def world(tmp_path_factory):
     students = {}
     for name, kind, whole_words in (("words", "llama", True), ("pieces", "neox", False),
                                     ("dropout", "gpt2", False), ("chat", "gemma3", True),
-                                    ("pad_is_eos", "untied", True)):
+                                    ("pad_is_eos", "llama", True)):
         tokenizer = distill.demo_tokenizer(corpus, whole_words)
         if name == "chat":
             tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "user\n", "assistant\n"], True)
@@ -112,7 +112,8 @@ def flags_of(world, out, *flags, students=("words", "pieces")):
 
 def files_of(out):
     """What a run leaves, without its clocks."""
-    results, log = json.loads((out / "results.json").read_text()), tasks.read_jsonl(out / "log.jsonl")
+    results = json.loads((out / "results.json").read_text())
+    log = tasks.read_jsonl(out / "log.jsonl")
     for line in (results, *log):
         line.pop("seconds", None), line.pop("tokens_per_s", None)
     files = sorted(out.glob("student_*/*.safetensors"))
@@ -271,7 +272,7 @@ def test_a_head_that_changes_the_logits_otherwise_is_refused(capsys):
 
 
 # ---------------------------------------- what trains: the path and the end token
-TEXTS = ["2 + 2 = 4\nThe answer is 4", "  Naïve 数学 🙂🙂, so 12,345.67%.\n\n\tThe answer is 4 ",
+TEXTS = ["2 + 2 = 4\nThe answer is 4", "  Naïve 数学 🙂🙂, so 12,345.67%.\n\n\tThe answer 4 ",
          "<<2*2=4>>4\n#### 4", "four", "It ends with <|im_end|> or <eos>. The answer is 4"]
 
 
@@ -425,7 +426,7 @@ def test_the_router_learns_from_what_was_run_alone(reward, penalty):
 
 # ---------------------------------------- LoRA is PEFT's
 def assert_lora_is_pefts(model, same, fan_in_fan_out=False):
-    """Logits, gradients, and what has a gradient, with LoRA of ours on `model`, PEFT's on `same`."""
+    """Logits, gradients, what has a gradient: LoRA of ours on `model`, of PEFT's on `same`."""
     theirs = peft.get_peft_model(same, peft.LoraConfig(
         r=4, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM",
         fan_in_fan_out=fan_in_fan_out)).eval()
@@ -547,8 +548,9 @@ BAD = [  # flags, and what the sentence must name; {...} are files of bad_files
     ("--as_printed all --gate categorical", "--gate categorical needs"),
     ("--resume nowhere", "leave all others out"),
     # Files and folders.
-    ("--paths no-pool", "no-pool"), ("--paths {torn}", "torn.jsonl:2"), ("--paths {empty}", "no path is left"),
-    ("--paths {wrong}", "no path is left"), ("--eval_questions no-test", "no-test"),
+    ("--paths no-pool", "no-pool"), ("--paths {torn}", "torn.jsonl:2"),
+    ("--paths {empty}", "no path is left"), ("--paths {wrong}", "no path is left"),
+    ("--eval_questions no-test", "no-test"),
     ("--students {adapter}", "saved adapter"), ("--students me/adapter", "saved adapter"),
     ("--students {broken}", "broken")]
 
@@ -636,7 +638,7 @@ def test_other_questions_train(tmp_path, data_of):
 
 @pytest.mark.parametrize("mode, field", [("none", None), ("answer", "source_correct"),
                                          ("full", "source_valid")])
-def test_all_questions_but_the_held_out_fifth_train_and_a_filter_keeps_what_it_says(world, data_of, mode, field):
+def test_all_but_a_fifth_of_the_questions_train_as_filtered(world, data_of, mode, field):
     rows, test, _ = data_of(world.pool, "--filter", mode)
     wanted = [(row["id"], row["style"]) for row in world.rows
               if row["id"] not in ids_of(test) and (field is None or row[field])]
@@ -724,11 +726,11 @@ RUNS = {"float32": (), "lora": ("--lora_rank", 2, "--lr", 0.05), "bf16": ("--dty
 MOMENTS = {  # a function, and the call of it that the process does not survive
     "before the first checkpoint": ("answer", 1), "between checkpoints": ("update", 4),
     "before one replaces the last": ("replace", 3), "saving a student": ("save_student", 2),
-    "before the table": ("write_results", 1)}
-KILLS = [*((moment, "float32") for moment in MOMENTS), ("between checkpoints", "lora"),
-         ("before one replaces the last", "bf16"), ("between checkpoints", "fp16")]
-if importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate"):
-    KILLS.append(("between checkpoints", "nf4"))
+    "before the table": ("write_results", 1), "never": ("answer", 99)}
+if not importlib.util.find_spec("bitsandbytes") or not importlib.util.find_spec("accelerate"):
+    del RUNS["nf4"]
+KILLS = [(moment, kind) for moment in MOMENTS for kind in RUNS
+         if kind == "float32" or moment in ("between checkpoints", "never")]
 KILLER = """
 import json, os, sys
 import torch
@@ -751,53 +753,44 @@ for where, call, argv in jobs:
         module = os if where == "replace" else distill
         setattr(module, where, die(getattr(module, where), call))
         distill.main(argv)
+        os._exit(0)
     print("status", os.waitpid(child, 0)[1], flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def killed(world, tmp_path_factory):
-    """Runs that were killed by SIGKILL, in processes of their own -> {(moment, kind): folder}."""
+def runs(world, tmp_path_factory):
+    """Runs that were killed by SIGKILL, in processes of their own, or never -> {(moment, kind):
+    folder}."""
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
-    folder = tmp_path_factory.mktemp("killed")
-    out = {kill: folder / f"{i}" for i, kill in enumerate(KILLS)}
-    jobs = [(*MOMENTS[moment], flags_of(world, out[moment, kind], *LONG, *RUNS[kind], students=NOISY))
-            for moment, kind in KILLS]
+    out, jobs = {}, []
+    for moment, kind in KILLS:
+        out[moment, kind] = tmp_path_factory.mktemp("runs") / "run"
+        flags = flags_of(world, out[moment, kind], *LONG, *RUNS[kind], students=NOISY)
+        jobs.append([*MOMENTS[moment], flags])
     students = [world.students[name] for name in NOISY]
     done = subprocess.run([sys.executable, "-c", KILLER], input=json.dumps([students, jobs]),
                           text=True, capture_output=True, check=True,
-                          cwd=pathlib.Path(distill.__file__).parent,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert re.findall(r"status (\d+)", done.stdout) == ["9"] * len(KILLS), done.stderr  # signal 9
+                          cwd=pathlib.Path(distill.__file__).parent)
+    wanted = ["0" if moment == "never" else "9" for moment, _ in KILLS]  # died of signal 9
+    assert re.findall(r"status (\d+)", done.stdout) == wanted, done.stderr
     return out
 
 
-@pytest.fixture(scope="module")
-def unkilled(world, tmp_path_factory):
-    """unkilled(kind) -> the folder of the run that nobody killed, made once."""
-    folder = tmp_path_factory.mktemp("unkilled")
-
-    def run(kind):
-        if not (folder / kind).exists():
-            distill.main(flags_of(world, folder / kind, *LONG, *RUNS[kind], students=NOISY))
-        return folder / kind
-
-    return run
-
-
 @pytest.mark.parametrize("moment, kind", KILLS)
-def test_a_killed_run_resumes_bit_for_bit(killed, unkilled, moment, kind):
-    out = killed[moment, kind]
-    assert not (out / "results.json").exists()
+def test_a_killed_run_resumes_bit_for_bit(runs, tmp_path, moment, kind):
+    """A finished one, too."""
+    out = shutil.copytree(runs[moment, kind], tmp_path / "run")
+    assert (out / "results.json").exists() == (moment == "never")
     torch.manual_seed(99)  # nothing may hang on the state of this process
     distill.main(["--resume", str(out)])
-    assert_same_run(files_of(out), files_of(unkilled(kind)))
+    assert_same_run(files_of(out), files_of(runs["never", kind]))
 
 
-def test_resume_is_refused(world, unkilled, tmp_path, capsys):
+def test_resume_is_refused(world, runs, tmp_path, capsys):
     """With other flags or data, and where there is no run; a new run is, where there is one."""
-    out = pathlib.Path(shutil.copytree(unkilled("float32"), tmp_path / "run"))
+    out = shutil.copytree(runs["never", "float32"], tmp_path / "run")
     for flags in (["--seed", 5], ["--max_steps=3"], ["--freeze", 0], ["--out_dir", "x"]):
         assert "own flags" in refused(capsys, [f"--resume={out}", *flags])
     assert "args.json" in refused(capsys, ["--resume", tmp_path])
@@ -813,21 +806,19 @@ def test_resume_is_refused(world, unkilled, tmp_path, capsys):
         assert "have changed" in refused(capsys, ["--resume", out]), change
 
 
-def test_a_checkpoint_runs_no_code_and_is_closed_again(unkilled, tmp_path):
-    out = shutil.copytree(unkilled("float32"), tmp_path / "run")
+def test_a_checkpoint_runs_no_code_and_is_closed_again(runs, tmp_path):
+    out = shutil.copytree(runs["never", "float32"], tmp_path / "run")
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    held, data = [], saved["run"]["data"]
-    parts = {"router": SimpleNamespace(load_state_dict=held.append),
-             "collab": SimpleNamespace(load_state_dict=held.append)}
-    distill.load_checkpoint(out, parts, torch.Generator(), data)
-    assert len(held) == 2
+    load = functools.partial(distill.load_checkpoint, out, {}, torch.Generator(),
+                             saved["run"]["data"])
+    assert load()["step"] == 5
     if pathlib.Path("/proc/self/maps").exists():  # Windows can't replace an open or a mapped file
         assert "checkpoint.pt" not in pathlib.Path("/proc/self/maps").read_text()
         handles = pathlib.Path("/proc/self/fd").iterdir()
         assert not [handle for handle in handles if "checkpoint" in os.path.realpath(handle)]
     torch.save({**saved, "run": SimpleNamespace()}, out / "checkpoint.pt")  # needs code to load
     with pytest.raises(pickle.UnpicklingError):
-        distill.load_checkpoint(out, parts, torch.Generator(), data)
+        load()
 
 
 def test_a_run_that_stops_being_finite_keeps_its_last_good_checkpoint(world, tmp_path, capsys):
