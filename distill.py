@@ -22,13 +22,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
@@ -510,8 +510,8 @@ def forward(student, s, rows):
         return nats, {}
     states = torch.cat(states)  # (N, D), row after row in this order
     sizes = [len(texts[i][1]) for i in order]
-    target = torch.from_numpy(np.concatenate([texts[i][1] for i in order])).to(device)  # (N,)
-    nll = response_nll(student, states, target)  # (N,)
+    target = torch.cat([texts[i][1] for i in order])
+    nll = response_nll(student, states, target.to(device))  # (N,)
     row_of = torch.tensor(order).repeat_interleave(torch.tensor(sizes))
     nats = nats.index_add(0, row_of.to(device), nll)
     # State k of a response has read its tokens before k: the first one has read none of its text,
@@ -536,21 +536,16 @@ def predicting_states(student, texts):
     """The states (N, D) that predict the response tokens of texts (prompt, response), in order.
     Padded on the right, where a causal model's real tokens cannot look, so that no attention mask
     is needed. The last token is predicted, never read."""
-    device = student.model.device
-    multiple = 64 if device.type == "cuda" else 1
-    longest = max(len(prompt) + len(response) - 1 for prompt, response in texts)
-    width = math.ceil(longest / multiple) * multiple
-    ids = np.zeros((len(texts), width), np.int64)
-    predicting = []  # positions in the flattened batch
-    for b, (prompt, response) in enumerate(texts):
-        length = len(prompt) + len(response) - 1
-        ids[b, :length] = np.concatenate([prompt, response[:-1]])
+    ids, predicts = [], []
+    for prompt, response in texts:
+        ids.append(torch.cat([prompt, response[:-1]]))
         # The prompt's last token predicts the response's first.
-        predicting.append(b * width + np.arange(len(prompt) - 1, length))
+        predicts.append(torch.arange(len(ids[-1])) >= len(prompt) - 1)
+    device = student.model.device
+    ids = pad_sequence(ids, batch_first=True).to(device)  # (batch, T)
     with autocast(student):
-        output = student.blocks(input_ids=torch.from_numpy(ids).to(device), use_cache=False)
-    predicting = torch.from_numpy(np.concatenate(predicting)).to(device)
-    return output.last_hidden_state.flatten(0, 1)[predicting]
+        hidden = student.blocks(input_ids=ids, use_cache=False).last_hidden_state  # (batch, T, D)
+    return hidden[pad_sequence(predicts, batch_first=True).to(device)]
 
 
 def autocast(student):
@@ -698,8 +693,8 @@ def load_base(name, args, device, amp_dtype):
 def check_student(student):
     """stop() where the model does more between last hidden states and logits than response_nll
     knows of. The backward pass shows what can't be trained before the first test does."""
-    row = {"prompts": [np.array([student.end])], "responses": [np.array([1, 2, 3])]}
     ids = torch.tensor([[student.end, 1, 2, 3]], device=student.model.device)
+    row = {"prompts": [ids[0, :1].cpu()], "responses": [ids[0, 1:].cpu()]}
     with torch.no_grad(), autocast(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
     with torch.set_grad_enabled(not student.frozen), torch.random.fork_rng():
@@ -848,12 +843,12 @@ def encode(rows, students):
         prompts, responses, offsets = [], [], []
         for student, its_prompts in zip(students, known):
             if prompt not in its_prompts:
-                its_prompts[prompt] = np.array(tasks.encode_prompt(student.tokenizer, prompt))
+                its_prompts[prompt] = torch.tensor(tasks.encode_prompt(student.tokenizer, prompt))
             # split_special_tokens: what looks like a special token in a path is text
             tokens = student.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False,
                                        split_special_tokens=True)
             prompts.append(its_prompts[prompt])
-            responses.append(np.array([*tokens["input_ids"], student.end]))
+            responses.append(torch.tensor([*tokens["input_ids"], student.end]))
             offsets.append(tokens["offset_mapping"])
         fits = all(len(p) + len(r) <= student.max_len
                    for p, r, student in zip(prompts, responses, students))
@@ -938,7 +933,7 @@ def hash_of(rows, test):
     digest = hashlib.sha256(json.dumps(test).encode())
     for row in rows:
         digest.update(json.dumps([row["id"], row["label"], row["text"]]).encode())
-        digest.update(np.concatenate([*row["prompts"], *row["responses"]]).tobytes())
+        digest.update(torch.cat([*row["prompts"], *row["responses"]]).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -1138,7 +1133,7 @@ def warm_start(model, tokenizer, sentences, label):
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     for step in tqdm(range(400), desc=label, unit="step", leave=False):
         batch = [ids[i] for i in torch.randint(len(ids), (32,)).tolist()]
-        x = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100)
+        x = pad_sequence(batch, batch_first=True, padding_value=-100)
         optimizer.param_groups[0]["lr"] = 4e-3 * lr_scale(step, 400)
         model(input_ids=x.clamp(min=0), labels=x).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
