@@ -504,16 +504,19 @@ PRINTED = {  # what can be seen of an equation from outside
     "eq5": lambda run: all(p.requires_grad for p in run.collab.proj.parameters()),
     "eq6": lambda run: "eq6" in run.collab.printed,
     "eq8": lambda run: "eq8" in run.collab.printed,
-    "eq9": lambda run: True}  # other weights of the losses: seen in the log alone
+    # The weights of the losses, before the first step.
+    "eq9": lambda run: run.log[0]["grad_norm/1"] != run.plain.log[0]["grad_norm/1"]}
 SEEN = ("--gate", "binary", "--reward", "sum", "--probe", 0.5, "--router_lr", 0.1, "--max_steps", 2,
         "--entropy_weight", 1, "--mutual_weight", 1)
 
 
 def test_each_equation_as_printed_does_what_it_says_and_no_other_does(train):
     plain = train(*SEEN, name="plain")
+    plain.plain = plain
     for equation, seen in PRINTED.items():
         run = train(*SEEN, "--as_printed", equation, name=equation)
-        assert seen(run) and (equation == "eq9" or not seen(plain)), equation
+        run.plain = plain
+        assert seen(run) and not seen(plain), equation
         assert run.log != plain.log, equation
 
 
@@ -693,6 +696,15 @@ def test_what_the_router_decided_explains_the_rates(train):
     assert rates == [pytest.approx(1 / 6)] * 10
 
 
+def test_the_router_hears_of_every_path_of_a_probed_question(monkeypatch, train):
+    heard, plain = [], qr.posterior_loss
+    monkeypatch.setattr(qr, "posterior_loss", lambda *a: (heard.append(a), plain(*a))[1])
+    train("--filter", "none", "--max_steps", 1, "--probe", 0.5)
+    _, cost, question = heard[0]
+    assert question.tolist() == [0] * 6 + [1] * 6  # of four questions
+    assert cost.shape == (12, 2) and (cost > 0).all()
+
+
 def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
     """--wandb gets every line of log.jsonl, flat, with --eval_every's tests, and may fail."""
     lines = []
@@ -722,7 +734,7 @@ LONG = ("--max_steps", 5, "--save_every", 2, "--router_lr", 0.05)
 NOISY = ("words", "dropout")  # the second one draws random numbers
 RUNS = {"float32": (), "lora": ("--lora_rank", 2, "--lr", 0.05), "bf16": ("--dtype", "bf16"),
         "nf4": ("--quantize", "nf4", "--lora_rank", 2, "--lr", 0.05),
-        "fp16": ("--dtype", "fp16", "--gate", "binary", "--reward", "loss")}
+        "fp16": ("--dtype", "fp16", "--route", "all", "--mutual_weight", 100)}  # overflows once
 MOMENTS = {  # a function, and the call of it that the process does not survive
     "before the first checkpoint": ("answer", 1), "between checkpoints": ("update", 4),
     "before one replaces the last": ("replace", 3), "saving a student": ("save_student", 2),
