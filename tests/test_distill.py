@@ -170,16 +170,16 @@ def random_rows(lengths, students=1):
     r, rows = np.random.default_rng(0), []
     for p, n in lengths:
         segments = [np.sort([*range(n - 1), *r.integers(0, n - 1, s)]) for s in range(students)]
-        rows.append({"prompts": [r.integers(3, 60, p) for _ in range(students)],
-                     "responses": [np.append(r.integers(3, 60, len(x)), 1) for x in segments],
-                     "segments": segments, "n_segments": n - 1})
+        responses = [torch.tensor([*r.integers(3, 60, len(x)), 1]) for x in segments]
+        rows.append({"prompts": [torch.tensor(r.integers(3, 60, p)) for _ in range(students)],
+                     "responses": responses, "segments": segments, "n_segments": n - 1})
     return rows
 
 
 def alone(model, row, s=0):
     """The oracle: Hugging Face's own forward pass over one row, without padding -> the response's
     summed loss, and the states on its text (T, D)."""
-    prompt, response = torch.tensor(row["prompts"][s]), torch.tensor(row["responses"][s])
+    prompt, response = row["prompts"][s], row["responses"][s]
     out = model(input_ids=torch.cat([prompt, response])[None], output_hidden_states=True)
     logits = out.logits[0, len(prompt) - 1:-1]
     return (F.cross_entropy(logits, response, reduction="sum"),
@@ -520,6 +520,12 @@ def test_each_equation_as_printed_does_what_it_says_and_no_other_does(train):
         assert run.log != plain.log, equation
 
 
+def test_eq_4_is_maximised(train):
+    free, held = (train(*SEEN, "--max_steps", 8, "--entropy_weight", weight, name=f"{weight}")
+                  for weight in (0, 50))
+    assert held.log[-1]["entropy"] > free.log[-1]["entropy"]
+
+
 def test_all_as_printed_is_every_equation_and_the_flags_that_they_set(train):
     flags = {"gate": "onehot", "router_lr": 0.01, "reward": "loss", "probe": 0.0}
     every = ["--as_printed", *distill.PRINTED]
@@ -841,6 +847,19 @@ def test_a_run_that_stops_being_finite_keeps_its_last_good_checkpoint(world, tmp
     assert all(x.isfinite().all() for s in (0, 1) for x in saved[f"student_{s}"].values())
     log = tasks.read_jsonl(tmp_path / "run" / "log.jsonl")
     assert len(log) == saved["run"]["step"] and f"step {len(log) + 1}:" in error
+
+
+@pytest.mark.parametrize("what", ["student", "router", "loss"])
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_trained(tmp_path, capsys, what):
+    parts = {name: torch.nn.Parameter(torch.ones(2)) for name in ("student", "router")}
+    for name, p in parts.items():
+        p.grad = torch.full((2,), math.nan if name == what else 1.0)
+    nats = torch.full((3, 2), math.inf if what == "loss" else 1.0)
+    with pytest.raises(SystemExit):
+        distill.update(torch.optim.AdamW([parts["student"]]), torch.optim.AdamW([parts["router"]]),
+                       NO_SCALER, nats, 6, tmp_path)
+    assert "step 7: a loss or gradient is not finite" in capsys.readouterr().err
+    assert all((p == 1).all() for p in parts.values())
 
 
 # ---------------------------------------- the demo: python distill.py
