@@ -818,7 +818,7 @@ def held_out(rows, seed):
     chosen = set(ids[:max(1, round(0.2 * len(ids)))])
     # Not `prompt`: the test has the plain one.
     fields = {"id", "task", "question", "choices", "answer", "level"}
-    test = {row["id"]: {field: row[field] for field in row.keys() & fields}
+    test = {row["id"]: {field: row[field] for field in sorted(row.keys() & fields)}
             for row in rows if row["id"] in chosen}
     return list(test.values())
 

@@ -1,13 +1,16 @@
-"""What all tests share: the import path, and the folders with real data and models."""
+"""What all tests share: the import path, one thread, the folders with real data and models."""
 import os
 import pathlib
 import sys
 
 import pytest
+import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 for part in (HERE.parent, HERE / "bench", HERE / "experiments"):
     sys.path.insert(0, str(part))
+
+torch.set_num_threads(1)  # the same sums in every process
 
 
 def folder(variable, what):
