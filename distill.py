@@ -969,6 +969,8 @@ def start_wandb(project, out, args):
 
 def log_step(line, out, bar, wandb):
     """A step's line goes to log.jsonl, the progress bar and Weights & Biases."""
+    # JSON has no infinity, which is a gradient's norm where fp16 skips a step.
+    line = {name: x for name, x in line.items() if math.isfinite(x)}
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     bar.set_postfix({name: f"{x:.3f}" for name, x in line.items() if name.startswith("loss")})

@@ -743,8 +743,13 @@ def response(tokenizer, tokens, ends, pattern):
 
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
-    """The device that --device names, or the default."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that --device names, or the default; stop() where this machine has none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {name} can't be used ({in_a_line(e)})")
+    return name
 
 
 def has_bfloat16(device="cpu"):
