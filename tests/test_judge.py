@@ -213,7 +213,6 @@ def test_rule_judge_finds_every_wrong_step_of_the_demo_and_no_other(demo):
     ({}, "kept", "kept", "kept"), ({"path": "The answer is 3"}, "wrong", "wrong", "kept"), ({"path": "Hm"}, "unparsed", "unparsed", "kept"),
     ({"path": " \n"}, "empty", "empty", "empty"), ({"finish_reason": "length"}, "cut", "cut", "cut"),
     ({"finish_reason": "content_filter"}, "refused", "refused", "refused"),
-    ({"path": "I'm sorry, but I can’t help with that."}, "refused", "refused", "refused"),
     ({"valid": False, "verdict": {"j": "invalid: step 1"}}, "invalid", "kept", "kept"),
     ({"valid": False, "verdict": {"j": "unparsed: hm"}}, "no verdict", "kept", "kept"),
     ({"valid": None, "verdict": None}, "kept", "kept", "kept"), ({"path": "It isn't 2.", "correct": True, "prediction": "2"}, "kept", "kept", "kept"),
@@ -264,8 +263,8 @@ def test_a_pool_has_the_same_fates_whatever_wrote_it(tmp_path, rewrite):
 @pytest.mark.parametrize("line, words", [
     ("{", "JSON"), ("[1]", "JSON"), *(({**ROW, key: value}, f"'{key}'") for key, value in (
         ("style", ""), ("style", 5), ("teacher", None), ("path", None), ("path", 5), ("correct", "yes"), ("valid", 0.5), ("valid", []),
-        ("verdict", "valid"), ("answer", None))),
-    ({**ROW, "task": "chess"}, "chess"), ({**ROW, "answer": "3"}, "q1"), ({**ROW, "question": "What is 2?"}, "q1")])
+        ("answer", None))),
+    ({**ROW, "task": "chess"}, "chess")])
 def test_a_bad_line_ends_with_its_place(tmp_path, capsys, line, words):
     path = write(tmp_path / "p.jsonl", [ROW, "", line])
     with pytest.raises(SystemExit) as end:
@@ -286,7 +285,6 @@ BODIES = [  # the body of a 200 answer, the word, the path and the fate that fol
     *((answer(reason=reason), "reply", TWO, "refused") for reason in REFUSED),
     ({"choices": [{"message": {"content": TWO}}]}, "reply", TWO, "kept"), (answer(None), "reply", "", "empty"),
     (answer(None, "MAX_TOKENS"), "reply", "", "cut"), (answer(None, refusal=f"No. {TWO}"), "reply", f"No. {TWO}", "refused"),
-    (answer("I'm sorry, I can't do that."), "reply", "I'm sorry, I can't do that.", "refused"),
     (answer(THINKING), "reply", "The answer is 2", "kept"), (answer([]), "reply", "", "empty"),
     ({"choices": [{"finish_reason": "content_filter"}]}, "reply", "", "refused"),
     ({"choices": [{"finish_reason": "length", "message": None}]}, "reply", "", "cut"),
@@ -294,7 +292,7 @@ BODIES = [  # the body of a 200 answer, the word, the path and the fate that fol
     *((body, "lost", None, None) for body in ([1], None, {}, {"choices": "many"}, {"choices": []}, {"message": {"content": TWO}})),
     *((text, "lost", None, None) for text in ("", "<html>data: x", "[" * 100_000, "9" * 5000, "{'choices': ")),
     *((text, "fatal", None, None) for text in ("data: {}", ": ping\n\ndata: {}", "event: x\ndata: {}")),
-    (answer(reason="error"), "again", None, None), ({"error": "overloaded"}, "again", None, None),
+    (answer(reason="error"), "again", None, None), ({"error": "overloaded"}, "lost", None, None),
     ({"choices": [{"error": {"code": 502}, "message": {"content": "The"}}]}, "again", None, None),
     *(({"error": {"message": "x", "code": code}}, word, None, None) for code, word in (
         (401, "fatal"), (402, "fatal"), (403, "refused"), (429, "again"), (503, "again"), ("rate", "again"), (None, "again"), (1301, "again")))]
@@ -310,7 +308,7 @@ def test_a_reply_is_read_as_what_it_is(body, word, path, fate):
 
 
 @pytest.mark.parametrize("usage, tokens", [
-    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ([{"prompt_tokens": 7, "completion_tokens": 5}], 12), ({"input_tokens": 7, "output_tokens": 5}, 12),
+    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ([{"prompt_tokens": 7, "completion_tokens": 5}], 0),
     ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 90}, 90), ({"prompt_tokens": 7, "completion_tokens": None, "details": {}}, 7),
     (None, 0), ({}, 0)])
 def test_tokens_are_counted_as_the_server_says(usage, tokens):
@@ -323,10 +321,7 @@ REASONS = [  # a message -> reasoning, path without it, path with it
     ({"content": TWO, "reasoning": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
     ({"content": TWO, "reasoning": "Hm.", "reasoning_content": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
     ({"content": TWO, "reasoning_content": ""}, None, TWO, TWO),
-    ({"content": f"<think>Hm.</think>\n{TWO}"}, "<think>Hm.</think>", TWO, f"<think>Hm.</think>\n{TWO}"),
-    ({"content": f"<think>Hm.</think>\n{TWO}", "reasoning": "Hm."}, "Hm.", TWO, f"<think>Hm.</think>\n{TWO}"),
-    ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": TWO}]}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
-    ({"content": None, "reasoning_content": "Hm."}, "Hm.", "", "Hm.\n\n"), ({"content": "<think>Hm."}, "<think>Hm.", "", "<think>Hm.")]
+    ({"content": None, "reasoning_content": "Hm."}, "Hm.", "", "Hm.\n\n")]
 
 
 @pytest.mark.parametrize("message, reasoning, dropped, kept", REASONS)
@@ -357,7 +352,7 @@ def test_which_statuses_a_wait_may_mend_refuse_one_prompt_or_end_the_run(word, s
 
 
 @pytest.mark.parametrize("header, seconds", [  # a number is a date so many seconds away
-    ("7", 7), ("0.5", 0.5), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (300, 300), (1e6, 600), (-60, 0)])
+    ("7", 7), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (300, 300), (1e6, 600), (-60, 0)])
 def test_retry_after_is_honoured_within_reason(header, seconds):
     header = header if isinstance(header, str) else formatdate(time.time() + header, usegmt=True)
     assert judge.retry_after(header) == pytest.approx(seconds, abs=30 if "GMT" in header else 0.1)
@@ -383,7 +378,7 @@ def test_first_contact_with_a_server_that_cannot_work(tmp_path, server, kind):
     reply, calls, words = CONTACTS[kind]
     server.reply = lambda request: reply
     err = run(*sampling(tmp_path, server, 40), cwd=tmp_path, code=2)[1]
-    assert words in err and f"{server.url}/v1/chat/completions" in err and len(server.requests) == calls
+    assert words in err and f"{server.url} said" in err and len(server.requests) == calls
     assert not (tmp_path / "p.jsonl").read_bytes()
     server.reply = lambda request: TWO  # mended: nothing is missing
     run(*sampling(tmp_path, server, 40), cwd=tmp_path)
@@ -439,7 +434,7 @@ def test_no_key_in_any_byte_of_any_run(tmp_path, server, key):
     token, echo = "gw-8f3a9c02d1e7b654", f"Incorrect API key provided: {key}"
     whole = json.dumps(answer(f"{key} {TWO}", reasoning=key)).replace("/", "\\/").encode()  # as PHP writes it
     server.reply = lambda request: {"bad": (401, {"error": {"message": echo}}), "odd": (400, echo.encode()), "error": (200, {"error": echo}),
-                                    "gone": (404, f"no route for /{token}/v1".encode())}.get(request["model"], (200, whole))
+                                    "gone": (404, f"no route for /{token}/v1/chat/completions".encode())}.get(request["model"], (200, whole))
     outs = [run(*sampling(tmp_path, server, 2), cwd=tmp_path, key=f' "{key}"\n')]
     for model in ("bad", "odd", "error", "gone"):
         *flags, _ = sampling(tmp_path, server, 2, model, f"/{token}/v1")
@@ -541,15 +536,16 @@ def test_budgets_end_a_run_before_they_are_passed(tmp_path, server):
     args = (*sampling(tmp_path, server, 30), "--teacher", f"b@{server.url}", "--max_new_tokens", 100)
     assert re.search(r"\b30 calls", run(*args, "--dry_run", cwd=tmp_path)[0]) and not server.requests
     for flag, limit, rows in (("--max_calls", 7, 7), ("--max_calls", 7, 7), ("--max_calls", 33, 33)):  # two models share it
-        assert "stopped" in run(*args, flag, limit, cwd=tmp_path)[0]
+        assert "stopped" in run(*args, flag, limit, cwd=tmp_path, code=2)[1]
         assert len(server.requests) == rows == len(read(tmp_path / "p.jsonl"))
     for limit in (33 * 150 + 400, 33 * 150 + 1500):
-        run(*args, "--max_tokens_total", limit, cwd=tmp_path)
+        run(*args, "--max_tokens_total", limit, cwd=tmp_path, code=2)
         assert sum(sum(row["usage"].values()) for row in read(tmp_path / "p.jsonl")) <= limit
     assert len(server.requests) > 33
     server.requests.clear()
     server.fault = lambda: "500"  # failed calls count, too
-    assert "stopped" in run(*args, "--max_calls", len(read(tmp_path / "p.jsonl")) + 5, cwd=tmp_path)[0] and len(server.requests) == 5
+    assert "stopped" in run(*args, "--max_calls", len(read(tmp_path / "p.jsonl")) + 5, cwd=tmp_path, code=2)[1]
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("events, written", [  # calls that begin, are refused and are answered, in this order
@@ -571,14 +567,20 @@ def test_a_refusal_is_a_row_after_a_reply_to_a_later_call(tmp_path, events, writ
 
 
 def test_a_refused_question_is_a_row(tmp_path, server):
-    server.reply = lambda request: (400, {"error": "content filter"}) if "time 5?" in request["prompt"] else TWO
-    args = (*sampling(tmp_path, server, 6), "--samples", 4)
+    server.reply = lambda request: (400, {"error": "content filter"}) if "time 2?" in request["prompt"] else TWO
+    args = (*sampling(tmp_path, server, 6), "--samples", 4, "--concurrency", 2)
     for _ in range(2):
         out = run(*args, cwd=tmp_path)[0]
-        assert len(server.requests) == 24 + 1  # one more tells whether the account is to blame; nothing is asked twice
+        assert len(server.requests) == 24  # nothing is asked twice
     rows = judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl"))
-    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 5 else "kept"): 4 for i in range(6)}
-    assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q5") and "refused" in out
+    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 2 else "kept"): 4 for i in range(6)}
+    assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q2") and "refused" in out
+
+
+def test_a_refusal_that_no_later_reply_confirms_ends_the_run(tmp_path, server):
+    server.reply = lambda request: (400, {"error": "content filter"}) if "time 2?" in request["prompt"] else TWO
+    err = run(*sampling(tmp_path, server, 3), cwd=tmp_path, code=2)[1]
+    assert "content filter" in err and "2 of 3 replies" in err and len(read(tmp_path / "p.jsonl")) == 2
 
 
 def test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted(tmp_path, server):
@@ -592,13 +594,12 @@ def test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted(tmp_pa
     assert [judge.fate(row) for row in judge.grade_paths(read(tmp_path / "p.jsonl"))].count("kept") == 4
 
 
-@pytest.mark.parametrize("change", [{"answer": "3"}, {"question": "What is 1 + 2?"}])
-def test_a_question_that_was_corrected_since_is_found_before_anything_is_paid_for(tmp_path, server, change):
+def test_another_question_under_a_known_id_is_asked(tmp_path, server):
     args = sampling(tmp_path, server, 2)
     run(*args, cwd=tmp_path)
-    write(tmp_path / "q.jsonl", [{**row, **change} if row["id"] == "q1" else row for row in read(tmp_path / "q.jsonl")])
-    err = run(*args, "--samples", 2, cwd=tmp_path, code=2)[1]
-    assert "p.jsonl:" in err and "'q1'" in err and len(server.requests) == 2
+    write(tmp_path / "q.jsonl", [{**row, "question": "What is 1 + 2?"} if row["id"] == "q1" else row for row in read(tmp_path / "q.jsonl")])
+    run(*args, cwd=tmp_path)
+    assert [row["id"] for row in read(tmp_path / "p.jsonl")] == ["q0", "q1", "q1"]
 
 
 def test_the_teacher_gets_the_style_and_the_pool_gets_the_question(tmp_path, server):
@@ -689,10 +690,10 @@ def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
 
 
 def test_the_demos_command_annotates_every_row_and_may_be_repeated(tmp_path):
-    for name in ("none", "rule", "rule"):
-        run("--demo", 20, "--judge", name, "--out", "a.jsonl", cwd=tmp_path)
+    for flags in ((), ("--judge", "rule"), ("--judge", "rule")):
+        run("--demo", 20, *flags, "--out", "a.jsonl", cwd=tmp_path)
         rows = judge.read_pool(tmp_path / "a.jsonl")
-        assert len(rows) == 120 and all((row["valid"] is None) == (name == "none" or not row["correct"]) for row in rows)
+        assert len(rows) == 120 and all((row["valid"] is None) == (not flags or not row["correct"]) for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------ a local model, the command
@@ -712,7 +713,7 @@ def tiny_model(folder):
 
 
 def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
-    local = ("--max_new_tokens", 6, "--device", "cpu", "--batch_size", 3)
+    local = ("--max_new_tokens", 6, "--device", "cpu")
     args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", tiny_model(tmp_path / "tiny"), "--styles", "vanilla", *local, "--out", "p.jsonl")
     for samples in (1, 2):
         run(*args, "--samples", samples, cwd=tmp_path)
@@ -720,9 +721,8 @@ def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
         assert keys(rows) == {(f"q{i}", "vanilla", "tiny", k): 1 for i in range(3) for k in range(samples)}
     assert all(0 < r["usage"]["completion_tokens"] <= 6 and r["finish_reason"] in ("stop", "length") for r in rows)
     assert len({r["path"] for r in rows}) > 2
-    long = {**read(tmp_path / "q.jsonl")[0], "id": "long", "question": "word " * 2000}
-    write(tmp_path / "q.jsonl", [long, *read(tmp_path / "q.jsonl")])
-    assert "long: 2" in run(*args, cwd=tmp_path)[0] and judge.fate(read(tmp_path / "p.jsonl")[-1], "none") == "refused"
+    write(tmp_path / "q.jsonl", [{**read(tmp_path / "q.jsonl")[0], "id": "long", "question": "word " * 2000}])
+    assert "context" in run(*args, cwd=tmp_path, code=2)[1]
     run("--paths", pool(tmp_path / "r.jsonl", 1), "--judge", tmp_path / "tiny", *local, "--out", "o.jsonl", cwd=tmp_path)
     assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["no verdict"]
 
