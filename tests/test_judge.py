@@ -1,22 +1,5 @@
-"""Claims about judge.py, against a hostile server on the loopback.
-
-promise (what must hold)                                        test
-4 the filter fails closed                                       test_filter_says_what_happens_to_a_row, test_a_reply_is_read_as_what_it_is,
-                                                                test_no_reply_of_a_judge_is_misread, test_only_right_whole_paths_are_judged
-5 a paid reply is on disk, never asked again                    test_faults_and_two_kills_lose_and_repeat_nothing, test_every_torn_end_is_mended
-5 its reasoning, too                                            test_reasoning_is_stored_and_is_a_part_of_the_path_if_wanted
-5 a budget ends a run before it is passed                       test_budgets_end_a_run_before_they_are_passed
-5 a wrong setting ends a run soon, with words and URL           test_first_contact_with_a_server_that_cannot_work, test_nobody_listens
-5 refusals: of a prompt, of an account, of a length             test_a_refused_question_is_a_row, test_a_refusal_is_a_row_after_a_reply_to_a_later_call,
-                                                                test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted
-5, 8 what a provider wants                                      test_extra_is_merged_into_each_request, test_azure_wants_another_header
-6 keys are in no file and on no screen                          test_no_key_in_any_byte_of_any_run, test_no_credential_in_a_spec_is_repeated
-7 bad input is one sentence with its place                      test_a_bad_line_ends_with_its_place, test_bad_flags_are_one_sentence
-8 pools as users have them                                      test_a_pool_has_the_same_fates_whatever_wrote_it
-"""
-import ast
+"""Claims about judge.py, against a server on the loopback that fails in every way that servers do."""
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -192,18 +175,8 @@ def test_answers_of_the_demo_are_right_and_no_question_is_asked_twice(demo):
     assert len(set(texts)) == len(texts) and demo[0][:40] == judge.demo_questions(40, 0)
 
 
-def test_each_demo_question_has_one_path_per_style_with_known_mistakes(demo):
-    asked, paths = demo
-    assert Counter((p["id"], p["style"]) for p in paths) == {(q["id"], s): 1 for q in asked for s in judge.STYLES}
-    for path in paths:
-        assert re.search(r"\nThe answer is \d+$", path["path"]) and 15 <= len(path["path"].split()) <= 60
-        assert path["style"] != "program" or ast.parse(path["path"].rsplit("\n", 1)[0])
-        assert path["correct"] == path["source_correct"]
-    slips = sum(p["source_correct"] and not p["source_valid"] for p in paths)
-    assert 0.15 < sum(not p["source_correct"] for p in paths) / len(paths) < 0.20 and 0.06 < slips / len(paths) < 0.08
-
-
 def test_rule_judge_finds_every_wrong_step_of_the_demo_and_no_other(demo):
+    assert all(path["correct"] == path["source_correct"] for path in demo[1])
     right = [path for path in demo[1] if path["correct"]]
     assert [judge.rule_judge(path)[0] for path in right] == [path["source_valid"] for path in right]
 
@@ -232,18 +205,11 @@ def test_the_table_counts_every_row_once_per_style_and_teacher(capsys, demo):
     assert numbers[-1][:2] == [len(rows), sum(r["source_valid"] for r in rows)]
 
 
-def as_pandas(rows):
-    """As DataFrame(rows).to_json(lines=True) writes them: every row has every column, truths with gaps are 1.0, 0.0, null."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    number = {True: 1.0, False: 0.0}
-    return [{key: number.get(row.get(key), row.get(key)) if key in ("correct", "valid") else row.get(key) for key in columns} for row in rows]
-
-
 def as_datasets(rows):
-    """As Dataset.from_list(rows).to_json() writes them: also every object has the fields that it has anywhere."""
-    rows = as_pandas(rows)
-    fields = list(dict.fromkeys(name for row in rows for name in row["verdict"] or {}))
-    return [{**row, "verdict": {name: (row["verdict"] or {}).get(name) for name in fields}} for row in rows]
+    """As pandas and Dataset.to_json() write rows: each has every column, each verdict every judge, and truths with gaps are 1.0, 0.0, null."""
+    columns, judges = ({key: None for row in rows for key in row}, dict.fromkeys("jk"))
+    rows = [{**columns, **row, "verdict": {**judges, **(row.get("verdict") or {})}} for row in rows]
+    return [{key: float(value) if isinstance(value, bool) else value for key, value in row.items()} for row in rows]
 
 
 POOL = [{**ROW, "id": "kept", "prediction": "2", "correct": True, "valid": True, "verdict": {"j": "valid"}},
@@ -252,7 +218,7 @@ POOL = [{**ROW, "id": "kept", "prediction": "2", "correct": True, "valid": True,
         {**ROW, "id": "fresh", "sample": 1}, {**ROW, "id": "judged elsewhere", "valid": False}]
 
 
-@pytest.mark.parametrize("rewrite", [copy.deepcopy, as_pandas, as_datasets])
+@pytest.mark.parametrize("rewrite", [list, as_datasets])
 def test_a_pool_has_the_same_fates_whatever_wrote_it(tmp_path, rewrite):
     rows = judge.read_pool(write(tmp_path / "p.jsonl", rewrite(POOL)))
     assert "correct" not in rows[3] and [row.get("valid") for row in rows] == [True, None, False, None, False]
@@ -308,9 +274,8 @@ def test_a_reply_is_read_as_what_it_is(body, word, path, fate):
 
 
 @pytest.mark.parametrize("usage, tokens", [
-    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ([{"prompt_tokens": 7, "completion_tokens": 5}], 0),
-    ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 90}, 90), ({"prompt_tokens": 7, "completion_tokens": None, "details": {}}, 7),
-    (None, 0), ({}, 0)])
+    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 90}, 90),
+    ({"prompt_tokens": 7, "completion_tokens": None, "details": {}}, 7), (None, 0), ([{"prompt_tokens": 7}], 0)])
 def test_tokens_are_counted_as_the_server_says(usage, tokens):
     assert sum(judge.usage_of(usage).values()) == tokens
 
@@ -319,7 +284,6 @@ REASONS = [  # a message -> reasoning, path without it, path with it
     ({"content": TWO}, None, TWO, TWO),
     ({"content": TWO, "reasoning_content": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
     ({"content": TWO, "reasoning": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
-    ({"content": TWO, "reasoning": "Hm.", "reasoning_content": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
     ({"content": TWO, "reasoning_content": ""}, None, TWO, TWO),
     ({"content": None, "reasoning_content": "Hm."}, "Hm.", "", "Hm.\n\n")]
 
@@ -345,22 +309,11 @@ def test_a_spec_is_an_openai_base_url(url, path):
     assert judge.split_spec("Qwen/Qwen2.5-0.5B-Instruct") == ("Qwen/Qwen2.5-0.5B-Instruct", None)
 
 
-@pytest.mark.parametrize("word, statuses", [("again", (408, 409, 425, 429, 500, 502, 503, 529, 599)), ("refused", (400, 403, 413, 422, 451)),
-                                            ("fatal", (301, 307, 308, 401, 402, 404, 405))])
-def test_which_statuses_a_wait_may_mend_refuse_one_prompt_or_end_the_run(word, statuses):
-    assert {judge.word_of(status) for status in statuses} == {word}
-
-
 @pytest.mark.parametrize("header, seconds", [  # a number is a date so many seconds away
     ("7", 7), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (300, 300), (1e6, 600), (-60, 0)])
 def test_retry_after_is_honoured_within_reason(header, seconds):
     header = header if isinstance(header, str) else formatdate(time.time() + header, usegmt=True)
     assert judge.retry_after(header) == pytest.approx(seconds, abs=30 if "GMT" in header else 0.1)
-
-
-def test_back_off_grows_with_jitter():
-    waits = [[judge.back_off(k) for _ in range(50)] for k in range(12)]
-    assert all(len(set(w)) == 50 for w in waits) and max(waits[0]) < min(waits[3]) and max(waits[11]) <= 60
 
 
 CONTACTS = {  # a server that cannot work: what it answers, the calls that it costs, what is said
@@ -394,21 +347,6 @@ def test_nobody_listens(tmp_path, server):
     assert server.url in err and 0 < len(waits) <= 200  # two more attempts of the first call, in 100 parts each
 
 
-def test_a_server_that_was_there_is_waited_for(tmp_path, server):
-    """A dropped connection or a restart in the middle of a run costs no reply."""
-    def fault():
-        return {3: "cut", 4: "500", 5: "429", 6: "after", 7: "choice"}.get(len(server.requests))
-    server.fault = fault
-    run(*sampling(tmp_path, server, 12), "--concurrency", 1, cwd=tmp_path)
-    assert len(read(tmp_path / "p.jsonl")) == 12 and len(server.requests) == 17
-
-
-def test_a_slow_reply_is_given_up_after_the_timeout(tmp_path, server):
-    server.fault = lambda: "hang"
-    err = run(*sampling(tmp_path, server), "--timeout", 0.2, cwd=tmp_path, code=2)[1]
-    assert "Timeout" in err and len(server.requests) == 3
-
-
 def test_extra_is_merged_into_each_request(tmp_path, server):
     system = {"role": "system", "content": "Be brief."}
     extra = {"max_tokens": None, "max_completion_tokens": 50, "chat_template_kwargs": {"enable_thinking": False}, "messages": [system]}
@@ -419,14 +357,11 @@ def test_extra_is_merged_into_each_request(tmp_path, server):
                        "messages": [system, {"role": "user", "content": prompt}]} and prompt.startswith("What is 1 + 1")
 
 
-@pytest.mark.parametrize("path, header, other", [("/openai/deployments/gpt?api-version=2024-10-21", "api-key", "Authorization"),
-                                                 ("/v1", "Authorization", "api-key")])
-def test_azure_wants_another_header(tmp_path, server, path, header, other):
-    run(*sampling(tmp_path, server, path=path), cwd=tmp_path)
+def test_azure_wants_another_header(tmp_path, server):
+    run(*sampling(tmp_path, server, path="/openai/deployments/gpt?api-version=2024-10-21"), cwd=tmp_path)
     [(asked, headers)] = server.seen
-    headers = {name.lower(): value for name, value in headers.items()}
-    assert headers[header.lower()].split()[-1] == KEY and other.lower() not in headers
-    assert asked == path.replace("?", "/chat/completions?") if "?" in path else asked == f"{path}/chat/completions"
+    assert asked == "/openai/deployments/gpt/chat/completions?api-version=2024-10-21"
+    assert headers["api-key"] == KEY and "authorization" not in {name.lower() for name in headers}
 
 
 @pytest.mark.parametrize("key", [KEY, "abc/def+0123456789==", "my-lower-case-key"])
@@ -616,16 +551,14 @@ def test_the_teacher_gets_the_style_and_the_pool_gets_the_question(tmp_path, ser
 # ------------------------------------------------------------------------------------------------ the LLM judge
 V, I, U = "valid", "invalid", "unparsed"
 VERDICTS = [
-    ("VERDICT: VALID", V), ("VERDICT: INVALID", I), ("Step 2 is wrong.\nVERDICT: INVALID", I), ("No bad step.\n\nVERDICT: VALID\n", V),
-    ("**VERDICT: VALID**", V), ("**VERDICT:** INVALID", I), ("VERDICT: **VALID**", V), ("### VERDICT: INVALID", I), ("`VERDICT: VALID`", V),
-    ("```\nVERDICT: INVALID\n```", I), ("Verdict: valid", V), ("verdict: Invalid.", I), ("VERDICT：VALID", V), ("  VERDICT: VALID  \r\n", V),
-    ("*VERDICT: INVALID*\n---\n", I), ("VERDICT: VALID</s>", V), ("VERDICT: INVALID<|im_end|>\n", I),
+    ("Step 2 is wrong.\nVERDICT: INVALID", I), ("No bad step.\n\nVERDICT: VALID\n", V), ("**VERDICT: VALID**", V), ("**VERDICT:** INVALID", I),
+    ("VERDICT: **VALID**", V), ("### VERDICT: INVALID", I), ("```\nVERDICT: INVALID\n```", I), ("verdict: Invalid.", I), ("VERDICT：VALID", V),
+    ("  VERDICT: VALID  \r\n", V), ("*VERDICT: INVALID*\n---\n", I), ("VERDICT: INVALID<|im_end|>\n", I),
     *((text, U) for text in (
-        "", "   \n", "VALID", "INVALID", "The reasoning is valid.", "VERDICT: NOT VALID", "VERDICT: not invalid", "VERDICT: VALID or VERDICT: INVALID",
-        "VERDICT: VALID/INVALID", "VERDICT: VALID\nVERDICT: INVALID", "VERDICT: INVALID\nVERDICT: VALID", "VERDICT: VALID\nVERDICT: VALID",
-        "VERDICT: VALID\nWait, step 3 is wrong.", "VERDICT: VALID, but step 2 is wrong", "VERDICT: VALID?", "VERDICT: NOT VALID\nVERDICT: VALID",
-        "My verdict: VALID", "Step 4: VERDICT: VALID", "> VERDICT: VALID", "VERDICT:", "VERDICT: VAL", "VERDICT: VALIDE", "VERDICT: UNVALID",
-        "VERDICT: IN VALID", "VERDICT: Yes", "VERDICT VALID", "ВЕРДИКТ: VALID", "VERDICT: VÁLIDO", "## Verdict\n\nVALID",
+        "", "VALID", "The reasoning is valid.", "VERDICT: NOT VALID", "VERDICT: VALID or VERDICT: INVALID", "VERDICT: VALID/INVALID", "VERDICT: VALID?",
+        "VERDICT: INVALID\nVERDICT: VALID", "VERDICT: VALID\nVERDICT: VALID", "VERDICT: VALID\nWait, step 3 is wrong.", "## Verdict\n\nVALID",
+        "VERDICT: VALID, but step 2 is wrong", "VERDICT: NOT VALID\nVERDICT: VALID", "Step 4: VERDICT: VALID", "> VERDICT: VALID", "VERDICT:",
+        "VERDICT: VALIDE", "VERDICT: UNVALID", "VERDICT: IN VALID", "VERDICT: Yes", "VERDICT VALID", "VERDICT: VÁLIDO",
         "**Final Verdict: INVALID**\nVERDICT: VALID", "- VERDICT: INVALID\nVERDICT: VALID", "My verdict is INVALID.\nVERDICT: VALID",
         "VERDICT: VALID\u2028VERDICT: INVALID", "<think>The steps hold.\nVERDICT: VALID", "<think>VERDICT: VALID</think>\nHm.", "</s>" * 50_000 + "x",
         "verdict" + " " * 200_000 + "x", "- VERDICT: INVALID\n" * 50_000 + "VERDICT: VALID")),
