@@ -657,7 +657,7 @@ def judge_prompt(row):
 def parse_verdict(reply):
     """'valid', 'invalid' or 'unparsed' for a judge's reply {path, finish_reason}: what its last
     line says, unless it was cut or gave a verdict before. Thoughts are not part of the reply."""
-    text = tasks.after_thought(reply["path"]).strip("\r\n\t *_`#-")  # Markdown's marks
+    text = tasks.after_thought(reply["path"]).strip("\r\n\t *_`#")  # Markdown's marks
     earlier, _, last = text.rpartition("\n")
     found = VERDICT.fullmatch(last)
     if not found or STATED.search(earlier) or ending(reply) != "whole":
@@ -755,13 +755,13 @@ def flags():
     p.add_argument("--max_new_tokens", type=positive, default=1000, help="of a reply (1000)")
     p.add_argument("--reasoning", choices=("keep", "drop"), default="drop",
                    help="as a part of a path; it is stored in any case (drop)")
-    p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="where the key is (%(default)s)")
+    p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="holds the key (%(default)s)")
     p.add_argument("--extra", type=json.loads, default={},
                    help="JSON object merged into each request; null drops a parameter, `messages` "
                         "stand before the question")
     p.add_argument("--concurrency", type=positive, default=8, help="calls at once (8)")
     p.add_argument("--timeout", type=float, default=300, help="seconds for one call (300)")
-    p.add_argument("--max_calls", type=positive, default=math.inf, help="rows included (none)")
+    p.add_argument("--max_calls", type=positive, default=math.inf, help="to servers, in all (none)")
     p.add_argument("--max_tokens_total", type=positive, default=math.inf, help="of these (none)")
     p.add_argument("--dry_run", action="store_true", help="print calls and tokens, make none")
     p.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")

@@ -89,7 +89,7 @@ def fault_server():
 
 
 def run(*args, cwd, key=KEY, code=0):
-    """The command in this process -> what it printed. Its back-off is short; the real one has a test of its own."""
+    """The command in this process -> what it printed. Its back-off is short."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(judge, "back_off", lambda tries: 0.01 * (tries + 1))
@@ -147,19 +147,7 @@ def sampling(folder, server, n=1, model="m", path=""):
 # ------------------------------------------------------------------------------------------------ the demo
 @pytest.fixture(scope="module", name="demo")
 def demo_pool():
-    asked = judge.demo_questions(400, 0)
-    return asked, judge.grade_paths(judge.demo_paths(asked, 0))
-
-
-def arithmetic(question):
-    """Solve a demo question from its text alone, template by template, independent of the generator's own solver."""
-    n = [int(x) for x in re.findall(r"\d+", question)]
-    for words, solve in (("bags with", lambda a, b, c: a + b * c), ("and finds", lambda p, b, c: p + b - c),
-                         ("equal boxes", lambda p, b, c: p / b - c), ("times as many", lambda a, b: a + a * b),
-                         ("each bag", lambda p, a, b, c: (p + a - b) / c), ("packs with", lambda a, b, c, d: a * b - c + d),
-                         ("each day", lambda a, b, c, d: a * b + c - d)):
-        if words in question:
-            return solve(*n)
+    return judge.grade_paths(judge.demo_paths(judge.demo_questions(400, 0), 0))
 
 
 def test_the_demos_draws_are_those_that_its_figures_were_made_with():
@@ -168,16 +156,14 @@ def test_the_demos_draws_are_those_that_its_figures_were_made_with():
     assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest() == "589cc8066c882debea973124acfac6f4947cfc9a66709a54d5a9c476b2123139"
 
 
-def test_answers_of_the_demo_are_right_and_no_question_is_asked_twice(demo):
-    assert all(arithmetic(question["question"]) == int(question["answer"]) for question in demo[0])
-    assert {q["template"] for q in demo[0]} == set(range(7)) and {q["level"] for q in demo[0]} == {2, 3}
+def test_no_question_of_the_demo_is_asked_twice():
     texts = [q["question"] for seed in range(4) for q in judge.demo_questions(300, seed)]
-    assert len(set(texts)) == len(texts) and demo[0][:40] == judge.demo_questions(40, 0)
+    assert len(set(texts)) == len(texts) and judge.demo_questions(300, 0)[:40] == judge.demo_questions(40, 0)
 
 
 def test_rule_judge_finds_every_wrong_step_of_the_demo_and_no_other(demo):
-    assert all(path["correct"] == path["source_correct"] for path in demo[1])
-    right = [path for path in demo[1] if path["correct"]]
+    assert all(path["correct"] == path["source_correct"] for path in demo)
+    right = [path for path in demo if path["correct"]]
     assert [judge.rule_judge(path)[0] for path in right] == [path["source_valid"] for path in right]
 
 
@@ -197,12 +183,9 @@ def test_filter_says_what_happens_to_a_row(change, full, by_answer, none):
         assert judge.filter_pool([row], mode) == ([row] if expected == "kept" else [])
 
 
-def test_the_table_counts_every_row_once_per_style_and_teacher(capsys, demo):
-    rows = [{**r, "valid": v, "verdict": {"rule": w}} for r in demo[1] for v, w in [judge.rule_judge(r)]]
-    judge.filter_table(rows)
-    numbers = [[int(x.replace("-", "0")) for x in line.split()[-9:]] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert all(sum(n[1:]) == n[0] for n in numbers) and numbers[-1] == [sum(c) for c in zip(*numbers[:-1])]
-    assert numbers[-1][:2] == [len(rows), sum(r["source_valid"] for r in rows)]
+def test_the_table_counts_every_row_once(capsys):
+    judge.filter_table(judge.grade_paths([dict(ROW), {**ROW, "path": "Hm"}, {**ROW, "finish_reason": "length"}]))
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "3", "1", "-", "1", "-", "-", "-", "1", "-"]
 
 
 def as_datasets(rows):
@@ -244,16 +227,14 @@ WHOLE = ("stop", "STOP", "end_turn", "eos_token", "eos", "COMPLETE", ["stop"], N
 CUT = ("length", "max_tokens", "MAX_TOKENS", "model_length", "abort", "incomplete", "tool_calls", "model_context_window_exceeded", ["length"],
        "insufficient_system_resource")
 REFUSED = ("content_filter", "SAFETY", "RECITATION", "PROHIBITED_CONTENT", "refusal", "guardrail_intervened")
-THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 9"}]}, {"type": "text", "text": "The answer "},
-            {"type": "text", "text": "is 2"}]
+THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 9"}]}, {"type": "text", "text": TWO}]
 BODIES = [  # the body of a 200 answer, the word, the path and the fate that follow
     *((answer(reason=reason), "reply", TWO, "kept") for reason in WHOLE), *((answer(reason=reason), "reply", TWO, "cut") for reason in CUT),
     *((answer(reason=reason), "reply", TWO, "refused") for reason in REFUSED),
     ({"choices": [{"message": {"content": TWO}}]}, "reply", TWO, "kept"), (answer(None), "reply", "", "empty"),
     (answer(None, "MAX_TOKENS"), "reply", "", "cut"), (answer(None, refusal=f"No. {TWO}"), "reply", f"No. {TWO}", "refused"),
-    (answer(THINKING), "reply", "The answer is 2", "kept"), (answer([]), "reply", "", "empty"),
+    (answer(THINKING), "reply", TWO, "kept"), (answer([]), "reply", "", "empty"),
     ({"choices": [{"finish_reason": "content_filter"}]}, "reply", "", "refused"),
-    ({"choices": [{"finish_reason": "length", "message": None}]}, "reply", "", "cut"),
     *(({"choices": [choice]}, "lost", None, None) for choice in ({"text": "hi"}, {"finish_reason": "stop"}, {}, "hi", {"message": "hi"})),
     *((body, "lost", None, None) for body in ([1], None, {}, {"choices": "many"}, {"choices": []}, {"message": {"content": TWO}})),
     *((text, "lost", None, None) for text in ("", "<html>data: x", "[" * 100_000, "9" * 5000, "{'choices': ")),
@@ -273,11 +254,10 @@ def test_a_reply_is_read_as_what_it_is(body, word, path, fate):
         assert said["path"] == path and {judge.fate(row, mode) for mode in ("full", "answer", "none")} == {fate}
 
 
-@pytest.mark.parametrize("usage, tokens", [
-    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 90}, 90),
-    ({"prompt_tokens": 7, "completion_tokens": None, "details": {}}, 7), (None, 0), ([{"prompt_tokens": 7}], 0)])
-def test_tokens_are_counted_as_the_server_says(usage, tokens):
-    assert sum(judge.usage_of(usage).values()) == tokens
+def test_tokens_are_counted_as_the_server_says():
+    usage = {"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 90, "details": {}}
+    assert judge.usage_of(usage) == {"prompt_tokens": 7, "completion_tokens": 83}
+    assert judge.usage_of(None) == judge.usage_of([usage]) == {"prompt_tokens": 0, "completion_tokens": 0}
 
 
 REASONS = [  # a message -> reasoning, path without it, path with it
@@ -333,9 +313,6 @@ def test_first_contact_with_a_server_that_cannot_work(tmp_path, server, kind):
     err = run(*sampling(tmp_path, server, 40), cwd=tmp_path, code=2)[1]
     assert words in err and f"{server.url} said" in err and len(server.requests) == calls
     assert not (tmp_path / "p.jsonl").read_bytes()
-    server.reply = lambda request: TWO  # mended: nothing is missing
-    run(*sampling(tmp_path, server, 40), cwd=tmp_path)
-    assert [row["path"] for row in read(tmp_path / "p.jsonl")] == [TWO] * 40
 
 
 def test_nobody_listens(tmp_path, server):
@@ -415,9 +392,9 @@ def test_faults_and_two_kills_lose_and_repeat_nothing(tmp_path, server):
     assert server.successes <= len(rows) + 2 * most
     for row in rows:  # each reply stands beside the question that it answers
         assert row["path"].startswith(row["question"]) and row["usage"] == {"prompt_tokens": 7, "completion_tokens": 5}
-    before, asked = out.read_bytes(), len(server.requests)
+    asked = len(server.requests)
     run(*args, cwd=tmp_path)
-    assert len(server.requests) == asked and out.read_bytes() == before
+    assert len(server.requests) == asked and read(out) == rows
 
 
 def test_every_torn_end_is_mended(tmp_path, server):
@@ -473,9 +450,8 @@ def test_budgets_end_a_run_before_they_are_passed(tmp_path, server):
     for flag, limit, rows in (("--max_calls", 7, 7), ("--max_calls", 7, 7), ("--max_calls", 33, 33)):  # two models share it
         assert "stopped" in run(*args, flag, limit, cwd=tmp_path, code=2)[1]
         assert len(server.requests) == rows == len(read(tmp_path / "p.jsonl"))
-    for limit in (33 * 150 + 400, 33 * 150 + 1500):
-        run(*args, "--max_tokens_total", limit, cwd=tmp_path, code=2)
-        assert sum(sum(row["usage"].values()) for row in read(tmp_path / "p.jsonl")) <= limit
+    run(*args, "--max_tokens_total", 33 * 150 + 1500, cwd=tmp_path, code=2)
+    assert sum(sum(row["usage"].values()) for row in read(tmp_path / "p.jsonl")) <= 33 * 150 + 1500
     assert len(server.requests) > 33
     server.requests.clear()
     server.fault = lambda: "500"  # failed calls count, too
@@ -539,13 +515,11 @@ def test_another_question_under_a_known_id_is_asked(tmp_path, server):
 
 def test_the_teacher_gets_the_style_and_the_pool_gets_the_question(tmp_path, server):
     row = {"id": "d", "task": "date", "question": "Which day?", "choices": {"A": "Monday", "B": "Friday {end}"}, "answer": "B"}
-    run("--questions", write(tmp_path / "q.jsonl", [row]), "--teacher", f"m@{server.url}", "--out", "p.jsonl", "--temperature", 0.3, "--max_new_tokens", 77,
-        cwd=tmp_path)
+    run("--questions", write(tmp_path / "q.jsonl", [row]), "--teacher", f"m@{server.url}", "--out", "p.jsonl", cwd=tmp_path)
     out = read(tmp_path / "p.jsonl")
     assert {r["style"] for r in out} == set(judge.STYLES) and all(row.items() <= r.items() for r in out)
     assert len({r["prompt"] for r in server.requests}) == 6
-    for request in server.requests:
-        assert "(B) Friday {end}" in request["prompt"] and (request["temperature"], request["max_tokens"], request["model"]) == (0.3, 77, "m")
+    assert all("(B) Friday {end}" in request["prompt"] for request in server.requests)
 
 
 # ------------------------------------------------------------------------------------------------ the LLM judge
@@ -553,7 +527,7 @@ V, I, U = "valid", "invalid", "unparsed"
 VERDICTS = [
     ("Step 2 is wrong.\nVERDICT: INVALID", I), ("No bad step.\n\nVERDICT: VALID\n", V), ("**VERDICT: VALID**", V), ("**VERDICT:** INVALID", I),
     ("VERDICT: **VALID**", V), ("### VERDICT: INVALID", I), ("```\nVERDICT: INVALID\n```", I), ("verdict: Invalid.", I), ("VERDICT：VALID", V),
-    ("  VERDICT: VALID  \r\n", V), ("*VERDICT: INVALID*\n---\n", I), ("VERDICT: INVALID<|im_end|>\n", I),
+    ("  VERDICT: VALID  \r\n", V), ("*VERDICT: INVALID*\n", I), ("- VERDICT: VALID", U), ("VERDICT: INVALID<|im_end|>\n", I),
     *((text, U) for text in (
         "", "VALID", "The reasoning is valid.", "VERDICT: NOT VALID", "VERDICT: VALID or VERDICT: INVALID", "VERDICT: VALID/INVALID", "VERDICT: VALID?",
         "VERDICT: INVALID\nVERDICT: VALID", "VERDICT: VALID\nVERDICT: VALID", "VERDICT: VALID\nWait, step 3 is wrong.", "## Verdict\n\nVALID",
@@ -582,13 +556,8 @@ def test_the_fence_holds_whatever_the_path_says(path):
     assert all(not line or line.startswith(("Question: ", "Step ")) for line in inside.split("\n"))
 
 
-def pool(path, n=6, **more):
-    return write(path, [{**ROW, "id": f"q{i}", "question": f"What is 1 + 1, time {i}?", "path": f"We add.\nTime {i}: 1 + 1 = 2\nThe answer is 2", **more}
-                        for i in range(n)])
-
-
 def test_only_right_whole_paths_are_judged(tmp_path, server):
-    rows = read(pool(tmp_path / "p.jsonl", 9))
+    rows = [{**ROW, "id": f"q{i}", "question": f"What is 1 + 1, time {i}?", "path": f"We add.\nTime {i}: 1 + 1 = 2\nThe answer is 2"} for i in range(9)]
     rows[0]["path"], rows[1]["path"], rows[2]["finish_reason"] = "", "I think that the answer is 3", "length"
     rows += [rows[8], {**rows[8], "sample": 0}]  # equal paths are one call
     write(tmp_path / "p.jsonl", rows)
@@ -605,13 +574,12 @@ def test_only_right_whole_paths_are_judged(tmp_path, server):
     assert {request["temperature"] for request in server.requests} == {0.0}
 
 
-def test_accept_says_how_many_judges_must_agree(tmp_path, server):
-    server.reply = lambda request: f"VERDICT: {'VALID' if int(re.search('time ([0-9])', request['prompt'])[1]) >= int(request['model']) else 'INVALID'}"
-    judges = [x for m in (1, 2, 4) for x in ("--judge", f"{m}@{server.url}")]
-    for accept, kept in ((("--accept", 1), 5), (("--accept", 2), 4), (("--accept", 3), 2), ((), 2)):
-        run("--paths", pool(tmp_path / "p.jsonl"), *judges, *accept, "--out", "o.jsonl", cwd=tmp_path)
-        assert sum(r["valid"] for r in read(tmp_path / "o.jsonl")) == kept
-    assert len(server.requests) == 18  # the replies are paid for once, whatever --accept says later
+@pytest.mark.parametrize("accept, valid", [(1, True), (2, True), (3, False)])
+def test_accept_says_how_many_judges_must_agree(accept, valid):
+    [row] = judge.grade_paths([dict(ROW)])
+    replies = [{**judge.judged_as(row, name), "path": f"VERDICT: {said}"} for name, said in (("a", "VALID"), ("b", "INVALID"), ("c", "VALID"))]
+    judge.add_verdicts([row], "abc", replies, accept)
+    assert row["valid"] is valid and row["verdict"] == {"a": "valid", "b": "invalid: VERDICT: INVALID", "c": "valid"}
 
 
 def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
@@ -645,19 +613,16 @@ def tiny_model(folder):
     return folder
 
 
-def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
-    local = ("--max_new_tokens", 6, "--device", "cpu")
-    args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", tiny_model(tmp_path / "tiny"), "--styles", "vanilla", *local, "--out", "p.jsonl")
+def test_a_local_model_samples_and_goes_on(tmp_path):
+    args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", tiny_model(tmp_path / "tiny"), "--styles", "vanilla", "--out", "p.jsonl",
+            "--max_new_tokens", 6, "--device", "cpu")
     for samples in (1, 2):
         run(*args, "--samples", samples, cwd=tmp_path)
         rows = read(tmp_path / "p.jsonl")
         assert keys(rows) == {(f"q{i}", "vanilla", "tiny", k): 1 for i in range(3) for k in range(samples)}
     assert all(0 < r["usage"]["completion_tokens"] <= 6 and r["finish_reason"] in ("stop", "length") for r in rows)
-    assert len({r["path"] for r in rows}) > 2
     write(tmp_path / "q.jsonl", [{**read(tmp_path / "q.jsonl")[0], "id": "long", "question": "word " * 2000}])
     assert "context" in run(*args, cwd=tmp_path, code=2)[1]
-    run("--paths", pool(tmp_path / "r.jsonl", 1), "--judge", tmp_path / "tiny", *local, "--out", "o.jsonl", cwd=tmp_path)
-    assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["no verdict"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -665,7 +630,7 @@ def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 0), "--samples"), (("--demo", 3, "--judge", "rule", "--judge", "rule"), "one name"),
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 4, "--temperature", 0), "--temperature 0"),
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--judge", "j@http://h"), "--paths"), (("--demo", 3, "--extra", "[1]"), "--extra"),
-    (("--questions", "q.jsonl", "--teacher", "m@http://h", "--extra", "{"), "--extra"), (("--demo", 3, "--judge", "x", "--extra", '{"a": 1}'), "--extra"),
+    (("--demo", 3, "--extra", "{"), "--extra"), (("--demo", 3, "--judge", "x", "--extra", '{"a": 1}'), "--extra"),
     (("--paths", "nowhere.jsonl"), "nowhere.jsonl"), (("--paths", "bad.jsonl"), "bad.jsonl:2"), (("--paths", "other.jsonl", "--judge", "rule"), "gsm8k")])
 def test_bad_flags_are_one_sentence(tmp_path, flags, words):
     questions(tmp_path / "q.jsonl", 1)
