@@ -7,8 +7,7 @@
 A pool is a JSON Lines file, one path a line: id, task, question, answer, style, teacher, path, and
 optionally choices, level, prompt, sample, reasoning, finish_reason, usage, refusal. Grading (step 1
 of the filter) adds prediction and correct, judging (step 2) valid and verdict. A model is MODEL@URL
-(any OpenAI-compatible chat endpoint) or the name or folder of a Hugging Face model. The same
-command goes on where it ended: no reply that is on disk is asked for again.
+(any OpenAI-compatible chat endpoint) or a Hugging Face model. Repeat a command to go on with it.
 """
 import argparse
 import asyncio
@@ -120,9 +119,8 @@ def _sane(solution):
 
 
 def demo_questions(n, seed):
-    """n (up to some 2,000) arithmetic word problems of two or three steps (`level`) with small
-    numbers, every answer in 1..199. The first do not depend on n; question sets of seeds that
-    differ modulo SEEDS share no text."""
+    """n (up to some 2,000) arithmetic word problems, every answer in 1..199. The first do not
+    depend on n; question sets of seeds that differ modulo SEEDS share no text."""
     rng, seen, rows = random.Random(f"questions {seed}"), set(), []
     k = rng.randrange(len(TEMPLATES))
     while len(rows) < n:
@@ -146,7 +144,7 @@ def _write(style, question, solution):
     """One path in one style: 15 to 60 words, different in form, ends with 'The answer is N'."""
     said = [f"{a} {op} {b} = {r}" for a, op, b, r in solution]
     if style == "vanilla":
-        body = "We get " + " and ".join(said) + "."
+        body = f"We get {' and '.join(said)}."
     elif style == "chain_of_thought":
         words = ("First", "Next", "Then")
         body = "Let us think step by step. " + " ".join(
@@ -163,17 +161,17 @@ def _write(style, question, solution):
         undo = {"+": "{r} - {a} = {b}", "-": "{r} + {b} = {a}",
                 "*": "{r} / {a} = {b}", "/": "{r} * {b} = {a}"}
         checks = [undo[op].format(a=a, b=b, r=r) for a, op, b, r in reversed(solution)]
-        body = ("Forward: " + ". ".join(said) + ". Check backward: " + ". ".join(checks)
-                + ". This is right.")
+        body = (f"Forward: {'. '.join(said)}. Check backward: {'. '.join(checks)}. "
+                "This is right.")
     else:
-        body = "Facts: " + question[:question.rindex(". ") + 1] + " So " + ". So ".join(said) + "."
+        facts = question[:question.rindex(". ") + 1]
+        body = f"Facts: {facts} So {'. So '.join(said)}."
     return f"{body}\nThe answer is {solution[-1][3]}"
 
 
 def demo_paths(questions, seed):
-    """The demo teacher: one path per question and style. 15 to 20 % of its answers are wrong and 6
-    to 8 % are right after a wrong step, most of them in two templates and two styles; its own truth
-    stands in `source_correct` (the answer) and `source_valid` (every step)."""
+    """The demo teacher: one path per question and style. 15 to 20 % of its answers are wrong, 6 to
+    8 % right after a wrong step; `source_correct` and `source_valid` (every step) tell which."""
     rows = []
     for question in questions:
         steps, numbers = TEMPLATES[question["template"]][1], question["numbers"]
@@ -214,12 +212,13 @@ def demo_sentences(n, seed):
                 a = rng.randint(b + 1, 30)
             else:
                 a = rng.randint(2, 9) * (b if op == "/" else 1)
-            r, verb, other = OPS[op](a, b), VERBS[op], VERBS[CONFUSED[op]]
+            r, verb = OPS[op](a, b), VERBS[op]
             word = rng.choice(("First", "Next", "Then"))
             said = f"{a} {op} {b} = {r}"
             text.append(rng.choice((
                 f"We get {said}.", f"{word} we {verb} {a} and {b}: {said}.", f"So {said}.",
-                f"Forward: {said}.", f"Do we {other} or {verb}? We {verb}, so {said}.",
+                f"Forward: {said}.",
+                f"Do we {VERBS[CONFUSED[op]]} or {verb}? We {verb}, so {said}.",
                 f"Check backward: {said}.", f"\n    {v} = {a} {op} {b}  # {r}\n    return {v}",
                 f"Facts: {rng.choice(NAMES)} has {a} {rng.choice(THINGS)}. So {said}.")))
         out.append(" ".join(text) + f"\nThe answer is {r}")
@@ -227,31 +226,23 @@ def demo_sentences(n, seed):
 
 
 # ------ the pool: rows as they come from a file
-def read_pool(path, questions=()):
-    """All rows of a pool, checked and in canonical form (see tasks.clean_row): a graded row has all
-    of prediction, correct, valid and verdict. Stops with FILE:LINE on the first bad row, and on
-    one that differs from the question of its id."""
-    known = {row["id"]: (row["question"], row["answer"]) for row in questions}
+def read_pool(path):
+    """All rows of a pool, checked and in canonical form (see tasks.clean_row): a graded row also
+    has valid and verdict. Stops with FILE:LINE on the first bad row."""
     rows = []
     for where, row in tasks.numbered_rows(path):
         tasks.clean_row(row, where)
         tasks.require_text(row, ("style", "teacher"), where)
         if not isinstance(row.get("path"), str):  # it may be empty: recorded, never trains
             tasks.stop(f"{where}: field 'path' is missing or not a string")
-        for key in {"correct", "valid"} & row.keys():
+        truths = {"correct", "valid"} & row.keys()
+        for key in truths:
             if row[key] not in (0, 1):  # 1.0 is pandas' true
                 tasks.stop(f"{where}: field {key!r} is neither true nor false")
             row[key] = bool(row[key])
-        if not isinstance(row.get("verdict", {}), dict):
-            tasks.stop(f"{where}: field 'verdict' is no object of judges and what they said")
-        content = (row["question"], row["answer"])
-        if known.setdefault(row["id"], content) != content:
-            tasks.stop(f"{where}: id {row['id']!r} has another question or answer elsewhere: "
-                       "correct the row, or choose another --out")
-        if "valid" in row:  # judged elsewhere, perhaps not graded: its verdict must not be lost
-            grade_paths([row])
-        if "correct" in row:
+        if truths:  # one that was judged elsewhere may lack its grade
             row = {"prediction": None, "valid": None, "verdict": None, **row}
+            grade_paths([row])
         rows.append(row)
     return rows
 
@@ -268,28 +259,26 @@ def grade_paths(rows):
     return rows
 
 
+STATEMENT = re.compile(r"(\d+) ([-+*/]) (\d+)\s+[=#]\s+(\d+)|(\d+)")  # or a lone number
+
+
 def rule_judge(row):
-    """The demo's judge: every statement 'a + b = c' holds, every number comes from the question or
-    from an earlier statement, the last number is a result. Returns (valid, verdict); stop() on
-    another task, where it knows nothing."""
+    """The demo's judge: (valid, verdict). Valid: every statement 'a + b = c' holds, every number
+    comes from the question or an earlier statement, the last number is a result."""
     if row["task"] != "demo":
-        tasks.stop(f"the rule judge knows the demo's arithmetic only, not task '{row['task']}': "
-                   "pass --judge MODEL@URL, a model's name, or none")
-    text, known, results = row["path"], set(re.findall(r"\d+", row["question"])), set()
-    for statement in re.finditer(r"(\d+) ([-+*/]) (\d+)\s+[=#]\s+(\d+)|\d+", text):
-        a, op, b, result = statement.groups()
-        if a is None:
-            a = b = statement.group()
-        else:
+        tasks.stop(f"the rule judge knows the demo's arithmetic, not task {row['task']!r}: "
+                   "pass --judge MODEL@URL or a model's name")
+    known, results, last = set(re.findall(r"\d+", row["question"])), set(), None
+    for a, op, b, result, last in STATEMENT.findall(row["path"]):
+        if not {a, b, last} <= known | {""}:
+            return False, "invalid: a number comes from nowhere"
+        if op:
             x, y, z = int(a), int(b), int(result)
             if x != y * z if op == "/" else OPS[op](x, y) != z:
-                return False, f"invalid: {statement.group()}"
-        if not {a, b} <= known:
-            return False, f"invalid: {a if a not in known else b} comes from nowhere"
-        if result:
+                return False, f"invalid: {a} {op} {b} = {result}"
             known.add(result)
             results.add(result)
-    if not results or re.findall(r"\d+", text)[-1] not in results:
+    if last not in results:
         return False, "invalid: the answer was not derived"
     return True, "valid"
 
@@ -298,8 +287,6 @@ def rule_judge(row):
 REFUSING = re.compile("(?i)filter|refus|safety|recitation|block|prohibit|spii|guardrail")
 CUTTING = re.compile("(?i)length|max|limit|context|incomplete|trunc|abort|cancel|interrupt|error"
                      "|fail|time|tool|function|pause|insufficient|malformed|other|unknown")
-REFUSAL = re.compile(r"(?i)\W*(i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b"
-                     r"|(i|we) (can(no|['’]t)|am unable|['’]m unable|won['’]t)\b)")
 FATES = ("kept", "wrong", "unparsed", "invalid", "no verdict", "empty", "cut", "refused")
 
 
@@ -319,8 +306,6 @@ def fate(row, mode="full"):
         return ending(row)
     if not row["path"].strip():
         return "empty"
-    if REFUSAL.match(row["path"]) and not row.get("correct"):
-        return "refused"
     if mode != "none" and not row["correct"]:
         return "unparsed" if row["prediction"] is None else "wrong"
     if mode == "full" and row.get("valid") is False:
@@ -349,7 +334,8 @@ def filter_table(rows, mode="full"):
 # ------ files: a reply is one line, on disk before anything else happens to it
 def row_key(row):
     """What names a reply: its question, style, teacher and sample (1.0 where pandas wrote it)."""
-    return str(row["id"]), row["style"], row["teacher"], row.get("sample") or 0
+    return (str(row["id"]), row.get("question"), row["style"], row["teacher"],
+            row.get("sample") or 0)
 
 
 def append(file, row):
@@ -403,10 +389,10 @@ def word_of(status):
 def retry_after(header):
     """The seconds, at most 600, that a Retry-After header asks for: a number or an HTTP date."""
     try:
-        until = parsedate_to_datetime(header).timestamp()
+        seconds = parsedate_to_datetime(header).timestamp() - time.time()
     except ValueError:
-        until = time.time() + (float(header) if re.fullmatch(r"\d+(\.\d+)?", header) else 0)
-    return min(max(0, until - time.time()), 600)
+        seconds = int(header) if header.isdecimal() else 0
+    return min(max(0, seconds), 600)
 
 
 def back_off(tries):
@@ -415,23 +401,17 @@ def back_off(tries):
 
 
 class Server:
-    """A chat endpoint. What it says is masked before anybody sees it: the key, and what in the URL
-    may be a gateway's token."""
+    """A chat endpoint. In what it says the key is masked, and the path of the URL, which may hold a
+    gateway's token: only its host is shown."""
 
     def __init__(self, url, key, timeout):
-        parts = re.split("[/?&=]", url)[3:]
-        tokens = [part for part in parts if not re.fullmatch("[a-z_-]{,24}|.{,11}", part)]
-        keys = [key, key.replace("/", "\\/")] if len(key) > 5 else []  # "none", "EMPTY" are none
-        self.secrets = keys + tokens
         self.url, self.timeout = url, timeout
-        is_azure = "/openai/deployments/" in url or "api-version=" in url
+        self.host = re.match("https?://[^/]+", url)[0]
+        hidden = url.removeprefix(self.host), key, key.replace("/", "\\/")
+        self.hidden = [text for text in hidden if len(text) > 5]  # "none", "EMPTY" are no keys
+        is_azure = "api-version=" in url
         headers = {"api-key": key} if is_azure else {"Authorization": f"Bearer {key}"}
         self.client = httpx2.AsyncClient(headers=headers if key else None, timeout=None)
-
-    def masked(self, text):
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
 
     async def call(self, body, answered):
         """One call -> (word, what was said, seconds that the server asks to wait). The word is
@@ -441,17 +421,18 @@ class Server:
         try:
             response = await asyncio.wait_for(self.client.post(self.url, json=body), self.timeout)
             wait = retry_after(response.headers.get("Retry-After", ""))
-            said = self.masked(response.content.decode("utf-8-sig", "replace"))
+            said = response.content.decode("utf-8-sig", "replace")
+            for text in self.hidden:
+                said = said.replace(text, "***")
             if response.status_code == 200:
                 word, said = read_reply(said)
             else:
                 word, said = word_of(response.status_code), f"HTTP {response.status_code} {said}"
         except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError) as error:
-            # a server that has never answered is not there
-            is_back = answered and isinstance(error, httpx2.ConnectError)
-            word, said = "again" if is_back else "lost", tasks.in_a_line(error)
+            may_return = answered and isinstance(error, httpx2.ConnectError)  # it was there
+            word, said = "again" if may_return else "lost", tasks.in_a_line(error)
         if word != "reply":
-            said = f"{self.masked(self.url)} said: {' '.join(said.split())[:300]}"
+            said = f"{self.host} said: {' '.join(said.split())[:300]}"
         return word, said, wait
 
 
@@ -465,43 +446,33 @@ def read_reply(text):
         choice = answer if answer.get("error") else answer["choices"][0]
         error, reason = choice.get("error"), choice.get("finish_reason")
         if error or reason == "error":
-            return word_of(error.get("code") if isinstance(error, dict) else None), text
+            return word_of((error or {}).get("code")), text
         message = choice.get("message") or {}  # none where it was refused or cut before a word
         if not message and ending(choice) == "whole":
             raise LookupError
-        refusal, content = message.get("refusal"), message.get("content")
+        refusal = message.get("refusal")
+        path = message.get("content") or refusal or ""
+        if isinstance(path, list):  # of parts; a thought is one without a text
+            path = "".join(part.get("text", "") for part in path)
         reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if isinstance(content, list):
-            reasoning = reasoning or text_of(content, ("thinking", "reasoning"))
-        return "reply", {"path": text_of(content) or refusal or "", "reasoning": text_of(reasoning),
+        return "reply", {"path": path, "reasoning": reasoning or None,
                          "finish_reason": "refusal" if refusal else reason,
                          "usage": usage_of(answer.get("usage"))}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "lost", f"no reply of a chat endpoint: {text}"
 
 
-def text_of(content, kinds=("text", "output_text")):
-    """The text of a message's content: a string, or parts of which those of some kinds count."""
-    if isinstance(content, str):
-        return content
-    parts = [part for part in content or [] if part.get("type") in kinds]
-    return "".join(text_of(part.get("text") or part.get("thinking")) for part in parts)
-
-
 def usage_of(usage):
     """{prompt_tokens, completion_tokens} of a reply; what only the total counts is completion."""
-    usage = (usage[0] if isinstance(usage, list) else usage) or {}
-    prompt = usage.get("prompt_tokens") or usage.get("input_tokens") or 0
-    completion = usage.get("completion_tokens") or usage.get("output_tokens") or 0
-    total = usage.get("total_tokens") or prompt + completion
+    usage = usage if isinstance(usage, dict) else {}
+    prompt = usage.get("prompt_tokens") or 0
+    total = usage.get("total_tokens") or prompt + (usage.get("completion_tokens") or 0)
     return {"prompt_tokens": prompt, "completion_tokens": total - prompt}
 
 
 # ------ asking: every job that the file does not hold yet, of a server or of a local model
-# A job is the row so far that a reply completes. A reply is a row: `path` is its text and `teacher`
-# the model that wrote it, also where that is a judge.
+# A job is a row so far; its reply becomes its `path`, also where a judge, as `teacher`, wrote it.
 RETRIES = {"again": 8, "lost": 2}  # further attempts
-OVER_BUDGET = "the next call could pass the budget"
 
 
 class Calls:
@@ -514,15 +485,17 @@ class Calls:
         self.max_calls, self.max_tokens = max_calls, max_tokens
         self.calls = len(rows)
         self.tokens = sum(sum(row.get("usage", {}).values()) for row in rows)
-        self.problem = self.said = ""  # said: by the last call that came to nothing
+        self.problem, self.said = "", "no call failed"  # said: by the last one that did
         self.refusals = []  # (number of the last call that had begun, row), not yet written
         self.failed = set()  # questions of the calls that came to nothing since the last reply
 
     def begin(self, most):
         """Count a call of at most so many tokens -> its number, or None if none may be made."""
-        if self.calls >= self.max_calls or self.tokens + most > self.max_tokens:
-            self.problem = self.problem or OVER_BUDGET
         if self.problem:
+            return None
+        if self.calls >= self.max_calls or self.tokens + most > self.max_tokens:
+            self.problem = "the next call could pass the budget"
+            self.said = f"stopped after {self.calls} calls and {self.tokens} tokens"
             return None
         self.calls += 1
         self.tokens += most
@@ -531,17 +504,15 @@ class Calls:
     def save(self, number, job, reply, most):
         """A reply came: on disk first of all."""
         usage = reply["usage"] if any(reply["usage"].values()) else {"at_most": most}
-        row = {**job, **place_reasoning(reply, self.keep), "usage": usage}
+        row = {**job, **reply, "usage": usage}
+        if self.keep and reply.get("reasoning"):
+            row["path"] = f"{reply['reasoning']}\n\n{reply['path']}"
         append(self.file, {key: value for key, value in row.items() if value is not None})
         self.bar.update()
         self.tokens += sum(usage.values()) - most
         self.answered = True
         self.failed.clear()
-        self.confirm(number)
-
-    def confirm(self, number):
-        """A call was answered: what was refused before it began was refused for its prompt, not
-        for the account."""
+        # what was refused before this call began was refused for its prompt, not for the account
         while self.refusals and self.refusals[0][0] < number:
             append(self.file, self.refusals.pop(0)[1])
             self.bar.update()
@@ -552,39 +523,22 @@ class Calls:
         self.failed.add(job["id"])
         if word == "refused":
             tqdm.write(f"{job['id']}: {said}")
-            row = {**job, "path": "", "finish_reason": word, "refusal": said}
-            row["max_new_tokens"] = self.max_new_tokens
+            row = {**job, "path": "", "finish_reason": word, "refusal": said,
+                   "max_new_tokens": self.max_new_tokens}
             self.refusals.append((self.calls, row))
         elif word == "fatal" or not self.answered:
-            self.problem = self.problem or "no call can work"
+            self.problem = "no call can work"
         if len(self.failed) >= (10 if self.answered else 3):
-            self.problem = self.problem or "too many calls in a row came to nothing"
+            self.problem = "too many calls in a row came to nothing"
 
     def finish(self):
         """End the program if a reply is missing, and say why."""
         if self.bar.n == self.bar.total:
             return
-        so_far = (f"{self.bar.n} of {self.bar.total} replies are in {self.out}, the same command "
-                  "goes on from there")
-        if self.problem == OVER_BUDGET:
-            print(f"stopped after {self.calls} calls and {self.tokens} tokens, since "
-                  f"{OVER_BUDGET}; {so_far}")
-            raise SystemExit(0)
+        so_far = f"{self.bar.n} of {self.bar.total} replies are in {self.out}; run again to go on"
         if self.refusals:
             so_far += "; leave out a question that is refused, or change the request with --extra"
         tasks.stop(f"{self.problem or 'calls came to nothing'}: {self.said}; {so_far}")
-
-
-def place_reasoning(reply, keep):
-    """A reply with its reasoning in a field of its own: what came beside the answer, or the block
-    of thoughts before it. keep: it stands before the answer, too."""
-    answer = tasks.after_thought(reply["path"])
-    block = reply["path"].removesuffix(answer)
-    reasoning = reply["reasoning"] or block
-    path = reply["path"] if keep else answer.strip()
-    if keep and reasoning and not block:
-        path = f"{reasoning}\n\n{path}"
-    return {**reply, "path": path, "reasoning": reasoning or None}
 
 
 async def ask(server, calls, job, body):
@@ -623,7 +577,7 @@ async def ask_server(server, calls, todo, request, concurrency):
                 return
 
     def interrupt():  # what is in flight is paid for: it is waited for, but for a second signal
-        calls.problem = calls.problem or "interrupted"
+        calls.problem = "interrupted"
         loop.remove_signal_handler(signal.SIGINT)
 
     loop = asyncio.get_running_loop()
@@ -632,39 +586,26 @@ async def ask_server(server, calls, todo, request, concurrency):
     async with server.client:
         await work(alone=True)
         await asyncio.gather(*(work() for _ in range(concurrency)))
-        if calls.refusals and (number := calls.begin(calls.max_new_tokens)):
-            body = {**request, "messages": [{"role": "user", "content": "What is 1 + 1?"}]}
-            word, _, _ = await server.call(body, True)
-            if word == "reply":  # neither the account nor the request is to blame
-                calls.confirm(number)
 
 
-def ask_local(spec, calls, todo, args, temperature):
+def ask_local(spec, calls, todo, device, temperature):
     """Ask a local model every job of an iterator, a batch at a time."""
-    device = tasks.usable_device(args.device)
+    device = tasks.usable_device(device)
     dtype = torch.bfloat16 if tasks.has_bfloat16(device) else torch.float32
     model, tokenizer = tasks.load_student(spec, device, dtype)
-    context = tasks.context_of(model)
-    while batch := list(itertools.islice(todo, args.batch_size)):
-        batch = [(job, tasks.encode_prompt(tokenizer, prompt)) for job, prompt in batch]
-        short = [(job, prompt) for job, prompt in batch if len(prompt) < context]
-        replies = tasks.generate(model, tokenizer, [prompt for _, prompt in short],
-                                 args.max_new_tokens, args.batch_size, temperature=temperature)
-        for (job, prompt), said in zip(short, replies):
+    while batch := list(itertools.islice(todo, 64)):
+        prompts = [tasks.encode_prompt(tokenizer, prompt) for _, prompt in batch]
+        replies = tasks.generate(model, tokenizer, prompts, calls.max_new_tokens,
+                                 temperature=temperature)
+        for (job, _), prompt, said in zip(batch, prompts, replies):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": said["tokens"]}
             reason = "stop" if said["stopped"] else "length"
-            reply = {"path": said["text"], "reasoning": "", "finish_reason": reason, "usage": usage}
-            calls.save(0, job, reply, 0)
-        for job, prompt in batch:
-            if len(prompt) >= context:
-                calls.miss(job, "refused", f"{len(prompt)} tokens; the model reads {context}")
-        calls.confirm(math.inf)
+            calls.save(0, job, {"path": said["text"], "finish_reason": reason, "usage": usage}, 0)
 
 
 def ask_all(spec, jobs, calls, args, temperature, keep=False):
-    """Ask one model the jobs, (row so far, prompt), that the file of `calls` does not answer yet;
-    each reply is appended to it as it comes. keep: reasoning is a part of its path. Ends the
-    program if a reply is missing."""
+    """Ask one model the jobs, (row so far, prompt), whose replies are not on disk yet. keep:
+    reasoning is a part of a path. Ends the program if a reply is missing."""
     name, url = split_spec(spec)
     # a refusal may be about a length: it is asked again when fewer tokens are wanted
     done = {row_key(row) for row in replies_in(calls.out)
@@ -672,8 +613,8 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
     todo = {row_key(job): (job, prompt) for job, prompt in jobs if row_key(job) not in done}
     if args.dry_run:
         tokens = sum(len(prompt) for _, prompt in todo.values()) // 4
-        print(f"{name}: {len(todo)} calls ({len(done)} rows are there), about {tokens} prompt "
-              f"tokens and at most {len(todo) * calls.max_new_tokens} new ones")
+        print(f"{name}: {len(todo)} calls, about {tokens} prompt tokens and at most "
+              f"{len(todo) * calls.max_new_tokens} new ones")
     if not todo or args.dry_run:
         return
     calls.answered, calls.keep = False, keep
@@ -681,11 +622,11 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
     with open(calls.out, "ab") as calls.file, bar as calls.bar:
         if url:
             request = {"model": name, "temperature": temperature, "max_tokens": args.max_new_tokens}
-            key = os.environ.get(args.api_key_env, "")
-            server = Server(url, re.sub(r"[\s\"']", "", key), args.timeout)  # env files leave them
+            key = os.environ.get(args.api_key_env, "").strip(" \t\r\n\"'")  # env files leave these
+            server = Server(url, key, args.timeout)
             asyncio.run(ask_server(server, calls, todo, request | args.extra, args.concurrency))
         else:
-            ask_local(spec, calls, todo, args, temperature)
+            ask_local(spec, calls, todo, args.device, temperature)
     calls.finish()
 
 
@@ -699,17 +640,15 @@ def style_jobs(questions, teacher, styles, samples):
 
 
 # ------ the LLM judge: the last line is the verdict, and nothing else is one
-VERDICT = re.compile(r"(?i)[\s*_#`]*verdict[\s*_`]*[:：][\s*_`]*(valid|invalid)[\s*_`.!]*"
+VERDICT = re.compile(r"(?i)verdict[\s*_`]*[:：][\s*_`]*(valid|invalid)[\s*_`.!]*"
                      r"(?:<[/|]?\w{1,20}\|?>\s*)*")
-STATED = re.compile(r"\bverdict (?:is )?(?:not )?(?:in)?valid\b")  # in words, in lower case
+STATED = re.compile(r"(?i)verdict[\W_]+(?:is\s+)?(?:not\s+)?(?:in)?valid\b")
 
 
 def judge_prompt(row):
-    """Question and numbered steps (lines, or sentences of one or two lines), fenced by a code that
-    is new in each prompt and that the data cannot contain."""
+    """Question and numbered steps (lines), fenced by a code that is new in each prompt and that the
+    data cannot contain."""
     steps = [line.strip() for line in row["path"].splitlines() if line.strip()]
-    if len(steps) < 3:
-        steps = re.split(r"(?<=[.!?])\s+|\n", "\n".join(steps))
     numbered = "".join(f"\nStep {k}: {step}" for k, step in enumerate(steps, 1))
     data = f"Question: {tasks.question_of(row)}\n{numbered}"
     return JUDGE_PROMPT.format(nonce=secrets.token_hex(8), data=data)
@@ -718,10 +657,9 @@ def judge_prompt(row):
 def parse_verdict(reply):
     """'valid', 'invalid' or 'unparsed' for a judge's reply {path, finish_reason}: what its last
     line says, unless it was cut or gave a verdict before. Thoughts are not part of the reply."""
-    text = tasks.after_thought(reply["path"])
-    lines = [line for line in text.split("\n") if re.search(r"\w", line)]
-    found = VERDICT.fullmatch(lines.pop()) if lines else None
-    earlier = " ".join(re.findall(r"[^\W_]+", "\n".join(lines).lower()))
+    text = tasks.after_thought(reply["path"]).strip("\r\n\t *_`#")  # Markdown's marks
+    earlier, _, last = text.rpartition("\n")
+    found = VERDICT.fullmatch(last)
     if not found or STATED.search(earlier) or ending(reply) != "whole":
         return "unparsed"
     return found[1].lower()
@@ -735,8 +673,8 @@ def judged_as(row, judge):
 
 
 def add_verdicts(rows, judges, replies, accept):
-    """Add `verdict` {judge: what it said} and `valid` to graded rows, in place: valid where at
-    least `accept` judges say 'valid', None where the answer is not right."""
+    """Add `verdict` {judge: what it said} and `valid` (at least `accept` judges say 'valid'; None
+    where the answer is not right) to graded rows, in place."""
     replies = {row_key(reply): reply for reply in replies}
     for row in rows:
         row["valid"] = row["verdict"] = None
@@ -749,7 +687,8 @@ def add_verdicts(rows, judges, replies, accept):
             else:
                 reply = replies[row_key(judged_as(row, judge))]
                 said = parse_verdict(reply)
-                said += "" if said == "valid" else f": {reply['path'].strip()[-200:]}"
+                if said != "valid":
+                    said += f": {reply['path'].strip()[-200:]}"
             row["verdict"][judge] = said
         row["valid"] = [*row["verdict"].values()].count("valid") >= accept
 
@@ -760,7 +699,7 @@ def sample_paths(args):
     questions = tasks.read_questions(args.questions, args.task)
     calls = Calls(args.out, args.max_new_tokens, args.max_calls, args.max_tokens_total)
     if calls.calls:
-        read_pool(args.out, questions)  # stops before anything is paid for
+        read_pool(args.out)  # stops before anything is paid for
     for spec in args.teacher:
         jobs = style_jobs(questions, split_spec(spec)[0], args.styles, args.samples)
         ask_all(spec, jobs, calls, args, args.temperature, args.reasoning == "keep")
@@ -789,7 +728,7 @@ def judge_paths(args):
         add_verdicts(rows, names, replies_in(log), args.accept or len(names))
     with open(args.out + ".part", "wb") as file:  # nobody sees half a pool
         for row in rows:
-            append(file, {"valid": None, "verdict": None, **row})
+            append(file, row)
     os.replace(args.out + ".part", args.out)
     filter_table(rows)
 
@@ -807,29 +746,24 @@ def flags():
                    help="grade and judge the demo teacher's paths to N questions")
     p.add_argument("--out", required=True, help="pool to write, or to go on with")
     p.add_argument("--teacher", action="append", default=[], help="model to ask; repeatable")
-    p.add_argument("--judge", action="append", default=[],
-                   help="model to ask, rule (the demo's) or none; repeatable (none)")
+    p.add_argument("--judge", action="append", default=[], help="the same, or rule (the demo's)")
     p.add_argument("--accept", type=positive, help="judges that must call a path valid (all)")
     p.add_argument("--styles", metavar="STYLE", nargs="+", default=STYLES, choices=STYLES,
                    help=f"{', '.join(STYLES)} (all)")
     p.add_argument("--samples", type=positive, default=1, help="paths per teacher and style (1)")
     p.add_argument("--temperature", type=float, default=0.8, help="of teachers (0.8, the paper's)")
-    p.add_argument("--max_new_tokens", type=positive, default=1000,
-                   help="of a reply, reasoning included (1000, the paper's)")
+    p.add_argument("--max_new_tokens", type=positive, default=1000, help="of a reply (1000)")
     p.add_argument("--reasoning", choices=("keep", "drop"), default="drop",
                    help="as a part of a path; it is stored in any case (drop)")
-    p.add_argument("--api_key_env", default="OPENAI_API_KEY",
-                   help="environment variable with the key (OPENAI_API_KEY)")
+    p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="holds the key (%(default)s)")
     p.add_argument("--extra", type=json.loads, default={},
-                   help="JSON object merged into each request, such as {\"reasoning_effort\": "
-                        "\"low\"}; null drops a parameter, `messages` stand before the question")
+                   help="JSON object merged into each request; null drops a parameter, `messages` "
+                        "stand before the question")
     p.add_argument("--concurrency", type=positive, default=8, help="calls at once (8)")
     p.add_argument("--timeout", type=float, default=300, help="seconds for one call (300)")
-    p.add_argument("--max_calls", type=positive, default=math.inf,
-                   help="to servers, by this run and for the rows there (none)")
+    p.add_argument("--max_calls", type=positive, default=math.inf, help="to servers, in all (none)")
     p.add_argument("--max_tokens_total", type=positive, default=math.inf, help="of these (none)")
     p.add_argument("--dry_run", action="store_true", help="print calls and tokens, make none")
-    p.add_argument("--batch_size", type=positive, default=64, help="of a local model (64)")
     p.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
     return p
 
@@ -852,7 +786,6 @@ def check(args):
 def main(argv=None):
     """The command: sample, or grade and judge a pool. Bad input stops with one sentence."""
     args = flags().parse_args(argv)
-    args.judge = [judge for judge in args.judge if judge != "none"]
     check(args)
     args.max_new_tokens = args.extra.get("max_completion_tokens", args.max_new_tokens)
     command = sample_paths if args.questions else judge_paths

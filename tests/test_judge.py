@@ -1,22 +1,5 @@
-"""Claims about judge.py, against a hostile server on the loopback.
-
-promise (what must hold)                                        test
-4 the filter fails closed                                       test_filter_says_what_happens_to_a_row, test_a_reply_is_read_as_what_it_is,
-                                                                test_no_reply_of_a_judge_is_misread, test_only_right_whole_paths_are_judged
-5 a paid reply is on disk, never asked again                    test_faults_and_two_kills_lose_and_repeat_nothing, test_every_torn_end_is_mended
-5 its reasoning, too                                            test_reasoning_is_stored_and_is_a_part_of_the_path_if_wanted
-5 a budget ends a run before it is passed                       test_budgets_end_a_run_before_they_are_passed
-5 a wrong setting ends a run soon, with words and URL           test_first_contact_with_a_server_that_cannot_work, test_nobody_listens
-5 refusals: of a prompt, of an account, of a length             test_a_refused_question_is_a_row, test_a_refusal_is_a_row_after_a_reply_to_a_later_call,
-                                                                test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted
-5, 8 what a provider wants                                      test_extra_is_merged_into_each_request, test_azure_wants_another_header
-6 keys are in no file and on no screen                          test_no_key_in_any_byte_of_any_run, test_no_credential_in_a_spec_is_repeated
-7 bad input is one sentence with its place                      test_a_bad_line_ends_with_its_place, test_bad_flags_are_one_sentence
-8 pools as users have them                                      test_a_pool_has_the_same_fates_whatever_wrote_it
-"""
-import ast
+"""Claims about judge.py, against a server on the loopback that fails in every way that servers do."""
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -106,7 +89,7 @@ def fault_server():
 
 
 def run(*args, cwd, key=KEY, code=0):
-    """The command in this process -> what it printed. Its back-off is short; the real one has a test of its own."""
+    """The command in this process -> what it printed. Its back-off is short."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(judge, "back_off", lambda tries: 0.01 * (tries + 1))
@@ -164,19 +147,7 @@ def sampling(folder, server, n=1, model="m", path=""):
 # ------------------------------------------------------------------------------------------------ the demo
 @pytest.fixture(scope="module", name="demo")
 def demo_pool():
-    asked = judge.demo_questions(400, 0)
-    return asked, judge.grade_paths(judge.demo_paths(asked, 0))
-
-
-def arithmetic(question):
-    """Solve a demo question from its text alone, template by template, independent of the generator's own solver."""
-    n = [int(x) for x in re.findall(r"\d+", question)]
-    for words, solve in (("bags with", lambda a, b, c: a + b * c), ("and finds", lambda p, b, c: p + b - c),
-                         ("equal boxes", lambda p, b, c: p / b - c), ("times as many", lambda a, b: a + a * b),
-                         ("each bag", lambda p, a, b, c: (p + a - b) / c), ("packs with", lambda a, b, c, d: a * b - c + d),
-                         ("each day", lambda a, b, c, d: a * b + c - d)):
-        if words in question:
-            return solve(*n)
+    return judge.grade_paths(judge.demo_paths(judge.demo_questions(400, 0), 0))
 
 
 def test_the_demos_draws_are_those_that_its_figures_were_made_with():
@@ -185,26 +156,14 @@ def test_the_demos_draws_are_those_that_its_figures_were_made_with():
     assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest() == "589cc8066c882debea973124acfac6f4947cfc9a66709a54d5a9c476b2123139"
 
 
-def test_answers_of_the_demo_are_right_and_no_question_is_asked_twice(demo):
-    assert all(arithmetic(question["question"]) == int(question["answer"]) for question in demo[0])
-    assert {q["template"] for q in demo[0]} == set(range(7)) and {q["level"] for q in demo[0]} == {2, 3}
+def test_no_question_of_the_demo_is_asked_twice():
     texts = [q["question"] for seed in range(4) for q in judge.demo_questions(300, seed)]
-    assert len(set(texts)) == len(texts) and demo[0][:40] == judge.demo_questions(40, 0)
-
-
-def test_each_demo_question_has_one_path_per_style_with_known_mistakes(demo):
-    asked, paths = demo
-    assert Counter((p["id"], p["style"]) for p in paths) == {(q["id"], s): 1 for q in asked for s in judge.STYLES}
-    for path in paths:
-        assert re.search(r"\nThe answer is \d+$", path["path"]) and 15 <= len(path["path"].split()) <= 60
-        assert path["style"] != "program" or ast.parse(path["path"].rsplit("\n", 1)[0])
-        assert path["correct"] == path["source_correct"]
-    slips = sum(p["source_correct"] and not p["source_valid"] for p in paths)
-    assert 0.15 < sum(not p["source_correct"] for p in paths) / len(paths) < 0.20 and 0.06 < slips / len(paths) < 0.08
+    assert len(set(texts)) == len(texts) and judge.demo_questions(300, 0)[:40] == judge.demo_questions(40, 0)
 
 
 def test_rule_judge_finds_every_wrong_step_of_the_demo_and_no_other(demo):
-    right = [path for path in demo[1] if path["correct"]]
+    assert all(path["correct"] == path["source_correct"] for path in demo)
+    right = [path for path in demo if path["correct"]]
     assert [judge.rule_judge(path)[0] for path in right] == [path["source_valid"] for path in right]
 
 
@@ -213,7 +172,6 @@ def test_rule_judge_finds_every_wrong_step_of_the_demo_and_no_other(demo):
     ({}, "kept", "kept", "kept"), ({"path": "The answer is 3"}, "wrong", "wrong", "kept"), ({"path": "Hm"}, "unparsed", "unparsed", "kept"),
     ({"path": " \n"}, "empty", "empty", "empty"), ({"finish_reason": "length"}, "cut", "cut", "cut"),
     ({"finish_reason": "content_filter"}, "refused", "refused", "refused"),
-    ({"path": "I'm sorry, but I can’t help with that."}, "refused", "refused", "refused"),
     ({"valid": False, "verdict": {"j": "invalid: step 1"}}, "invalid", "kept", "kept"),
     ({"valid": False, "verdict": {"j": "unparsed: hm"}}, "no verdict", "kept", "kept"),
     ({"valid": None, "verdict": None}, "kept", "kept", "kept"), ({"path": "It isn't 2.", "correct": True, "prediction": "2"}, "kept", "kept", "kept"),
@@ -225,26 +183,16 @@ def test_filter_says_what_happens_to_a_row(change, full, by_answer, none):
         assert judge.filter_pool([row], mode) == ([row] if expected == "kept" else [])
 
 
-def test_the_table_counts_every_row_once_per_style_and_teacher(capsys, demo):
-    rows = [{**r, "valid": v, "verdict": {"rule": w}} for r in demo[1] for v, w in [judge.rule_judge(r)]]
-    judge.filter_table(rows)
-    numbers = [[int(x.replace("-", "0")) for x in line.split()[-9:]] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert all(sum(n[1:]) == n[0] for n in numbers) and numbers[-1] == [sum(c) for c in zip(*numbers[:-1])]
-    assert numbers[-1][:2] == [len(rows), sum(r["source_valid"] for r in rows)]
-
-
-def as_pandas(rows):
-    """As DataFrame(rows).to_json(lines=True) writes them: every row has every column, truths with gaps are 1.0, 0.0, null."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    number = {True: 1.0, False: 0.0}
-    return [{key: number.get(row.get(key), row.get(key)) if key in ("correct", "valid") else row.get(key) for key in columns} for row in rows]
+def test_the_table_counts_every_row_once(capsys):
+    judge.filter_table(judge.grade_paths([dict(ROW), {**ROW, "path": "Hm"}, {**ROW, "finish_reason": "length"}]))
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "3", "1", "-", "1", "-", "-", "-", "1", "-"]
 
 
 def as_datasets(rows):
-    """As Dataset.from_list(rows).to_json() writes them: also every object has the fields that it has anywhere."""
-    rows = as_pandas(rows)
-    fields = list(dict.fromkeys(name for row in rows for name in row["verdict"] or {}))
-    return [{**row, "verdict": {name: (row["verdict"] or {}).get(name) for name in fields}} for row in rows]
+    """As pandas and Dataset.to_json() write rows: each has every column, each verdict every judge, and truths with gaps are 1.0, 0.0, null."""
+    columns, judges = ({key: None for row in rows for key in row}, dict.fromkeys("jk"))
+    rows = [{**columns, **row, "verdict": {**judges, **(row.get("verdict") or {})}} for row in rows]
+    return [{key: float(value) if isinstance(value, bool) else value for key, value in row.items()} for row in rows]
 
 
 POOL = [{**ROW, "id": "kept", "prediction": "2", "correct": True, "valid": True, "verdict": {"j": "valid"}},
@@ -253,7 +201,7 @@ POOL = [{**ROW, "id": "kept", "prediction": "2", "correct": True, "valid": True,
         {**ROW, "id": "fresh", "sample": 1}, {**ROW, "id": "judged elsewhere", "valid": False}]
 
 
-@pytest.mark.parametrize("rewrite", [copy.deepcopy, as_pandas, as_datasets])
+@pytest.mark.parametrize("rewrite", [list, as_datasets])
 def test_a_pool_has_the_same_fates_whatever_wrote_it(tmp_path, rewrite):
     rows = judge.read_pool(write(tmp_path / "p.jsonl", rewrite(POOL)))
     assert "correct" not in rows[3] and [row.get("valid") for row in rows] == [True, None, False, None, False]
@@ -264,8 +212,8 @@ def test_a_pool_has_the_same_fates_whatever_wrote_it(tmp_path, rewrite):
 @pytest.mark.parametrize("line, words", [
     ("{", "JSON"), ("[1]", "JSON"), *(({**ROW, key: value}, f"'{key}'") for key, value in (
         ("style", ""), ("style", 5), ("teacher", None), ("path", None), ("path", 5), ("correct", "yes"), ("valid", 0.5), ("valid", []),
-        ("verdict", "valid"), ("answer", None))),
-    ({**ROW, "task": "chess"}, "chess"), ({**ROW, "answer": "3"}, "q1"), ({**ROW, "question": "What is 2?"}, "q1")])
+        ("answer", None))),
+    ({**ROW, "task": "chess"}, "chess")])
 def test_a_bad_line_ends_with_its_place(tmp_path, capsys, line, words):
     path = write(tmp_path / "p.jsonl", [ROW, "", line])
     with pytest.raises(SystemExit) as end:
@@ -279,22 +227,19 @@ WHOLE = ("stop", "STOP", "end_turn", "eos_token", "eos", "COMPLETE", ["stop"], N
 CUT = ("length", "max_tokens", "MAX_TOKENS", "model_length", "abort", "incomplete", "tool_calls", "model_context_window_exceeded", ["length"],
        "insufficient_system_resource")
 REFUSED = ("content_filter", "SAFETY", "RECITATION", "PROHIBITED_CONTENT", "refusal", "guardrail_intervened")
-THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 9"}]}, {"type": "text", "text": "The answer "},
-            {"type": "text", "text": "is 2"}]
+THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "The answer is 9"}]}, {"type": "text", "text": TWO}]
 BODIES = [  # the body of a 200 answer, the word, the path and the fate that follow
     *((answer(reason=reason), "reply", TWO, "kept") for reason in WHOLE), *((answer(reason=reason), "reply", TWO, "cut") for reason in CUT),
     *((answer(reason=reason), "reply", TWO, "refused") for reason in REFUSED),
     ({"choices": [{"message": {"content": TWO}}]}, "reply", TWO, "kept"), (answer(None), "reply", "", "empty"),
     (answer(None, "MAX_TOKENS"), "reply", "", "cut"), (answer(None, refusal=f"No. {TWO}"), "reply", f"No. {TWO}", "refused"),
-    (answer("I'm sorry, I can't do that."), "reply", "I'm sorry, I can't do that.", "refused"),
-    (answer(THINKING), "reply", "The answer is 2", "kept"), (answer([]), "reply", "", "empty"),
+    (answer(THINKING), "reply", TWO, "kept"), (answer([]), "reply", "", "empty"),
     ({"choices": [{"finish_reason": "content_filter"}]}, "reply", "", "refused"),
-    ({"choices": [{"finish_reason": "length", "message": None}]}, "reply", "", "cut"),
     *(({"choices": [choice]}, "lost", None, None) for choice in ({"text": "hi"}, {"finish_reason": "stop"}, {}, "hi", {"message": "hi"})),
     *((body, "lost", None, None) for body in ([1], None, {}, {"choices": "many"}, {"choices": []}, {"message": {"content": TWO}})),
     *((text, "lost", None, None) for text in ("", "<html>data: x", "[" * 100_000, "9" * 5000, "{'choices': ")),
     *((text, "fatal", None, None) for text in ("data: {}", ": ping\n\ndata: {}", "event: x\ndata: {}")),
-    (answer(reason="error"), "again", None, None), ({"error": "overloaded"}, "again", None, None),
+    (answer(reason="error"), "again", None, None), ({"error": "overloaded"}, "lost", None, None),
     ({"choices": [{"error": {"code": 502}, "message": {"content": "The"}}]}, "again", None, None),
     *(({"error": {"message": "x", "code": code}}, word, None, None) for code, word in (
         (401, "fatal"), (402, "fatal"), (403, "refused"), (429, "again"), (503, "again"), ("rate", "again"), (None, "again"), (1301, "again")))]
@@ -309,24 +254,18 @@ def test_a_reply_is_read_as_what_it_is(body, word, path, fate):
         assert said["path"] == path and {judge.fate(row, mode) for mode in ("full", "answer", "none")} == {fate}
 
 
-@pytest.mark.parametrize("usage, tokens", [
-    ({"prompt_tokens": 7, "completion_tokens": 5}, 12), ([{"prompt_tokens": 7, "completion_tokens": 5}], 12), ({"input_tokens": 7, "output_tokens": 5}, 12),
-    ({"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 90}, 90), ({"prompt_tokens": 7, "completion_tokens": None, "details": {}}, 7),
-    (None, 0), ({}, 0)])
-def test_tokens_are_counted_as_the_server_says(usage, tokens):
-    assert sum(judge.usage_of(usage).values()) == tokens
+def test_tokens_are_counted_as_the_server_says():
+    usage = {"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 90, "details": {}}
+    assert judge.usage_of(usage) == {"prompt_tokens": 7, "completion_tokens": 83}
+    assert judge.usage_of(None) == judge.usage_of([usage]) == {"prompt_tokens": 0, "completion_tokens": 0}
 
 
 REASONS = [  # a message -> reasoning, path without it, path with it
     ({"content": TWO}, None, TWO, TWO),
     ({"content": TWO, "reasoning_content": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
     ({"content": TWO, "reasoning": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
-    ({"content": TWO, "reasoning": "Hm.", "reasoning_content": "Hm."}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
     ({"content": TWO, "reasoning_content": ""}, None, TWO, TWO),
-    ({"content": f"<think>Hm.</think>\n{TWO}"}, "<think>Hm.</think>", TWO, f"<think>Hm.</think>\n{TWO}"),
-    ({"content": f"<think>Hm.</think>\n{TWO}", "reasoning": "Hm."}, "Hm.", TWO, f"<think>Hm.</think>\n{TWO}"),
-    ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": TWO}]}, "Hm.", TWO, f"Hm.\n\n{TWO}"),
-    ({"content": None, "reasoning_content": "Hm."}, "Hm.", "", "Hm.\n\n"), ({"content": "<think>Hm."}, "<think>Hm.", "", "<think>Hm.")]
+    ({"content": None, "reasoning_content": "Hm."}, "Hm.", "", "Hm.\n\n")]
 
 
 @pytest.mark.parametrize("message, reasoning, dropped, kept", REASONS)
@@ -350,22 +289,11 @@ def test_a_spec_is_an_openai_base_url(url, path):
     assert judge.split_spec("Qwen/Qwen2.5-0.5B-Instruct") == ("Qwen/Qwen2.5-0.5B-Instruct", None)
 
 
-@pytest.mark.parametrize("word, statuses", [("again", (408, 409, 425, 429, 500, 502, 503, 529, 599)), ("refused", (400, 403, 413, 422, 451)),
-                                            ("fatal", (301, 307, 308, 401, 402, 404, 405))])
-def test_which_statuses_a_wait_may_mend_refuse_one_prompt_or_end_the_run(word, statuses):
-    assert {judge.word_of(status) for status in statuses} == {word}
-
-
 @pytest.mark.parametrize("header, seconds", [  # a number is a date so many seconds away
-    ("7", 7), ("0.5", 0.5), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (300, 300), (1e6, 600), (-60, 0)])
+    ("7", 7), ("0", 0), ("soon", 0), ("", 0), ("-5", 0), ("nan", 0), ("99999", 600), (300, 300), (1e6, 600), (-60, 0)])
 def test_retry_after_is_honoured_within_reason(header, seconds):
     header = header if isinstance(header, str) else formatdate(time.time() + header, usegmt=True)
     assert judge.retry_after(header) == pytest.approx(seconds, abs=30 if "GMT" in header else 0.1)
-
-
-def test_back_off_grows_with_jitter():
-    waits = [[judge.back_off(k) for _ in range(50)] for k in range(12)]
-    assert all(len(set(w)) == 50 for w in waits) and max(waits[0]) < min(waits[3]) and max(waits[11]) <= 60
 
 
 CONTACTS = {  # a server that cannot work: what it answers, the calls that it costs, what is said
@@ -383,11 +311,8 @@ def test_first_contact_with_a_server_that_cannot_work(tmp_path, server, kind):
     reply, calls, words = CONTACTS[kind]
     server.reply = lambda request: reply
     err = run(*sampling(tmp_path, server, 40), cwd=tmp_path, code=2)[1]
-    assert words in err and f"{server.url}/v1/chat/completions" in err and len(server.requests) == calls
+    assert words in err and f"{server.url} said" in err and len(server.requests) == calls
     assert not (tmp_path / "p.jsonl").read_bytes()
-    server.reply = lambda request: TWO  # mended: nothing is missing
-    run(*sampling(tmp_path, server, 40), cwd=tmp_path)
-    assert [row["path"] for row in read(tmp_path / "p.jsonl")] == [TWO] * 40
 
 
 def test_nobody_listens(tmp_path, server):
@@ -397,21 +322,6 @@ def test_nobody_listens(tmp_path, server):
         patch.setattr(judge.asyncio, "sleep", lambda seconds, sleep=judge.asyncio.sleep: waits.append(seconds) or sleep(0))
         err = run(*sampling(tmp_path, server, 40), cwd=tmp_path, code=2)[1]
     assert server.url in err and 0 < len(waits) <= 200  # two more attempts of the first call, in 100 parts each
-
-
-def test_a_server_that_was_there_is_waited_for(tmp_path, server):
-    """A dropped connection or a restart in the middle of a run costs no reply."""
-    def fault():
-        return {3: "cut", 4: "500", 5: "429", 6: "after", 7: "choice"}.get(len(server.requests))
-    server.fault = fault
-    run(*sampling(tmp_path, server, 12), "--concurrency", 1, cwd=tmp_path)
-    assert len(read(tmp_path / "p.jsonl")) == 12 and len(server.requests) == 17
-
-
-def test_a_slow_reply_is_given_up_after_the_timeout(tmp_path, server):
-    server.fault = lambda: "hang"
-    err = run(*sampling(tmp_path, server), "--timeout", 0.2, cwd=tmp_path, code=2)[1]
-    assert "Timeout" in err and len(server.requests) == 3
 
 
 def test_extra_is_merged_into_each_request(tmp_path, server):
@@ -424,14 +334,11 @@ def test_extra_is_merged_into_each_request(tmp_path, server):
                        "messages": [system, {"role": "user", "content": prompt}]} and prompt.startswith("What is 1 + 1")
 
 
-@pytest.mark.parametrize("path, header, other", [("/openai/deployments/gpt?api-version=2024-10-21", "api-key", "Authorization"),
-                                                 ("/v1", "Authorization", "api-key")])
-def test_azure_wants_another_header(tmp_path, server, path, header, other):
-    run(*sampling(tmp_path, server, path=path), cwd=tmp_path)
+def test_azure_wants_another_header(tmp_path, server):
+    run(*sampling(tmp_path, server, path="/openai/deployments/gpt?api-version=2024-10-21"), cwd=tmp_path)
     [(asked, headers)] = server.seen
-    headers = {name.lower(): value for name, value in headers.items()}
-    assert headers[header.lower()].split()[-1] == KEY and other.lower() not in headers
-    assert asked == path.replace("?", "/chat/completions?") if "?" in path else asked == f"{path}/chat/completions"
+    assert asked == "/openai/deployments/gpt/chat/completions?api-version=2024-10-21"
+    assert headers["api-key"] == KEY and "authorization" not in {name.lower() for name in headers}
 
 
 @pytest.mark.parametrize("key", [KEY, "abc/def+0123456789==", "my-lower-case-key"])
@@ -439,7 +346,7 @@ def test_no_key_in_any_byte_of_any_run(tmp_path, server, key):
     token, echo = "gw-8f3a9c02d1e7b654", f"Incorrect API key provided: {key}"
     whole = json.dumps(answer(f"{key} {TWO}", reasoning=key)).replace("/", "\\/").encode()  # as PHP writes it
     server.reply = lambda request: {"bad": (401, {"error": {"message": echo}}), "odd": (400, echo.encode()), "error": (200, {"error": echo}),
-                                    "gone": (404, f"no route for /{token}/v1".encode())}.get(request["model"], (200, whole))
+                                    "gone": (404, f"no route for /{token}/v1/chat/completions".encode())}.get(request["model"], (200, whole))
     outs = [run(*sampling(tmp_path, server, 2), cwd=tmp_path, key=f' "{key}"\n')]
     for model in ("bad", "odd", "error", "gone"):
         *flags, _ = sampling(tmp_path, server, 2, model, f"/{token}/v1")
@@ -485,9 +392,9 @@ def test_faults_and_two_kills_lose_and_repeat_nothing(tmp_path, server):
     assert server.successes <= len(rows) + 2 * most
     for row in rows:  # each reply stands beside the question that it answers
         assert row["path"].startswith(row["question"]) and row["usage"] == {"prompt_tokens": 7, "completion_tokens": 5}
-    before, asked = out.read_bytes(), len(server.requests)
+    asked = len(server.requests)
     run(*args, cwd=tmp_path)
-    assert len(server.requests) == asked and out.read_bytes() == before
+    assert len(server.requests) == asked and read(out) == rows
 
 
 def test_every_torn_end_is_mended(tmp_path, server):
@@ -541,15 +448,15 @@ def test_budgets_end_a_run_before_they_are_passed(tmp_path, server):
     args = (*sampling(tmp_path, server, 30), "--teacher", f"b@{server.url}", "--max_new_tokens", 100)
     assert re.search(r"\b30 calls", run(*args, "--dry_run", cwd=tmp_path)[0]) and not server.requests
     for flag, limit, rows in (("--max_calls", 7, 7), ("--max_calls", 7, 7), ("--max_calls", 33, 33)):  # two models share it
-        assert "stopped" in run(*args, flag, limit, cwd=tmp_path)[0]
+        assert "stopped" in run(*args, flag, limit, cwd=tmp_path, code=2)[1]
         assert len(server.requests) == rows == len(read(tmp_path / "p.jsonl"))
-    for limit in (33 * 150 + 400, 33 * 150 + 1500):
-        run(*args, "--max_tokens_total", limit, cwd=tmp_path)
-        assert sum(sum(row["usage"].values()) for row in read(tmp_path / "p.jsonl")) <= limit
+    run(*args, "--max_tokens_total", 33 * 150 + 1500, cwd=tmp_path, code=2)
+    assert sum(sum(row["usage"].values()) for row in read(tmp_path / "p.jsonl")) <= 33 * 150 + 1500
     assert len(server.requests) > 33
     server.requests.clear()
     server.fault = lambda: "500"  # failed calls count, too
-    assert "stopped" in run(*args, "--max_calls", len(read(tmp_path / "p.jsonl")) + 5, cwd=tmp_path)[0] and len(server.requests) == 5
+    assert "stopped" in run(*args, "--max_calls", len(read(tmp_path / "p.jsonl")) + 5, cwd=tmp_path, code=2)[1]
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("events, written", [  # calls that begin, are refused and are answered, in this order
@@ -571,14 +478,20 @@ def test_a_refusal_is_a_row_after_a_reply_to_a_later_call(tmp_path, events, writ
 
 
 def test_a_refused_question_is_a_row(tmp_path, server):
-    server.reply = lambda request: (400, {"error": "content filter"}) if "time 5?" in request["prompt"] else TWO
-    args = (*sampling(tmp_path, server, 6), "--samples", 4)
+    server.reply = lambda request: (400, {"error": "content filter"}) if "time 2?" in request["prompt"] else TWO
+    args = (*sampling(tmp_path, server, 6), "--samples", 4, "--concurrency", 2)
     for _ in range(2):
         out = run(*args, cwd=tmp_path)[0]
-        assert len(server.requests) == 24 + 1  # one more tells whether the account is to blame; nothing is asked twice
+        assert len(server.requests) == 24  # nothing is asked twice
     rows = judge.grade_paths(judge.read_pool(tmp_path / "p.jsonl"))
-    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 5 else "kept"): 4 for i in range(6)}
-    assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q5") and "refused" in out
+    assert Counter((r["id"], judge.fate(r)) for r in rows) == {(f"q{i}", "refused" if i == 2 else "kept"): 4 for i in range(6)}
+    assert all("content filter" in r["refusal"] for r in rows if r["id"] == "q2") and "refused" in out
+
+
+def test_a_refusal_that_no_later_reply_confirms_ends_the_run(tmp_path, server):
+    server.reply = lambda request: (400, {"error": "content filter"}) if "time 2?" in request["prompt"] else TWO
+    err = run(*sampling(tmp_path, server, 3), cwd=tmp_path, code=2)[1]
+    assert "content filter" in err and "2 of 3 replies" in err and len(read(tmp_path / "p.jsonl")) == 2
 
 
 def test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted(tmp_path, server):
@@ -592,39 +505,34 @@ def test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted(tmp_pa
     assert [judge.fate(row) for row in judge.grade_paths(read(tmp_path / "p.jsonl"))].count("kept") == 4
 
 
-@pytest.mark.parametrize("change", [{"answer": "3"}, {"question": "What is 1 + 2?"}])
-def test_a_question_that_was_corrected_since_is_found_before_anything_is_paid_for(tmp_path, server, change):
+def test_another_question_under_a_known_id_is_asked(tmp_path, server):
     args = sampling(tmp_path, server, 2)
     run(*args, cwd=tmp_path)
-    write(tmp_path / "q.jsonl", [{**row, **change} if row["id"] == "q1" else row for row in read(tmp_path / "q.jsonl")])
-    err = run(*args, "--samples", 2, cwd=tmp_path, code=2)[1]
-    assert "p.jsonl:" in err and "'q1'" in err and len(server.requests) == 2
+    write(tmp_path / "q.jsonl", [{**row, "question": "What is 1 + 2?"} if row["id"] == "q1" else row for row in read(tmp_path / "q.jsonl")])
+    run(*args, cwd=tmp_path)
+    assert [row["id"] for row in read(tmp_path / "p.jsonl")] == ["q0", "q1", "q1"]
 
 
 def test_the_teacher_gets_the_style_and_the_pool_gets_the_question(tmp_path, server):
     row = {"id": "d", "task": "date", "question": "Which day?", "choices": {"A": "Monday", "B": "Friday {end}"}, "answer": "B"}
-    run("--questions", write(tmp_path / "q.jsonl", [row]), "--teacher", f"m@{server.url}", "--out", "p.jsonl", "--temperature", 0.3, "--max_new_tokens", 77,
-        cwd=tmp_path)
+    run("--questions", write(tmp_path / "q.jsonl", [row]), "--teacher", f"m@{server.url}", "--out", "p.jsonl", cwd=tmp_path)
     out = read(tmp_path / "p.jsonl")
     assert {r["style"] for r in out} == set(judge.STYLES) and all(row.items() <= r.items() for r in out)
     assert len({r["prompt"] for r in server.requests}) == 6
-    for request in server.requests:
-        assert "(B) Friday {end}" in request["prompt"] and (request["temperature"], request["max_tokens"], request["model"]) == (0.3, 77, "m")
+    assert all("(B) Friday {end}" in request["prompt"] for request in server.requests)
 
 
 # ------------------------------------------------------------------------------------------------ the LLM judge
 V, I, U = "valid", "invalid", "unparsed"
 VERDICTS = [
-    ("VERDICT: VALID", V), ("VERDICT: INVALID", I), ("Step 2 is wrong.\nVERDICT: INVALID", I), ("No bad step.\n\nVERDICT: VALID\n", V),
-    ("**VERDICT: VALID**", V), ("**VERDICT:** INVALID", I), ("VERDICT: **VALID**", V), ("### VERDICT: INVALID", I), ("`VERDICT: VALID`", V),
-    ("```\nVERDICT: INVALID\n```", I), ("Verdict: valid", V), ("verdict: Invalid.", I), ("VERDICT：VALID", V), ("  VERDICT: VALID  \r\n", V),
-    ("*VERDICT: INVALID*\n---\n", I), ("VERDICT: VALID</s>", V), ("VERDICT: INVALID<|im_end|>\n", I),
+    ("Step 2 is wrong.\nVERDICT: INVALID", I), ("No bad step.\n\nVERDICT: VALID\n", V), ("**VERDICT: VALID**", V), ("**VERDICT:** INVALID", I),
+    ("VERDICT: **VALID**", V), ("### VERDICT: INVALID", I), ("```\nVERDICT: INVALID\n```", I), ("verdict: Invalid.", I), ("VERDICT：VALID", V),
+    ("  VERDICT: VALID  \r\n", V), ("*VERDICT: INVALID*\n", I), ("- VERDICT: VALID", U), ("VERDICT: INVALID<|im_end|>\n", I),
     *((text, U) for text in (
-        "", "   \n", "VALID", "INVALID", "The reasoning is valid.", "VERDICT: NOT VALID", "VERDICT: not invalid", "VERDICT: VALID or VERDICT: INVALID",
-        "VERDICT: VALID/INVALID", "VERDICT: VALID\nVERDICT: INVALID", "VERDICT: INVALID\nVERDICT: VALID", "VERDICT: VALID\nVERDICT: VALID",
-        "VERDICT: VALID\nWait, step 3 is wrong.", "VERDICT: VALID, but step 2 is wrong", "VERDICT: VALID?", "VERDICT: NOT VALID\nVERDICT: VALID",
-        "My verdict: VALID", "Step 4: VERDICT: VALID", "> VERDICT: VALID", "VERDICT:", "VERDICT: VAL", "VERDICT: VALIDE", "VERDICT: UNVALID",
-        "VERDICT: IN VALID", "VERDICT: Yes", "VERDICT VALID", "ВЕРДИКТ: VALID", "VERDICT: VÁLIDO", "## Verdict\n\nVALID",
+        "", "VALID", "The reasoning is valid.", "VERDICT: NOT VALID", "VERDICT: VALID or VERDICT: INVALID", "VERDICT: VALID/INVALID", "VERDICT: VALID?",
+        "VERDICT: INVALID\nVERDICT: VALID", "VERDICT: VALID\nVERDICT: VALID", "VERDICT: VALID\nWait, step 3 is wrong.", "## Verdict\n\nVALID",
+        "VERDICT: VALID, but step 2 is wrong", "VERDICT: NOT VALID\nVERDICT: VALID", "Step 4: VERDICT: VALID", "> VERDICT: VALID", "VERDICT:",
+        "VERDICT: VALIDE", "VERDICT: UNVALID", "VERDICT: IN VALID", "VERDICT: Yes", "VERDICT VALID", "VERDICT: VÁLIDO",
         "**Final Verdict: INVALID**\nVERDICT: VALID", "- VERDICT: INVALID\nVERDICT: VALID", "My verdict is INVALID.\nVERDICT: VALID",
         "VERDICT: VALID\u2028VERDICT: INVALID", "<think>The steps hold.\nVERDICT: VALID", "<think>VERDICT: VALID</think>\nHm.", "</s>" * 50_000 + "x",
         "verdict" + " " * 200_000 + "x", "- VERDICT: INVALID\n" * 50_000 + "VERDICT: VALID")),
@@ -648,13 +556,8 @@ def test_the_fence_holds_whatever_the_path_says(path):
     assert all(not line or line.startswith(("Question: ", "Step ")) for line in inside.split("\n"))
 
 
-def pool(path, n=6, **more):
-    return write(path, [{**ROW, "id": f"q{i}", "question": f"What is 1 + 1, time {i}?", "path": f"We add.\nTime {i}: 1 + 1 = 2\nThe answer is 2", **more}
-                        for i in range(n)])
-
-
 def test_only_right_whole_paths_are_judged(tmp_path, server):
-    rows = read(pool(tmp_path / "p.jsonl", 9))
+    rows = [{**ROW, "id": f"q{i}", "question": f"What is 1 + 1, time {i}?", "path": f"We add.\nTime {i}: 1 + 1 = 2\nThe answer is 2"} for i in range(9)]
     rows[0]["path"], rows[1]["path"], rows[2]["finish_reason"] = "", "I think that the answer is 3", "length"
     rows += [rows[8], {**rows[8], "sample": 0}]  # equal paths are one call
     write(tmp_path / "p.jsonl", rows)
@@ -671,13 +574,12 @@ def test_only_right_whole_paths_are_judged(tmp_path, server):
     assert {request["temperature"] for request in server.requests} == {0.0}
 
 
-def test_accept_says_how_many_judges_must_agree(tmp_path, server):
-    server.reply = lambda request: f"VERDICT: {'VALID' if int(re.search('time ([0-9])', request['prompt'])[1]) >= int(request['model']) else 'INVALID'}"
-    judges = [x for m in (1, 2, 4) for x in ("--judge", f"{m}@{server.url}")]
-    for accept, kept in ((("--accept", 1), 5), (("--accept", 2), 4), (("--accept", 3), 2), ((), 2)):
-        run("--paths", pool(tmp_path / "p.jsonl"), *judges, *accept, "--out", "o.jsonl", cwd=tmp_path)
-        assert sum(r["valid"] for r in read(tmp_path / "o.jsonl")) == kept
-    assert len(server.requests) == 18  # the replies are paid for once, whatever --accept says later
+@pytest.mark.parametrize("accept, valid", [(1, True), (2, True), (3, False)])
+def test_accept_says_how_many_judges_must_agree(accept, valid):
+    [row] = judge.grade_paths([dict(ROW)])
+    replies = [{**judge.judged_as(row, name), "path": f"VERDICT: {said}"} for name, said in (("a", "VALID"), ("b", "INVALID"), ("c", "VALID"))]
+    judge.add_verdicts([row], "abc", replies, accept)
+    assert row["valid"] is valid and row["verdict"] == {"a": "valid", "b": "invalid: VERDICT: INVALID", "c": "valid"}
 
 
 def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
@@ -689,10 +591,10 @@ def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
 
 
 def test_the_demos_command_annotates_every_row_and_may_be_repeated(tmp_path):
-    for name in ("none", "rule", "rule"):
-        run("--demo", 20, "--judge", name, "--out", "a.jsonl", cwd=tmp_path)
+    for flags in ((), ("--judge", "rule"), ("--judge", "rule")):
+        run("--demo", 20, *flags, "--out", "a.jsonl", cwd=tmp_path)
         rows = judge.read_pool(tmp_path / "a.jsonl")
-        assert len(rows) == 120 and all((row["valid"] is None) == (name == "none" or not row["correct"]) for row in rows)
+        assert len(rows) == 120 and all((row["valid"] is None) == (not flags or not row["correct"]) for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------ a local model, the command
@@ -711,20 +613,16 @@ def tiny_model(folder):
     return folder
 
 
-def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
-    local = ("--max_new_tokens", 6, "--device", "cpu", "--batch_size", 3)
-    args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", tiny_model(tmp_path / "tiny"), "--styles", "vanilla", *local, "--out", "p.jsonl")
+def test_a_local_model_samples_and_goes_on(tmp_path):
+    args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", tiny_model(tmp_path / "tiny"), "--styles", "vanilla", "--out", "p.jsonl",
+            "--max_new_tokens", 6, "--device", "cpu")
     for samples in (1, 2):
         run(*args, "--samples", samples, cwd=tmp_path)
         rows = read(tmp_path / "p.jsonl")
         assert keys(rows) == {(f"q{i}", "vanilla", "tiny", k): 1 for i in range(3) for k in range(samples)}
     assert all(0 < r["usage"]["completion_tokens"] <= 6 and r["finish_reason"] in ("stop", "length") for r in rows)
-    assert len({r["path"] for r in rows}) > 2
-    long = {**read(tmp_path / "q.jsonl")[0], "id": "long", "question": "word " * 2000}
-    write(tmp_path / "q.jsonl", [long, *read(tmp_path / "q.jsonl")])
-    assert "long: 2" in run(*args, cwd=tmp_path)[0] and judge.fate(read(tmp_path / "p.jsonl")[-1], "none") == "refused"
-    run("--paths", pool(tmp_path / "r.jsonl", 1), "--judge", tmp_path / "tiny", *local, "--out", "o.jsonl", cwd=tmp_path)
-    assert [judge.fate(r) for r in read(tmp_path / "o.jsonl")] == ["no verdict"]
+    write(tmp_path / "q.jsonl", [{**read(tmp_path / "q.jsonl")[0], "id": "long", "question": "word " * 2000}])
+    assert "context" in run(*args, cwd=tmp_path, code=2)[1]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -732,7 +630,7 @@ def test_a_local_model_samples_and_judges_in_batches_and_goes_on(tmp_path):
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 0), "--samples"), (("--demo", 3, "--judge", "rule", "--judge", "rule"), "one name"),
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 4, "--temperature", 0), "--temperature 0"),
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--judge", "j@http://h"), "--paths"), (("--demo", 3, "--extra", "[1]"), "--extra"),
-    (("--questions", "q.jsonl", "--teacher", "m@http://h", "--extra", "{"), "--extra"), (("--demo", 3, "--judge", "x", "--extra", '{"a": 1}'), "--extra"),
+    (("--demo", 3, "--extra", "{"), "--extra"), (("--demo", 3, "--judge", "x", "--extra", '{"a": 1}'), "--extra"),
     (("--paths", "nowhere.jsonl"), "nowhere.jsonl"), (("--paths", "bad.jsonl"), "bad.jsonl:2"), (("--paths", "other.jsonl", "--judge", "rule"), "gsm8k")])
 def test_bad_flags_are_one_sentence(tmp_path, flags, words):
     questions(tmp_path / "q.jsonl", 1)
