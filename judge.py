@@ -4,11 +4,10 @@
     python judge.py --questions q.jsonl --task gsm8k --teacher MODEL@URL --out pool.jsonl
     python judge.py --paths pool.jsonl --judge MODEL@URL --out judged.jsonl
 
-A pool is a JSON Lines file, one path a line: id, task, question, answer, style, teacher, path, and
-optionally choices, level, prompt, sample, reasoning, finish_reason, usage, refusal. Grading (step 1
-of the filter) adds prediction and correct, judging (step 2) valid and verdict. A model is MODEL@URL
-(any OpenAI-compatible chat endpoint) or a Hugging Face model. Repeat a command to go on with it.
-"""
+A pool has one path a line: id, task, question, answer, style, teacher, path, and optionally
+choices, level, prompt, sample, reasoning, finish_reason, usage, refusal. Grading adds prediction
+and correct, judging valid and verdict. A model is MODEL@URL (an OpenAI-compatible chat endpoint) or
+a Hugging Face model. Repeat a command to go on with it. """
 import argparse
 import asyncio
 import contextlib
@@ -33,8 +32,7 @@ from tqdm import tqdm
 
 import eval as tasks
 
-# The six styles as the teacher sees them, never the student. Edit or add lines here; the demo's
-# teacher knows these six.
+# The six styles as the teacher sees them, never the student; the demo's teacher knows these six.
 PROMPTS = {
     "vanilla": "{question}\n\nSolve this and show your work briefly. {end}",
     "chain_of_thought": "{question}\n\nLet us think step by step: write one numbered step per "
@@ -482,7 +480,7 @@ class Calls:
     def __init__(self, out, max_new_tokens, max_calls, max_tokens):
         rows = replies_in(out)
         self.out, self.max_new_tokens = out, max_new_tokens
-        self.max_calls, self.max_tokens = max_calls, max_tokens
+        self.max_calls, self.max_tokens, self.known = max_calls, max_tokens, bool(rows)
         self.calls = len(rows)
         self.tokens = sum(sum(row.get("usage", {}).values()) for row in rows)
         self.problem, self.said = "", "no call failed"  # said: by the last one that did
@@ -512,7 +510,10 @@ class Calls:
         self.tokens += sum(usage.values()) - most
         self.answered = True
         self.failed.clear()
-        # what was refused before this call began was refused for its prompt, not for the account
+        self.confirm(number)
+
+    def confirm(self, number):
+        """What was refused before an answered call began was refused for its prompt: a row."""
         while self.refusals and self.refusals[0][0] < number:
             append(self.file, self.refusals.pop(0)[1])
             self.bar.update()
@@ -533,6 +534,9 @@ class Calls:
 
     def finish(self):
         """End the program if a reply is missing, and say why."""
+        # Refused again, by a model that has answered others: that is about the prompt, too.
+        if self.known and not self.problem and not self.answered:
+            self.confirm(math.inf)
         if self.bar.n == self.bar.total:
             return
         so_far = f"{self.bar.n} of {self.bar.total} replies are in {self.out}; run again to go on"
@@ -627,7 +631,7 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
             asyncio.run(ask_server(server, calls, todo, request | args.extra, args.concurrency))
         else:
             ask_local(spec, calls, todo, args.device, temperature)
-    calls.finish()
+        calls.finish()
 
 
 def style_jobs(questions, teacher, styles, samples):
@@ -735,15 +739,13 @@ def judge_paths(args):
 
 def flags():
     """The parser of this command."""
-    p = argparse.ArgumentParser(
-        usage="python judge.py (--questions FILE | --paths POOL | --demo N) --out POOL [flags]",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(usage="python judge.py --out POOL [flags]", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error, positive = tasks.stop, tasks.within(int, 1)  # one sentence and exit code 2
     p.add_argument("--questions", help="sample paths for the questions of this file")
     p.add_argument("--task", choices=tasks.TASKS, help="of these questions (as the file says)")
     p.add_argument("--paths", help="grade and judge this pool")
-    p.add_argument("--demo", metavar="N", type=tasks.within(int, 1, 2000),
-                   help="grade and judge the demo teacher's paths to N questions")
+    p.add_argument("--demo", metavar="N", type=tasks.within(int, 1, 2000), help="or the demo's")
     p.add_argument("--out", required=True, help="pool to write, or to go on with")
     p.add_argument("--teacher", action="append", default=[], help="model to ask; repeatable")
     p.add_argument("--judge", action="append", default=[], help="the same, or rule (the demo's)")
@@ -753,12 +755,10 @@ def flags():
     p.add_argument("--samples", type=positive, default=1, help="paths per teacher and style (1)")
     p.add_argument("--temperature", type=float, default=0.8, help="of teachers (0.8, the paper's)")
     p.add_argument("--max_new_tokens", type=positive, default=1000, help="of a reply (1000)")
-    p.add_argument("--reasoning", choices=("keep", "drop"), default="drop",
-                   help="as a part of a path; it is stored in any case (drop)")
+    p.add_argument("--reasoning", choices=("keep", "drop"), default="drop", help="in paths (drop)")
     p.add_argument("--api_key_env", default="OPENAI_API_KEY", help="holds the key (%(default)s)")
     p.add_argument("--extra", type=json.loads, default={},
-                   help="JSON object merged into each request; null drops a parameter, `messages` "
-                        "stand before the question")
+                   help="JSON object for each request: null drops a parameter, messages go first")
     p.add_argument("--concurrency", type=positive, default=8, help="calls at once (8)")
     p.add_argument("--timeout", type=float, default=300, help="seconds for one call (300)")
     p.add_argument("--max_calls", type=positive, default=math.inf, help="to servers, in all (none)")

@@ -492,6 +492,8 @@ def test_a_refusal_that_no_later_reply_confirms_ends_the_run(tmp_path, server):
     server.reply = lambda request: (400, {"error": "content filter"}) if "time 2?" in request["prompt"] else TWO
     err = run(*sampling(tmp_path, server, 3), cwd=tmp_path, code=2)[1]
     assert "content filter" in err and "2 of 3 replies" in err and len(read(tmp_path / "p.jsonl")) == 2
+    run(*sampling(tmp_path, server, 3), cwd=tmp_path)  # refused again: a row, since the model has answered others
+    assert [judge.fate(row) for row in judge.grade_paths(read(tmp_path / "p.jsonl"))] == ["kept", "kept", "refused"]
 
 
 def test_a_refusal_for_length_is_asked_again_when_fewer_tokens_are_wanted(tmp_path, server):
