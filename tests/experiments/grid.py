@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import tables
-from rows import TABLES, is_row, rows_of
+from rows import TABLES, place, rows_of
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,47 +36,18 @@ import eval as tasks
 import judge
 
 
-# ---------------------------------------------------------------- which runs
-def arena_flags(args, row, seed):
-    """The flags of distill.py that say on what a row is trained and tested, with real paths."""
-    flags = ["--students", *args.students] if args.students else []
-    if args.paths:
-        flags += ["--paths", args.paths, "--eval_questions", args.eval_questions]
-    if row.baseline:
-        pool, test = baseline_files(args, row.baseline, seed)
-        flags = [*flags, "--paths", str(pool), "--eval_questions", str(args.eval_questions or test)]
-    return flags
-
-
-def demo_files(folder, seed):
-    """The pool and the test questions of the demo's seed, as files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    questions = judge.demo_questions(300, seed)
-    pool, test = folder / f"pool_{seed}.jsonl", folder / f"test_{seed}.jsonl"
-    write_rows(pool, judge.demo_paths(questions, seed))
-    write_rows(test, judge.demo_questions(300, seed + 1))
-    return pool, test
-
-
-def write_rows(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def baseline_files(args, name, seed):
-    """A baseline of the paper as rows: the files of its pool and of the demo's test questions."""
-    from baselines import baseline_rows
-    source, test = (args.paths, None) if args.paths else demo_files(args.out / "demo", seed)
-    pool = args.out / f"{name}_{Path(source).stem}.jsonl"
-    kept = judge.filter_pool(judge.grade_paths(judge.read_pool(source)), "answer")
-    kept = [row for row in kept if row["style"] == "chain_of_thought"]
-    write_rows(pool, [{**row, "valid": None, "verdict": None}
-                      for row in baseline_rows(name, kept, None, None)])
-    return pool, test
+# ---------------------------------------- which runs
+def data_flags(args):
+    """The flags of distill.py that say on what is trained and tested; none: the demo."""
+    if not args.students:
+        return []
+    return ["--students", *args.students, "--paths", args.paths,
+            "--eval_questions", args.eval_questions]
 
 
 def job_of(args, row, budget, seed, steps, batch_size):
     """A run to be made: its flags, and the beginning of its line, which names no folder."""
-    flags = [*arena_flags(args, row, seed), "--seed", str(seed), "--max_steps", str(steps),
+    flags = [*data_flags(args), "--seed", str(seed), "--max_steps", str(steps),
              "--batch_size", str(batch_size), *args.more, *row.flags.split()]
     data = hashlib.sha256()
     for flag, value in itertools.pairwise(flags):
@@ -85,79 +56,84 @@ def job_of(args, row, budget, seed, steps, batch_size):
     line = {"row": row.name, "against": row.against, "budget": budget, "seed": seed,
             "flags": " ".join(Path(flag).name if os.path.exists(flag) else flag
                               for flag in flags),
-            "data": data.hexdigest()[:8], "scrambled": row.scramble, "compared": row.compared,
+            "data": data.hexdigest()[:8], "shuffled": row.shuffle, "compared": row.compared,
             "setting": setting_of(args)}
     return flags, line
 
 
 def setting_of(args):
     """What all rows of one table share, in words: only runs of one setting are compared."""
-    arena = "the demo"
+    data = "the demo"
     if args.students:
         students = " and ".join(Path(name).name for name in args.students)
-        arena = f"{students} on {Path(args.paths).name}"
+        data = f"{students} on {Path(args.paths).name}"
     more = "".join(f" {Path(flag).name}" for flag in args.more)
-    return f"{arena}, {args.steps} steps of {args.batch_size} questions" + (more and "," + more)
+    return f"{data}, {args.steps} steps of {args.batch_size} questions" + (more and "," + more)
 
 
 def key_of(line):
     """What makes two runs the same run."""
-    return json.dumps([line["flags"], line["data"], line["scrambled"]])
+    return json.dumps([line["flags"], line["data"], line["shuffled"]])
 
 
-# ---------------------------------------------------------------- one run, in a process of its own
-def scrambled(encode, style):
+# ---------------------------------------- one run, in a process of its own
+def shuffled(encode, style):
     """distill.encode with the tokens of one style's paths shuffled, for student 1 alone."""
-    def encode_and_scramble(*args):
+    def encode_and_shuffle(*args):
         rows = encode(*args)
         for row in rows:
             if row["style"] == style:
-                response = row["responses"][1]
-                order = list(range(len(response) - 1))  # the end token stays
-                random.Random(row["id"]).shuffle(order)
-                response[:-1] = response[order]
+                shuffle_tokens(row, 1)
         return rows
-    return encode_and_scramble
+    return encode_and_shuffle
 
 
-def first_test_once(answer, file):
-    """distill.answer, the first call of which, the test of the untrained students, is read from
+def shuffle_tokens(row, s):
+    """Shuffle, in place, the tokens of a path as student s reads them; the end token stays."""
+    response = row["responses"][s]
+    order = list(range(len(response) - 1))
+    random.Random(row["id"]).shuffle(order)
+    response[:-1] = response[order]
+
+
+def first_test_once(evaluate, file):
+    """eval.evaluate, the first call of which, the test of the untrained students, is read from
     `file` if a run before made it: their greedy answers hang on no row and no seed."""
     tests = itertools.count()
 
-    def answer_or_read(*args):
+    def evaluate_or_read(*args, **more):
         first = next(tests) == 0
         if first and file.exists():
             return json.loads(file.read_text())
-        found = answer(*args)
+        found = evaluate(*args, **more)
         if first:
             part = file.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(found))
             part.replace(file)
         return found
-    return answer_or_read
+    return evaluate_or_read
 
 
-def train(flags, folder, scramble=None, first_test=None):
+def train(flags, folder, shuffle=None, first_test=None):
     """One run of distill.py in `folder`, or the rest of it -> its results.json. What it prints goes
     to FOLDER.txt; first_test: the file of first_test_once. Raises what distill.main raises,
     SystemExit included."""
     import distill  # here, so that only the workers load torch
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not (folder / "results.json").exists():
-        begun = (folder / "checkpoint.safetensors").exists()
-        encode, answer = distill.encode, distill.answer
-        if scramble:
-            distill.encode = scrambled(encode, scramble)
+        begun = (folder / "checkpoint.pt").exists()
+        encode, evaluate = distill.encode, tasks.evaluate
+        if shuffle:
+            distill.encode = shuffled(encode, shuffle)
         if first_test and not begun:
-            distill.answer = first_test_once(answer, first_test)
+            tasks.evaluate = first_test_once(evaluate, first_test)
         try:
             with open(f"{folder}.txt", "a") as text, contextlib.redirect_stdout(text), \
                     contextlib.redirect_stderr(text):
                 distill.main(["--resume", str(folder)] if begun
                              else [*flags, "--out_dir", str(folder)])
         finally:
-            distill.encode, distill.answer = encode, answer
+            distill.encode, tasks.evaluate = encode, evaluate
     return json.loads((folder / "results.json").read_text())
 
 
@@ -177,7 +153,7 @@ def run(flags, line, out):
     if "--students" in flags:  # the demo's students hang on the seed
         first_test = out / f"before_{hashlib.sha256(line['setting'].encode()).hexdigest()[:16]}.json"
     try:
-        results = train(flags, folder, line["scrambled"], first_test)
+        results = train(flags, folder, line["shuffled"], first_test)
     except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
         with open(f"{folder}.txt", "a") as text:
             traceback.print_exc(file=text)
@@ -191,12 +167,15 @@ def run(flags, line, out):
         "versions": results["versions"]})
 
 
-# ---------------------------------------------------------------- the grid
+# ---------------------------------------- the grid
 def run_all(jobs, args):
     """Make the runs that have no line yet, and write each line when it comes -> all their lines."""
     # A line of a row that is gone was made by other code, which its commit has.
-    known = {key_of(line): line for name in TABLES for line in tables.read_lines(name)
-             if is_row(name, line["row"])}
+    known = {}
+    for name in TABLES:
+        for line in tables.read_lines(name):
+            if place(name, line["row"]) < len(TABLES[name]):
+                known[key_of(line)] = line
     here = {(key_of(line), line["row"]) for line in tables.read_lines(args.table)}
     lines, new = [], []
 
@@ -250,7 +229,7 @@ def parse_args():
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 35)), help="(20 to 34)")
     p.add_argument("--budgets", nargs="+", choices=["steps", "tokens"], default=["steps", "tokens"],
                    help="equal what (both)")
-    p.add_argument("--steps", type=int, default=150, help="optimiser steps of QR-Distill (150)")
+    p.add_argument("--steps", type=int, default=152, help="optimiser steps of QR-Distill (152)")
     p.add_argument("--batch_size", type=int, default=8, help="its questions a step (8)")
     p.add_argument("--students", nargs="+", metavar="MODEL", help="real students (the demo's)")
     p.add_argument("--paths", metavar="POOL", help="their pool")

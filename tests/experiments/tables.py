@@ -1,39 +1,36 @@
-"""The tables and pictures of the experiments, made again from results/*.jsonl alone.
+"""The tables and the picture of the experiments, made again from results/*.jsonl alone.
 
-    python tests/experiments/tables.py               # all: results/TABLE.md, results/gains.png
+    python tests/experiments/tables.py               # all: results/TABLE.md, results/router.png
     python tests/experiments/tables.py --table main
 
 A line of results/TABLE.jsonl is one run, written by grid.py. A gain is the accuracy of a row's
 reference (QR-Distill) less that of the row, in points, the mean over the students compared: positive
-is better for QR-Distill. It is taken seed by seed; the interval is Student's t over the seeds.
+is better for QR-Distill. It is taken seed by seed; all intervals are Student's t over the seeds.
 """
 import argparse
 import json
 import math
 import statistics
-import textwrap
 from collections import defaultdict
 from pathlib import Path
 
-from rows import FULL, TABLES, is_row, place
+from rows import FULL, TABLES, place
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEST = "best single style in hindsight"
-HARMED = ", vanilla scrambled"  # rows of table harmful that the picture shows
 SAME_TOKENS = 0.15  # a row whose tokens differ by less than this share needs no second run
 # Student's t at 97.5 %, for 2 to 20 seeds; more take the last one, which is a little wide
 T975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
         2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
 
+LEGEND = """Percent of the test questions, mean ± 95 % interval over the seeds; any right: at least one student. equal:
+the row was given as many optimiser steps, or trained response tokens (to within 15 %), as QR-Distill. The gain of
+QR-Distill is in points, over the seeds that both have, with its 95 % interval; bold: the interval leaves zero out.
+Paths that the router reads by its probe are not among the trained tokens. seconds: of training, on one core, with what
+the route looks at beforehand; the median, since other runs shared the machine."""
 
-LEGEND = """Percent of the test questions, mean (standard deviation over seeds). equal: the row was given as many
-optimiser steps, or trained response tokens (to within 15 %), as QR-Distill. The gain of QR-Distill is in points, over
-the seeds that both have, with its 95 % interval over these seeds; bold: the interval leaves zero out. Paths that the
-router reads by its probe are not among the trained tokens. seconds: of training, on one core, with what the route
-looks at beforehand; the median, since other runs shared the machine."""
 
-
-# ---------------------------------------------------------------- lines
+# ---------------------------------------- lines
 def read_lines(table):
     """The runs of a table (list of dicts), in the order in which they were made."""
     file = RESULTS / f"{table}.jsonl"
@@ -67,7 +64,7 @@ def settings_of(table):
     return settings
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------- numbers
 def accuracy(line):
     """Mean accuracy of the students that a row compares, in percent."""
     students = line["compared"] or range(len(line["accuracy"]))
@@ -94,12 +91,13 @@ def gain(runs, references):
 
 def untrained_of(runs):
     """{seed: line} with what the students could do before the run."""
-    return {seed: {**line, "accuracy": line["before"]["accuracy"]} for seed, line in runs.items()}
+    return {seed: {**line, **line["before"]} for seed, line in runs.items()}
 
 
 def comparisons(cells):
     """[(row, budget, runs, gain)] of one setting {(row, budget): runs}; budget is steps, tokens or
-    both; the gain of a reference over itself is None. The best single style comes last."""
+    both; the gain of a reference over itself is None. The untrained students come first, the best
+    single style last."""
     found = []
     for (row, budget), runs in cells.items():
         references = cells.get((next(iter(runs.values()))["against"], "steps"), {})
@@ -117,67 +115,60 @@ def comparisons(cells):
                 accuracy(line) for line in x[2].values()))
             style = row.removeprefix("only ")
             found.append((f"{BEST} ({style})", budget, runs, difference))
-    return found
+    full = found[0][2]
+    untrained = untrained_of(full)
+    over = gain(untrained, full) if found[0][0].startswith(FULL) else None
+    return [("untrained", "", untrained, over), *found]
 
 
-# ---------------------------------------------------------------- markdown
-def mean_sd(values):
-    """'mean (standard deviation)' in percent of shares."""
-    values = [100 * value for value in values]
-    spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def gain_text(difference):
-    """'+7.8 ± 3.2', bold where the interval leaves zero out."""
+# ---------------------------------------- markdown
+def text_of(difference, sign=""):
+    """'7.8 ± 3.2' of (mean, half); sign '+': a gain, bold where the interval leaves zero out."""
     if difference is None:
         return ""
     mean, half = difference
     if math.isnan(half):
-        return f"{mean:+.1f}"
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+        return f"{mean:{sign}.1f}"
+    text = f"{mean:{sign}.1f} ± {half:.1f}"
+    return f"**{text}**" if sign and abs(mean) > half else text
+
+
+def percent(shares):
+    return text_of(interval([100 * share for share in shares]))
 
 
 def row_text(name, budget, runs, difference):
     """A row of the table."""
     lines = list(runs.values())
-    students = range(len(lines[0]["accuracy"]))
-    scores = [mean_sd([line["accuracy"][s] for line in lines]) for s in students]
-    scores += [mean_sd([line[key] for line in lines]) for key in ("ensemble", "upper_bound")]
+    scores = [text_of(interval([accuracy({**line, "compared": None}) for line in lines]))]
+    scores += [percent(shares) for shares in zip(*(line["accuracy"] for line in lines))]
+    scores += [percent([line[key] for line in lines]) for key in ("ensemble", "upper_bound")]
     tokens = statistics.mean(sum(line["tokens"]) for line in lines)
     seconds = statistics.median(line["seconds"] for line in lines)
-    cells = [name, budget, str(len(lines)), *scores, f"{tokens / 1e3:.0f}k", f"{seconds:.0f}", gain_text(difference)]
-    return f"| {' | '.join(cells)} |"
+    cost = ["", ""] if name == "untrained" else [f"{tokens / 1e3:.0f}k", f"{seconds:.0f}"]
+    return " | ".join(["", name, budget, str(len(lines)), *scores, *cost, text_of(difference, "+")]).strip() + " |"
 
 
 def section(setting, cells):
     """The table of one setting, and the sentences below it."""
     rows = comparisons(cells)
-    full = rows[0][2]
-    lines = list(full.values())
+    lines = list(rows[0][2].values())
     students = range(len(lines[0]["accuracy"]))
-    before = [line["before"] for line in lines]
-    over_zero_shot = gain(untrained_of(full), full) if rows[0][0].startswith(FULL) else None
-    untrained = [mean_sd([x["accuracy"][s] for x in before]) for s in students]
-    untrained += [mean_sd([x[key] for x in before]) for key in ("ensemble", "upper_bound")]
     names = " | ".join(f"student {s}" for s in students)
     text = [
         f"### {setting}\n",
-        f"| | equal | seeds | {names} | ensemble | any right | tokens | seconds | gain of QR-Distill |",
-        "|---" * (len(students) + 8) + "|",
-        f"| zero-shot | | {len(lines)} | {' | '.join(untrained)} | | | {gain_text(over_zero_shot)} |",
+        f"| | equal | seeds | mean | {names} | ensemble | any right | tokens | seconds | gain of QR-Distill |",
+        "|---" * (len(students) + 9) + "|",
         *(row_text(*row) for row in rows),
     ]
     seeds = sorted({seed for _, _, runs, _ in rows for seed in runs})
-    halves = [x[1] for _, _, _, x in rows if x and not math.isnan(x[1])]
+    halves = [x[1] for _, _, _, x in rows[1:] if x and not math.isnan(x[1])]
     text.append(f"\nSeeds {', '.join(map(str, seeds))}; {lines[0]['questions']} test questions.")
     if halves:
         text.append(f"Half of the intervals are wider than ± {statistics.median(halves):.1f} points: "
                     "what is smaller is not seen here.")
-    text += ["Selection rates of QR-Distill in its last epoch, a value for each student:",
-             *rate_texts(cells)]
-    return "\n".join(text)
+    text.append("Selection rates of QR-Distill in its last epoch, a value for each student:")
+    return "\n".join(text + rate_texts(cells))
 
 
 def rate_texts(cells):
@@ -203,95 +194,50 @@ def markdown(table):
     return head + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
 
 
-# ---------------------------------------------------------------- the picture
-LOOKS = {"steps": ("equal steps", -0.15, {"marker": "o", "color": "black"}),
-         "tokens": ("equal trained tokens", 0.15,
-                    {"marker": "s", "color": "0.45", "markerfacecolor": "white"})}
+# ---------------------------------------- the picture
+STYLES = {"vanilla": "black", "program": "0.45"}  # drawn strongly; the others are thin
+PANEL = {FULL: "QR-Distill", "all paths to both": "all paths", "a random path": "a random path",
+         "the shortest path": "the shortest path", "the likeliest path": "the likeliest path"}
 
 
 def picture():
-    """Gains of QR-Distill over each control with 95 % intervals, a panel for each of the tables main
-    and real that has lines: of the setting with most runs."""
+    """The router where vanilla is shuffled for student 1: rates of the styles over the steps for each
+    student (results/rates.jsonl), and student 1's accuracies (table harmful)."""
     from matplotlib.figure import Figure
 
-    panels = []
-    for table in ("main", "real"):
-        if read_lines(table):
-            setting, rows = largest(table)
-            panels.append((setting, controls(table, rows)))
-    most = max(len(names_of(rows)) for _, rows in panels)
-    figure = Figure((6.4 * len(panels), 1.5 + 0.42 * most), dpi=150, layout="constrained")
-    for ax, (setting, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        seeds = {seed for _, _, runs, _ in rows for seed in runs}
-        title = f"{setting.split(', --')[0]}: mean over both students, up to {len(seeds)} seeds"
-        ax.set_title(textwrap.fill(title, 60), fontsize=10)
-        draw_gains(ax, rows)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure = Figure((12, 3.9), dpi=150, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.05])
+    runs = read_lines("rates")
+    draw_rates(left, runs, 0, "student 0: every style is whole")
+    draw_rates(middle, runs, 1, "student 1: vanilla's tokens are shuffled")
+    draw_accuracies(right)
     return figure
 
 
-def controls(table, rows):
-    """The rows of the picture: no training, and the controls of table main, of single styles only the
-    best; for the demo those of table harmful, too, where the shortest style is scrambled. Rows of
-    fewer than three seeds are left out: their intervals say nothing."""
-    full = rows[0][2]
-    rows = [row for row in rows[1:] if is_row("main", row[0]) or BEST in row[0]]
-    rows.insert(0, ("no training", "steps", full, gain(untrained_of(full), full)))
-    if any(BEST in row[0] for row in rows):
-        rows = [row for row in rows if not row[0].startswith("only ")]
-    if table == "main" and read_lines("harmful"):
-        rows += [row for row in largest("harmful")[1] if HARMED in row[0] and row[3]]
-    return [row for row in rows if len(row[2]) > 2]
+def draw_rates(ax, runs, s, title):
+    """One panel: how much of each style student s is given, mean over the runs and its interval."""
+    for style in sorted(runs[0]["curve"]):
+        curves = list(zip(*(run["curve"][style][s] for run in runs)))  # ten steps -> its runs
+        steps = [10 * i + 5 for i in range(len(curves))]
+        mean, half = zip(*map(interval, curves))
+        color = STYLES.get(style, "0.7")
+        ax.plot(steps, mean, color=color, linewidth=2.2 if style in STYLES else 1)
+        ax.fill_between(steps, [m - h for m, h in zip(mean, half)],
+                        [m + h for m, h in zip(mean, half)], color=color, alpha=0.15, linewidth=0)
+        if style in STYLES:
+            ax.annotate(style, (steps[-1], mean[-1]))
+    ax.set_title(title)
 
 
-def names_of(rows):
-    """The names of the controls, each once, without the styles that were best."""
-    return list(dict.fromkeys(row[0].split(" (")[0] for row in rows))
-
-
-def draw_gains(ax, rows):
-    """One panel: the gains over the controls `rows`."""
-    names = names_of(rows)
-    for budget, (label, shift, look) in LOOKS.items():
-        some = [row for row in rows if row[1] in (budget, "both")]
-        y = [names.index(row[0].split(" (")[0]) + shift for row in some]
-        ax.errorbar([row[3][0] for row in some], y, xerr=[row[3][1] for row in some], label=label,
-                    linestyle="", capsize=3, elinewidth=1.2, markersize=6, **look)
-    ax.axvline(0, color="black", linewidth=1)
-    ax.set_yticks(range(len(names)), [label_of(name, rows) for name in names])
-    ax.invert_yaxis()
-    ax.set_xlabel("gain of QR-Distill in points of test accuracy\n(right of zero: QR-Distill is better)")
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.grid(axis="x", color="0.9")
-    ax.set_axisbelow(True)
-
-
-def largest(table):
-    """(setting, rows) of the setting of a table that has most runs."""
-    setting, cells = max(settings_of(table).items(),
-                         key=lambda item: sum(map(len, item[1].values())))
-    return setting, comparisons(cells)
-
-
-def label_of(name, rows):
-    """A control's name on the axis; the best single style with the styles that were best."""
-    if name != BEST:
-        return textwrap.fill(name.replace(HARMED, f"{HARMED}: student 1"), 30)
-    styles = dict.fromkeys(row[0].partition(" (")[2].rstrip(")") for row in rows
-                           if row[0].startswith(name))
-    return f"{name}\n({', '.join(styles)})"
+def draw_accuracies(ax):
+    """One panel: student 1's accuracy in each row, with its interval."""
 
 
 def write(table):
-    """Write results/TABLE.md and, after a change of a table that it shows, the picture; print the
-    table."""
-    if not read_lines(table):
-        return
+    """Write results/TABLE.md, and print it."""
     text = markdown(table)
     (RESULTS / f"{table}.md").write_text(text)
     print(text)
-    if table in ("main", "real", "harmful"):
-        picture().savefig(RESULTS / "gains.png")
 
 
 def main():
@@ -301,6 +247,7 @@ def main():
     p.add_argument("--table", nargs="+", choices=there, default=there, help="which (all with lines)")
     for table in p.parse_args().table:
         write(table)
+
 
 
 if __name__ == "__main__":
