@@ -3,11 +3,10 @@
     python tests/experiments/grid.py --table main --seeds 20 21 22        # the demo
     python tests/experiments/grid.py --table real --students A B --paths POOL.jsonl \\
         --eval_questions TEST.jsonl --steps 100 --batch_size 4 --seeds 0 1 2 --more --encoder MINILM
-    python tests/experiments/tables.py                                    # tables and pictures
+    python tests/experiments/tables.py                                    # tables and the picture
 
 Every run is `python distill.py` with the flags of its line. A run whose line stands in any file of
-results/ is not repeated: delete the lines that a change of the code has made old. A run that was
-killed goes on from its last checkpoint in --out.
+results/ is not repeated: delete the lines that a change of the code has made old.
 
 A row is compared with its reference (QR-Distill, where it names no other) seed by seed, on the same
 questions, split and untrained students: once at equal optimiser steps with equally many questions a
@@ -19,12 +18,14 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
+import shutil
+import statistics
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import tables
@@ -37,27 +38,22 @@ import judge
 
 
 # ---------------------------------------- which runs
-def data_flags(args):
-    """The flags of distill.py that say on what is trained and tested; none: the demo."""
-    if not args.students:
-        return []
-    return ["--students", *args.students, "--paths", args.paths,
-            "--eval_questions", args.eval_questions]
-
-
 def job_of(args, row, budget, seed, steps, batch_size):
     """A run to be made: its flags, and the beginning of its line, which names no folder."""
-    flags = [*data_flags(args), "--seed", str(seed), "--max_steps", str(steps),
-             "--batch_size", str(batch_size), *args.more, *row.flags.split()]
+    flags = []  # none: the demo
+    if args.students:
+        flags = ["--students", *args.students, "--paths", args.paths,
+                 "--eval_questions", args.eval_questions]
+    flags += ["--seed", str(seed), "--max_steps", str(steps), "--batch_size", str(batch_size),
+              *args.more, *row.flags.split()]
     data = hashlib.sha256()
     for flag, value in itertools.pairwise(flags):
         if flag in ("--paths", "--eval_questions"):
             data.update(Path(value).read_bytes())
+    words = [Path(word).name if os.path.exists(word) else word for word in flags]
     line = {"row": row.name, "against": row.against, "budget": budget, "seed": seed,
-            "flags": " ".join(Path(flag).name if os.path.exists(flag) else flag
-                              for flag in flags),
-            "data": data.hexdigest()[:8], "shuffled": row.shuffle, "compared": row.compared,
-            "setting": setting_of(args)}
+            "flags": " ".join(words), "data": data.hexdigest()[:8], "shuffled": row.shuffle,
+            "compared": row.compared, "setting": setting_of(args)}
     return flags, line
 
 
@@ -96,108 +92,84 @@ def shuffle_tokens(row, s):
     response[:-1] = response[order]
 
 
-def first_test_once(evaluate, file):
-    """eval.evaluate, the first call of which, the test of the untrained students, is read from
-    `file` if a run before made it: their greedy answers hang on no row and no seed."""
-    tests = itertools.count()
-
-    def evaluate_or_read(*args, **more):
-        first = next(tests) == 0
-        if first and file.exists():
-            return json.loads(file.read_text())
-        found = evaluate(*args, **more)
-        if first:
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(found))
-            part.replace(file)
-        return found
-    return evaluate_or_read
+def read_rates(folder):
+    """What log.jsonl holds so far: for each step {(style, student): share of the style's paths that
+    the student was given}."""
+    steps = []
+    for text in (folder / "log.jsonl").read_text().splitlines():
+        names = {tuple(name.split("/")): value for name, value in json.loads(text).items()}
+        steps.append({(name[1], int(name[2])): value for name, value in names.items()
+                      if name[0] == "rate_style"})
+    return steps
 
 
-def train(flags, folder, shuffle=None, first_test=None):
-    """One run of distill.py in `folder`, or the rest of it -> its results.json. What it prints goes
-    to FOLDER.txt; first_test: the file of first_test_once. Raises what distill.main raises,
-    SystemExit included."""
-    import distill  # here, so that only the workers load torch
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not (folder / "results.json").exists():
-        begun = (folder / "checkpoint.pt").exists()
-        encode, evaluate = distill.encode, tasks.evaluate
-        if shuffle:
-            distill.encode = shuffled(encode, shuffle)
-        if first_test and not begun:
-            tasks.evaluate = first_test_once(evaluate, first_test)
-        try:
-            with open(f"{folder}.txt", "a") as text, contextlib.redirect_stdout(text), \
-                    contextlib.redirect_stderr(text):
-                distill.main(["--resume", str(folder)] if begun
-                             else [*flags, "--out_dir", str(folder)])
-        finally:
-            distill.encode, tasks.evaluate = encode, evaluate
-    return json.loads((folder / "results.json").read_text())
-
-
-def rounded(x):
-    """Numbers to four digits after the point, in lists and objects too."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return round(x, 4) if isinstance(x, float) else x
+def curves(steps):
+    """{style: for each student its mean rate in every ten steps}."""
+    tens = [steps[i:i + 10] for i in range(0, len(steps), 10)]
+    found = {}
+    for style, s in sorted({pair for step in steps for pair in step}):
+        means = [statistics.mean(step[style, s] for step in ten if (style, s) in step) for ten in tens]
+        found.setdefault(style, []).append([round(mean, 4) for mean in means])
+    return found
 
 
 def run(flags, line, out):
-    """Make a run -> its whole line, or (row, what went wrong) if it failed."""
+    """Make a run, whose text goes to a file -> its whole line, or what went wrong. Where a style is
+    shuffled the rates of all styles over the steps are kept, too, in results/rates.jsonl."""
+    import distill  # here, so that only the workers load torch
+
     folder = out / hashlib.sha256(key_of(line).encode()).hexdigest()[:16]
-    first_test = None
-    if "--students" in flags:  # the demo's students hang on the seed
-        first_test = out / f"before_{hashlib.sha256(line['setting'].encode()).hexdigest()[:16]}.json"
-    try:
-        results = train(flags, folder, line["shuffled"], first_test)
-    except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
-        with open(f"{folder}.txt", "a") as text:
-            traceback.print_exc(file=text)
-        return line["row"], f"see {folder}.txt"
-    scores = ("accuracy", "ensemble", "upper_bound")
-    return line | rounded({
-        **{key: results["after"][key] for key in scores},
-        "before": {key: results["before"][key] for key in scores},
-        "questions": results["after"]["questions"], "tokens": results["tokens_trained"],
-        "seconds": results["seconds"], "rate": results["selection_rate"],
-        "versions": results["versions"]})
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    encode = distill.encode
+    if line["shuffled"]:
+        distill.encode = shuffled(encode, line["shuffled"])
+    with open(f"{folder}.txt", "w") as text, contextlib.redirect_stdout(text), \
+            contextlib.redirect_stderr(text):
+        try:
+            distill.main([*flags, "--out_dir", str(folder)])
+        except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
+            traceback.print_exc()
+            return f"{line['row']} failed, see {folder}.txt"
+        finally:
+            distill.encode = encode
+    results = json.loads((folder / "results.json").read_text(),
+                         parse_float=lambda number: round(float(number), 4))
+    for key in ("accuracy", "ensemble", "upper_bound"):
+        line[key] = results["after"][key]
+        line.setdefault("before", {})[key] = results["before"][key]
+    line |= {"questions": results["after"]["questions"], "tokens": results["tokens_trained"],
+             "seconds": results["seconds"], "rate": results["selection_rate"],
+             "versions": results["versions"]}
+    if line["shuffled"]:
+        tables.append_line("rates", {**line, "curves": curves(read_rates(folder))})
+    return line
 
 
 # ---------------------------------------- the grid
 def run_all(jobs, args):
     """Make the runs that have no line yet, and write each line when it comes -> all their lines."""
-    # A line of a row that is gone was made by other code, which its commit has.
     known = {}
     for name in TABLES:
         for line in tables.read_lines(name):
-            if place(name, line["row"]) < len(TABLES[name]):
+            if place(name, line["row"]) < len(TABLES[name]):  # else other code made it
                 known[key_of(line)] = line
     here = {(key_of(line), line["row"]) for line in tables.read_lines(args.table)}
-    lines, new = [], []
-
-    def keep(line):
-        lines.append(line)
+    # A line of another table gets the names of this one.
+    lines = [{**known[key_of(line)], **line} for _, line in jobs if key_of(line) in known]
+    for line in lines:
         if (key_of(line), line["row"]) not in here:
             tables.append_line(args.table, line)
-
-    for flags, line in jobs:
-        if key_of(line) in known:  # its names are those of this table
-            keep({**known[key_of(line)], **line})
-        else:
-            new.append((flags, line))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+    new = [(flags, line) for flags, line in jobs if key_of(line) not in known]
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(run, *job, args.out) for job in new]
         for done in tqdm(as_completed(waiting), total=len(new), desc="runs", disable=not new):
-            result = done.result()
-            if isinstance(result, dict):
-                keep(result)
-            else:
-                print("failed:", *result, file=sys.stderr)
+            line = done.result()
+            if isinstance(line, str):
+                print(line, file=sys.stderr)
+                continue
+            tables.append_line(args.table, line)
+            lines.append(line)
     return lines
 
 
@@ -222,40 +194,32 @@ def scaled_jobs(args, rows, lines):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = tasks.stop
     p.add_argument("--table", choices=TABLES, required=True, help="which rows")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these, and their references (all)")
-    p.add_argument("--styles", nargs="+", help="for rows of a style: only these styles (the pool's)")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 35)), help="(20 to 34)")
     p.add_argument("--budgets", nargs="+", choices=["steps", "tokens"], default=["steps", "tokens"],
                    help="equal what (both)")
     p.add_argument("--steps", type=int, default=152, help="optimiser steps of QR-Distill (152)")
     p.add_argument("--batch_size", type=int, default=8, help="its questions a step (8)")
-    p.add_argument("--students", nargs="+", metavar="MODEL", help="real students (the demo's)")
+    p.add_argument("--students", nargs="+", metavar="MODEL", help="pretrained ones (the demo's)")
     p.add_argument("--paths", metavar="POOL", help="their pool")
     p.add_argument("--eval_questions", metavar="FILE", help="their test questions")
-    p.add_argument("--out", type=Path, default=Path("out/experiments"),
-                   help="run folders (out/experiments)")
+    p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
     p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further flags of every run")
     args = p.parse_args()
     if len({bool(x) for x in (args.students, args.paths, args.eval_questions)}) > 1:
-        tasks.stop("real runs need --students, --paths and --eval_questions together")
-    if args.table == "real" and not args.students:
-        tasks.stop("--table real needs --students, --paths and --eval_questions")
+        tasks.stop("pretrained students need --students, --paths and --eval_questions together")
     return args
 
 
 def main():
     args = parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: a sum in another order is another run
-    styles = args.styles or judge.STYLES
-    if args.paths and not args.styles:
+    styles = judge.STYLES
+    if args.paths:
         styles = sorted({row["style"] for row in judge.read_pool(args.paths)})
-    try:
-        rows = rows_of(args.table, styles, args.rows)
-    except ValueError as error:
-        tasks.stop(f"--rows: {error}")
+    rows = rows_of(args.table, styles, args.rows)
     lines = run_all([job_of(args, row, "steps", seed, args.steps, args.batch_size)
                      for seed in args.seeds for row in rows], args)
     if "tokens" in args.budgets:

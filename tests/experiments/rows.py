@@ -92,8 +92,7 @@ TABLES = {
 
 def rows_of(table, styles, only=None):
     """The rows of a table that today's code has, one for each style where they say STYLE; of these
-    the rows named `only`, and the rows that they are compared with. Raises ValueError at a name
-    that is none."""
+    the rows named `only` and the rows that they are compared with."""
     rows = []
     for row in TABLES[table]:
         if row.flags is PAST:
@@ -102,9 +101,6 @@ def rows_of(table, styles, only=None):
             texts = {key: value.replace("STYLE", style)
                      for key, value in vars(row).items() if isinstance(value, str)}
             rows.append(dataclasses.replace(row, **texts))
-    names = [row.name for row in rows]
-    if unknown := sorted(set(only or []) - set(names)):
-        raise ValueError(f"{unknown[0]!r} is none of the rows {', '.join(map(repr, names))}")
     chosen = [row for row in rows if not only or row.name in only]
     wanted = {name for row in chosen for name in (row.name, row.against)}
     return [row for row in rows if row.name in wanted]

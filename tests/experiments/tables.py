@@ -14,6 +14,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from rows import FULL, TABLES, place
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -23,11 +24,10 @@ SAME_TOKENS = 0.15  # a row whose tokens differ by less than this share needs no
 T975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
         2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
 
-LEGEND = """Percent of the test questions, mean ± 95 % interval over the seeds; any right: at least one student. equal:
-the row was given as many optimiser steps, or trained response tokens (to within 15 %), as QR-Distill. The gain of
-QR-Distill is in points, over the seeds that both have, with its 95 % interval; bold: the interval leaves zero out.
-Paths that the router reads by its probe are not among the trained tokens. seconds: of training, on one core, with what
-the route looks at beforehand; the median, since other runs shared the machine."""
+LEGEND = """Percent of the test questions that are right, and the gain of QR-Distill in points, each a mean with its 95 %
+interval over the seeds; bold: the interval leaves zero out. First at as many optimiser steps as QR-Distill, then, where
+a row trains on other amounts (by 15 %), at as many trained response tokens; paths that the router reads by its probe
+are not among these. mean: over the students that the row compares. A gain is over the seeds that both have."""
 
 
 # ---------------------------------------- lines
@@ -55,12 +55,13 @@ def equal_tokens(pairs):
 
 
 def settings_of(table):
-    """{setting: {(row, budget): {seed: line}}} of a table's lines, in the order of its rows."""
+    """{setting: {row: {budget: {seed: line}}}} of a table's lines, in the order of its rows; budget
+    is steps or tokens."""
     lines = read_lines(table)
-    lines.sort(key=lambda line: (place(table, line["row"]), line["row"], line["budget"]))
-    settings = defaultdict(lambda: defaultdict(dict))
+    lines.sort(key=lambda line: (place(table, line["row"]), line["row"]))
+    settings = defaultdict(lambda: defaultdict(lambda: {"steps": {}, "tokens": {}}))
     for line in lines:
-        settings[line["setting"]][line["row"], line["budget"]][line["seed"]] = line
+        settings[line["setting"]][line["row"]][line["budget"]][line["seed"]] = line
     return settings
 
 
@@ -83,154 +84,77 @@ def gain(runs, references):
     """Gain of the reference over a row, both {seed: line} -> (mean, half), None without a common seed."""
     differences = []
     for seed in runs.keys() & references.keys():
-        compared = runs[seed]["compared"]
-        reference = {**references[seed], "compared": compared}
+        reference = {**references[seed], "compared": runs[seed]["compared"]}
         differences.append(accuracy(reference) - accuracy(runs[seed]))
     return interval(differences) if differences else None
 
 
-def untrained_of(runs):
-    """{seed: line} with what the students could do before the run."""
-    return {seed: {**line, **line["before"]} for seed, line in runs.items()}
-
-
-def comparisons(cells):
-    """[(row, budget, runs, gain)] of one setting {(row, budget): runs}; budget is steps, tokens or
-    both; the gain of a reference over itself is None. The untrained students come first, the best
-    single style last."""
-    found = []
-    for (row, budget), runs in cells.items():
-        references = cells.get((next(iter(runs.values()))["against"], "steps"), {})
-        pairs = [(runs[seed], references[seed]) for seed in runs.keys() & references.keys()]
-        if runs is references:
-            found.append((row, "", runs, None))
-            continue
-        if budget == "steps" and pairs and equal_tokens(pairs):
-            budget = "both"
-        found.append((row, budget, runs, gain(runs, references)))
-    for budget in ("steps", "tokens"):
-        single = [x for x in found if x[0].startswith("only ") and x[1] in (budget, "both")]
-        if len(single) > 1:
-            row, _, runs, difference = max(single, key=lambda x: statistics.mean(
-                accuracy(line) for line in x[2].values()))
-            style = row.removeprefix("only ")
-            found.append((f"{BEST} ({style})", budget, runs, difference))
-    full = found[0][2]
-    untrained = untrained_of(full)
-    over = gain(untrained, full) if found[0][0].startswith(FULL) else None
-    return [("untrained", "", untrained, over), *found]
+def with_extremes(rows):
+    """The rows of a setting, the untrained students before and the best single style behind them."""
+    full = next(iter(rows.values()))["steps"]
+    untrained = {seed: {**line, **line["before"]} for seed, line in full.items()}
+    found = {"untrained": {"steps": untrained, "tokens": {}}, **rows}
+    single = [row for row in rows if row.startswith("only ")]
+    if len(single) > 1:
+        best = max(single, key=lambda row: statistics.mean(
+            accuracy(line) for line in rows[row]["steps"].values()))
+        found[f"{BEST} ({best.removeprefix('only ')})"] = rows[best]
+    return found
 
 
 # ---------------------------------------- markdown
-def text_of(difference, sign=""):
-    """'7.8 ± 3.2' of (mean, half); sign '+': a gain, bold where the interval leaves zero out."""
-    if difference is None:
+def text_of(mean_and_half, sign=""):
+    """'7.8 ± 3.2'; sign '+': a gain, bold where the interval leaves zero out."""
+    if mean_and_half is None:
         return ""
-    mean, half = difference
+    mean, half = mean_and_half
     if math.isnan(half):
         return f"{mean:{sign}.1f}"
     text = f"{mean:{sign}.1f} ± {half:.1f}"
     return f"**{text}**" if sign and abs(mean) > half else text
 
 
-def percent(shares):
-    return text_of(interval([100 * share for share in shares]))
+def cells_of(runs, references):
+    """'mean', 'tokens' and 'gain' of a row's runs; nothing where there is none."""
+    if not runs:
+        return ["", "", ""]
+    tokens = statistics.mean(sum(line["tokens"]) for line in runs.values())
+    difference = None if runs is references else gain(runs, references)
+    return [text_of(interval([accuracy(line) for line in runs.values()])), f"{tokens / 1e3:.0f}k",
+            text_of(difference, "+")]
 
 
-def row_text(name, budget, runs, difference):
-    """A row of the table."""
-    lines = list(runs.values())
-    scores = [text_of(interval([accuracy({**line, "compared": None}) for line in lines]))]
-    scores += [percent(shares) for shares in zip(*(line["accuracy"] for line in lines))]
-    scores += [percent([line[key] for line in lines]) for key in ("ensemble", "upper_bound")]
-    tokens = statistics.mean(sum(line["tokens"]) for line in lines)
-    seconds = statistics.median(line["seconds"] for line in lines)
-    cost = ["", ""] if name == "untrained" else [f"{tokens / 1e3:.0f}k", f"{seconds:.0f}"]
-    return " | ".join(["", name, budget, str(len(lines)), *scores, *cost, text_of(difference, "+")]).strip() + " |"
-
-
-def section(setting, cells):
+def section(setting, rows):
     """The table of one setting, and the sentences below it."""
-    rows = comparisons(cells)
-    lines = list(rows[0][2].values())
-    students = range(len(lines[0]["accuracy"]))
-    names = " | ".join(f"student {s}" for s in students)
-    text = [
-        f"### {setting}\n",
-        f"| | equal | seeds | mean | {names} | ensemble | any right | tokens | seconds | gain of QR-Distill |",
-        "|---" * (len(students) + 9) + "|",
-        *(row_text(*row) for row in rows),
-    ]
-    seeds = sorted({seed for _, _, runs, _ in rows for seed in runs})
-    halves = [x[1] for _, _, _, x in rows[1:] if x and not math.isnan(x[1])]
-    text.append(f"\nSeeds {', '.join(map(str, seeds))}; {lines[0]['questions']} test questions.")
+    first = next(iter(next(iter(rows.values()))["steps"].values()))
+    names = [f"student {s}" for s in range(len(first["accuracy"]))]
+    heads = ["", "seeds", *names, "ensemble", "mean", "tokens", "gain", "equal tokens: mean", "tokens", "gain"]
+    text = [f"### {setting}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    seeds, halves = set(), []
+    for name, budgets in with_extremes(rows).items():
+        lines = list(budgets["steps"].values())
+        references = rows[lines[0]["against"]]["steps"]
+        shares = [*zip(*(line["accuracy"] for line in lines)), [line["ensemble"] for line in lines]]
+        scores = [text_of(interval([100 * x for x in values])) for values in shares]
+        cells = [name, str(len(lines)), *scores, *cells_of(budgets["steps"], references),
+                 *cells_of(budgets["tokens"], references)]
+        text.append(f"| {' | '.join(cells)} |")
+        seeds |= budgets["steps"].keys()
+        difference = gain(budgets["steps"], references)
+        if budgets["steps"] is not references and difference and not math.isnan(difference[1]):
+            halves.append(difference[1])
+    text.append(f"\nSeeds {', '.join(map(str, sorted(seeds)))}; {first['questions']} test questions.")
     if halves:
-        text.append(f"Half of the intervals are wider than ± {statistics.median(halves):.1f} points: "
-                    "what is smaller is not seen here.")
-    text.append("Selection rates of QR-Distill in its last epoch, a value for each student:")
-    return "\n".join(text + rate_texts(cells))
-
-
-def rate_texts(cells):
-    """A line for each reference of a setting: its rates by style, means over the seeds."""
-    texts = []
-    for (row, _), runs in cells.items():
-        lines = list(runs.values())
-        if row != lines[0]["against"]:
-            continue
-        rates = []
-        for style in sorted({style for line in lines for style in line["rate"]}):
-            shares = zip(*(line["rate"][style] for line in lines if style in line["rate"]))
-            rates.append(f"{style} {', '.join(f'{statistics.mean(share):.2f}' for share in shares)}")
-        texts.append(f"- {row}: {'; '.join(rates)}")
-    return texts
+        text.append(f"Half of the gains at equal steps have intervals wider than ± {statistics.median(halves):.1f} "
+                    "points: what is smaller is not seen here.")
+    return "\n".join(text)
 
 
 def markdown(table):
     """The whole text of results/TABLE.md."""
     commits = sorted({line["versions"]["commit"][:12] for line in read_lines(table)})
-    head = f"## Table {table}\n\n{LEGEND}\n\n"
     sections = [section(*setting) for setting in settings_of(table).items()]
-    return head + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
-
-
-# ---------------------------------------- the picture
-STYLES = {"vanilla": "black", "program": "0.45"}  # drawn strongly; the others are thin
-PANEL = {FULL: "QR-Distill", "all paths to both": "all paths", "a random path": "a random path",
-         "the shortest path": "the shortest path", "the likeliest path": "the likeliest path"}
-
-
-def picture():
-    """The router where vanilla is shuffled for student 1: rates of the styles over the steps for each
-    student (results/rates.jsonl), and student 1's accuracies (table harmful)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((12, 3.9), dpi=150, layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.05])
-    runs = read_lines("rates")
-    draw_rates(left, runs, 0, "student 0: every style is whole")
-    draw_rates(middle, runs, 1, "student 1: vanilla's tokens are shuffled")
-    draw_accuracies(right)
-    return figure
-
-
-def draw_rates(ax, runs, s, title):
-    """One panel: how much of each style student s is given, mean over the runs and its interval."""
-    for style in sorted(runs[0]["curve"]):
-        curves = list(zip(*(run["curve"][style][s] for run in runs)))  # ten steps -> its runs
-        steps = [10 * i + 5 for i in range(len(curves))]
-        mean, half = zip(*map(interval, curves))
-        color = STYLES.get(style, "0.7")
-        ax.plot(steps, mean, color=color, linewidth=2.2 if style in STYLES else 1)
-        ax.fill_between(steps, [m - h for m, h in zip(mean, half)],
-                        [m + h for m, h in zip(mean, half)], color=color, alpha=0.15, linewidth=0)
-        if style in STYLES:
-            ax.annotate(style, (steps[-1], mean[-1]))
-    ax.set_title(title)
-
-
-def draw_accuracies(ax):
-    """One panel: student 1's accuracy in each row, with its interval."""
+    return f"## Table {table}\n\n{LEGEND}\n\n" + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
 
 
 def write(table):
@@ -240,14 +164,67 @@ def write(table):
     print(text)
 
 
+# ---------------------------------------- the picture
+CONTROLS = [FULL, "all paths to both", "a random path", "the shortest path", "the likeliest path"]
+STRONG = {"vanilla": ("black", "-"), "program": ("0.4", "--")}  # the other styles: thin grey lines
+
+
+def picture(shuffled="vanilla"):
+    """The router where one style is shuffled for student 1: the rate of each style over the steps for
+    each student (results/rates.jsonl), and student 1's accuracies (table harmful)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.3), dpi=200, layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.85])
+    runs = [line for line in read_lines("rates") if line["shuffled"] == shuffled]
+    for s, ax in enumerate(panels[:2]):
+        draw_rates(ax, [run["curves"] for run in runs], s)
+        ax.set_title(f"student {s}: {shuffled} is {['whole', 'shuffled'][s]}", fontsize=10)
+    panels[0].set_ylabel("share of a style's paths\nthat the student is given")
+    setting, rows = next(iter(settings_of("harmful").items()))
+    accuracies = {name: rows[f"{name}, {shuffled} shuffled"]["steps"].values() for name in CONTROLS}
+    draw_accuracies(panels[2], {name: interval([accuracy(line) for line in lines])
+                                for name, lines in accuracies.items()})
+    panels[2].set_title("student 1: right answers, %", fontsize=10)
+    for ax in panels:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_rates(ax, runs, s):
+    """A line for each style: what student s is given of it, mean and interval over the runs."""
+    for style in sorted(runs[0], key=STRONG.__contains__):
+        tens = zip(*(run[style][s] for run in runs))  # of ten steps each the rates of all runs
+        mean, half = map(np.array, zip(*map(interval, tens)))
+        steps = 10 * np.arange(len(mean)) + 5
+        color, dashes = STRONG.get(style, ("0.7", "-"))
+        ax.plot(steps, mean, dashes, color=color, linewidth=2 if style in STRONG else 1)
+        if style in STRONG:
+            ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+            ax.annotate(style, (steps[-1], mean[-1]), (4, 0), textcoords="offset points", va="center")
+    ax.set_xlabel("step")
+    ax.set_ylim(-0.03, 1.03)
+
+
+def draw_accuracies(ax, rows):
+    """{row: (mean, half)} as points with their intervals."""
+    for y, (name, (mean, half)) in enumerate(rows.items()):
+        ax.errorbar(mean, -y, xerr=half, fmt="o", color="black", capsize=3)
+        ax.annotate(f"{name}: {mean:.0f} ± {half:.0f}", (0, -y), (4, 8), textcoords="offset points")
+    ax.set_yticks([])
+    ax.set_ylim(-len(rows) + 0.5, 0.8)
+    ax.set_xlim(0)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    there = [table for table in TABLES if (RESULTS / f"{table}.jsonl").exists()]
+    there = [table for table in TABLES if read_lines(table)]
     p.add_argument("--table", nargs="+", choices=there, default=there, help="which (all with lines)")
     for table in p.parse_args().table:
         write(table)
-
+    if read_lines("rates"):
+        picture().savefig(RESULTS / "router.png")
 
 
 if __name__ == "__main__":
