@@ -106,14 +106,14 @@ def trl(args, folder):
 
     import eval as tasks
 
-    class Watch(transformers.TrainerCallback):
-        seconds = []  # of the optimiser steps alone, not of train()'s start and end
+    seconds = []  # of the optimiser steps alone, not of train()'s start and end
 
+    class Watch(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            self.seconds.append(time.perf_counter() - self.began)
+            seconds.append(time.perf_counter() - self.began)
 
     source, bf16 = str(model_folder(args.model)), args.dtype == "bf16"
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -132,11 +132,10 @@ def trl(args, folder):
         gradient_checkpointing=False, bf16=bf16, use_cpu=args.device == "cpu", learning_rate=2e-4,
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    watch = Watch()
     with contextlib.redirect_stdout(None):
         SFTTrainer(model, config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-                   peft_config=lora, callbacks=[watch]).train()
-    return tokens / statistics.median(watch.seconds[WARM_UP:])
+                   peft_config=lora, callbacks=[Watch()]).train()
+    return tokens / statistics.median(seconds[WARM_UP:])
 
 
 def model_folder(name):
@@ -162,7 +161,7 @@ def measure(args):
 def child(args, part, side, code):
     """One measurement -> {name: [value, unit]}."""
     command = [sys.executable, HERE, "--part", part, "--side", side, "--code", code, *sys.argv[1:]]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{part} of {side} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

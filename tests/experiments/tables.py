@@ -181,7 +181,7 @@ def picture(shuffled="vanilla"):
         draw_rates(ax, [run["curves"] for run in runs], s)
         ax.set_title(f"student {s}: {shuffled} is {['whole', 'shuffled'][s]}", fontsize=10)
     panels[0].set_ylabel("share of a style's paths\nthat the student is given")
-    setting, rows = next(iter(settings_of("harmful").items()))
+    rows = next(iter(settings_of("harmful").values()))
     accuracies = {name: rows[f"{name}, {shuffled} shuffled"]["steps"].values() for name in CONTROLS}
     draw_accuracies(panels[2], {name: interval([accuracy(line) for line in lines])
                                 for name, lines in accuracies.items()})
