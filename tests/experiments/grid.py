@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +33,8 @@ import tables
 from rows import TABLES, place, rows_of
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import eval as tasks
 import judge
 
@@ -96,10 +98,9 @@ def read_rates(folder):
     """What log.jsonl holds so far: for each step {(style, student): share of the style's paths that
     the student was given}."""
     steps = []
-    for text in (folder / "log.jsonl").read_text().splitlines():
-        names = {tuple(name.split("/")): value for name, value in json.loads(text).items()}
-        steps.append({(name[1], int(name[2])): value for name, value in names.items()
-                      if name[0] == "rate_style"})
+    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        names = [name.split("/", 1)[1] for name in line if name.startswith("rate_style/")]
+        steps.append({(name[:-2], int(name[-1])): line[f"rate_style/{name}"] for name in names})
     return steps
 
 
@@ -140,10 +141,15 @@ def run(flags, line, out):
         line.setdefault("before", {})[key] = results["before"][key]
     line |= {"questions": results["after"]["questions"], "tokens": results["tokens_trained"],
              "seconds": results["seconds"], "rate": results["selection_rate"],
-             "versions": results["versions"]}
+             "versions": {**results["versions"], "commit": commit()}}
     if line["shuffled"]:
         tables.append_line("rates", {**line, "curves": curves(read_rates(folder))})
     return line
+
+
+def commit():
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 # ---------------------------------------- the grid

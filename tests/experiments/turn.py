@@ -11,16 +11,14 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
 import tables
-from grid import read_rates, shuffle_tokens
+from grid import commit, read_rates, shuffle_tokens
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 STEPS, LEAVE_AT, FIND_AT = 150, 75, 30
 # Between which steps a student's rate is looked at, before and after; below 0: from the end.
 LOOKED_AT = {"leave": [(LEAVE_AT - 10, LEAVE_AT), (LEAVE_AT + 15, LEAVE_AT + 25)],
@@ -96,7 +94,7 @@ def run(job):
     return {"kind": kind, "style": stage.styles if kind == "leave" else style, "steps": STEPS,
             "seed": seed, "more": "", "before": before, "after": after,
             "accuracy": results["after"]["accuracy"], "questions": results["after"]["questions"],
-            "versions": results["versions"]}
+            "versions": {**results["versions"], "commit": commit()}}
 
 
 def main():
