@@ -1,4 +1,4 @@
-"""Is a judge a judge? Paths that are known to be bad or good, judged by it, and what the filter is worth.
+"""Is a judge a judge? Paths that are known to be bad or good, judged by it.
 
     python tests/experiments/canaries.py                                  # the demo's rule judge
     python tests/experiments/canaries.py --judge MODEL@URL --n 20         # further flags: judge.py's
@@ -54,13 +54,6 @@ def verdicts(rows, flags):
         return judge.read_pool(str(out))
 
 
-def four_counts(rows, ours, truth):
-    """'both right N, both wrong N, wrongly kept N, wrongly dropped N' of two fields of the rows."""
-    counts = Counter((bool(row[ours]), bool(row[truth])) for row in rows)
-    return (f"{len(rows)} paths: both right {counts[True, True]}, both wrong {counts[False, False]}, "
-            f"wrongly kept {counts[True, False]}, wrongly dropped {counts[False, True]}")
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,17 +65,15 @@ def main():
     demo = judge.grade_paths(judge.demo_paths(judge.demo_questions(400, args.seed), args.seed))
     good = [row for row in demo if row["source_valid"]]
     rows = judge.grade_paths(judge.read_pool(args.paths)) if args.paths else good
-    known = [row for row in rows if row.get("source_correct") is not None]
-    if args.paths and known:
-        print("the answer check against the authors:", four_counts(known, "correct", "source_correct"))
+    agreed = Counter((row["correct"], bool(row["source_correct"])) for row in rows
+                     if args.paths and row.get("source_correct") is not None)
+    for (ours, theirs), n in sorted(agreed.items()):
+        print(f"the answer check says {ours}, the pool's authors {theirs}: {n} paths")
     judged = verdicts(list(canaries(rows, good, args.n, args.seed)), ["--judge", args.judge, *flags])
     for kind, rows in [(kind, [row for row in judged if row["canary"] == kind])
                        for kind in ("wrong number", "told its verdict", "good")]:
         said = Counter(verdict.split(":")[0] for row in rows for verdict in row["verdict"].values())
         print(f"{kind}: {len(rows)} paths, " + ", ".join(f"{n} {word}" for word, n in said.items()))
-    if args.judge == "rule":
-        right = [row for row in verdicts(demo, ["--judge", "rule"]) if row["correct"]]
-        print("the rule judge against the demo's truth:", four_counts(right, "valid", "source_valid"))
 
 
 if __name__ == "__main__":

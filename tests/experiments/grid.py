@@ -53,10 +53,9 @@ def job_of(args, row, budget, seed, steps, batch_size):
         if flag in ("--paths", "--eval_questions"):
             data.update(Path(value).read_bytes())
     words = [Path(word).name if os.path.exists(word) else word for word in flags]
-    line = {"row": row.name, "against": row.against, "budget": budget, "seed": seed,
+    return flags, {"row": row.name, "against": row.against, "budget": budget, "seed": seed,
             "flags": " ".join(words), "data": data.hexdigest()[:8], "shuffled": row.shuffle,
             "compared": row.compared, "setting": setting_of(args)}
-    return flags, line
 
 
 def setting_of(args):
@@ -115,16 +114,16 @@ def curves(steps):
 
 
 def run(flags, line, out):
-    """Make a run, whose text goes to a file -> its whole line, or what went wrong. Where a style is
+    """Make a run, whose text goes to a file -> its whole line, or what went wrong. A process makes one
+    run, since distill.encode may have changed. Where a style is
     shuffled the rates of all styles over the steps are kept, too, in results/rates.jsonl."""
     import distill  # here, so that only the workers load torch
 
     folder = out / hashlib.sha256(key_of(line).encode()).hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    encode = distill.encode
     if line["shuffled"]:
-        distill.encode = shuffled(encode, line["shuffled"])
+        distill.encode = shuffled(distill.encode, line["shuffled"])
     with open(f"{folder}.txt", "w") as text, contextlib.redirect_stdout(text), \
             contextlib.redirect_stderr(text):
         try:
@@ -132,8 +131,6 @@ def run(flags, line, out):
         except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
             traceback.print_exc()
             return f"{line['row']} failed, see {folder}.txt"
-        finally:
-            distill.encode = encode
     results = json.loads((folder / "results.json").read_text(),
                          parse_float=lambda number: round(float(number), 4))
     for key in ("accuracy", "ensemble", "upper_bound"):
@@ -167,7 +164,7 @@ def run_all(jobs, args):
         if (key_of(line), line["row"]) not in here:
             tables.append_line(args.table, line)
     new = [(flags, line) for flags, line in jobs if key_of(line) not in known]
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(run, *job, args.out) for job in new]
         for done in tqdm(as_completed(waiting), total=len(new), desc="runs", disable=not new):
             line = done.result()
@@ -230,7 +227,7 @@ def main():
                      for seed in args.seeds for row in rows], args)
     if "tokens" in args.budgets:
         run_all(scaled_jobs(args, rows, lines), args)
-    tables.write(args.table)
+    print(tables.markdown(args.table))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def section(setting, rows):
     names = [f"student {s}" for s in range(len(first["accuracy"]))]
     heads = ["", "seeds", *names, "ensemble", "mean", "tokens", "gain", "equal tokens: mean", "tokens", "gain"]
     text = [f"### {setting}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    seeds, halves = set(), []
+    seeds = set()
     for name, budgets in with_extremes(rows).items():
         lines = list(budgets["steps"].values())
         references = rows[lines[0]["against"]]["steps"]
@@ -140,13 +140,7 @@ def section(setting, rows):
                  *cells_of(budgets["tokens"], references)]
         text.append(f"| {' | '.join(cells)} |")
         seeds |= budgets["steps"].keys()
-        difference = gain(budgets["steps"], references)
-        if budgets["steps"] is not references and difference and not math.isnan(difference[1]):
-            halves.append(difference[1])
     text.append(f"\nSeeds {', '.join(map(str, sorted(seeds)))}; {first['questions']} test questions.")
-    if halves:
-        text.append(f"Half of the gains at equal steps have intervals wider than ± {statistics.median(halves):.1f} "
-                    "points: what is smaller is not seen here.")
     return "\n".join(text)
 
 
@@ -155,13 +149,6 @@ def markdown(table):
     commits = sorted({line["versions"]["commit"][:12] for line in read_lines(table)})
     sections = [section(*setting) for setting in settings_of(table).items()]
     return f"## Table {table}\n\n{LEGEND}\n\n" + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
-
-
-def write(table):
-    """Write results/TABLE.md, and print it."""
-    text = markdown(table)
-    (RESULTS / f"{table}.md").write_text(text)
-    print(text)
 
 
 # ---------------------------------------- the picture
@@ -222,7 +209,7 @@ def main():
     there = [table for table in TABLES if read_lines(table)]
     p.add_argument("--table", nargs="+", choices=there, default=there, help="which (all with lines)")
     for table in p.parse_args().table:
-        write(table)
+        (RESULTS / f"{table}.md").write_text(markdown(table))
     if read_lines("rates"):
         picture().savefig(RESULTS / "router.png")
 

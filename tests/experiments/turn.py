@@ -3,9 +3,9 @@
     python tests/experiments/turn.py --seeds 20 21 22        # two minutes a seed and core
 
 leave: from step 75 of 150 on, the tokens of the style that a student is on are shuffled for it; how
-often is it still given that style, 15 to 25 steps later? find: the tokens of one style, by default
-vanilla, the shortest, are shuffled for both students in the first 30 steps; how often are they given
-it in the last 30? A line for each run is added to results/turn.jsonl.
+often is it still given that style, 15 to 25 steps later? find: the tokens of vanilla, the shortest
+style, are shuffled for both students in the first 30 steps; how often are they given it in the last
+30? A line for each run is added to results/turn.jsonl.
 """
 import argparse
 import contextlib
@@ -28,9 +28,9 @@ LOOKED_AT = {"leave": [(LEAVE_AT - 10, LEAVE_AT), (LEAVE_AT + 15, LEAVE_AT + 25)
 class Stage:
     """The paths of a run: it shuffles and restores them."""
 
-    def __init__(self, distill, kind, style, folder):
+    def __init__(self, distill, kind, folder):
         self.encode_rows, self.choose_paths = distill.encode, distill.step_paths
-        self.kind, self.styles, self.folder = kind, [style, style], folder
+        self.kind, self.styles, self.folder = kind, ["vanilla", "vanilla"], folder
 
     def encode(self, *args):
         self.rows = self.encode_rows(*args)
@@ -74,25 +74,21 @@ def rate(rates, style, s):
 
 
 def run(job):
-    """One run -> its line."""
+    """One run, in a process of its own -> its line."""
     import distill
 
-    kind, style, seed, out = job
-    folder = out / f"turn_{kind}_{style}_{seed}"
-    stage = Stage(distill, kind, style, folder)
+    kind, seed, out = job
+    folder = out / f"turn_{kind}_{seed}"
+    stage = Stage(distill, kind, folder)
     distill.encode, distill.step_paths = stage.encode, stage.step_paths
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
-                contextlib.redirect_stderr(nowhere):
-            distill.main(["--seed", str(seed), "--max_steps", str(STEPS), "--out_dir", str(folder)])
-    finally:
-        distill.encode, distill.step_paths = stage.encode_rows, stage.choose_paths
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
+            contextlib.redirect_stderr(nowhere):
+        distill.main(["--seed", str(seed), "--max_steps", str(STEPS), "--out_dir", str(folder)])
     rates = read_rates(folder)
     before, after = [[round(rate(rates[start:end], stage.styles[s], s), 3) for s in range(2)]
                      for start, end in LOOKED_AT[kind]]
     results = json.loads((folder / "results.json").read_text())
-    return {"kind": kind, "style": stage.styles if kind == "leave" else style, "steps": STEPS,
-            "seed": seed, "more": "", "before": before, "after": after,
+    return {"kind": kind, "style": stage.styles, "steps": STEPS, "seed": seed, "before": before, "after": after,
             "accuracy": results["after"]["accuracy"], "questions": results["after"]["questions"],
             "versions": {**results["versions"], "commit": commit()}}
 
@@ -101,13 +97,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22], help="(20 to 22)")
     p.add_argument("--kinds", nargs="+", choices=LOOKED_AT, default=[*LOOKED_AT], help="(both)")
-    p.add_argument("--style", default="vanilla", help="of find (vanilla)")
     p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders (out/experiments)")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
-    jobs = [(kind, args.style, seed, args.out) for seed in args.seeds for kind in args.kinds]
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+    jobs = [(kind, seed, args.out) for seed in args.seeds for kind in args.kinds]
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         for line in pool.map(run, jobs):
             tables.append_line("turn", line)
             print(f"seed {line['seed']}, {line['kind']}: given {line['before']} before, {line['after']} "
