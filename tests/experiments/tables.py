@@ -1,13 +1,11 @@
 """The tables and the picture of the experiments, made again from results/*.jsonl alone.
 
-    python tests/experiments/tables.py               # all: results/TABLE.md, results/router.png
-    python tests/experiments/tables.py --table main
+    python tests/experiments/tables.py        # writes results/TABLE.md and results/router.png
 
 A line of results/TABLE.jsonl is one run, written by grid.py. A gain is the accuracy of a row's
 reference (QR-Distill) less that of the row, in points, the mean over the students compared: positive
 is better for QR-Distill. It is taken seed by seed; all intervals are Student's t over the seeds.
 """
-import argparse
 import json
 import math
 import statistics
@@ -204,14 +202,10 @@ def draw_accuracies(ax, rows):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    there = [table for table in TABLES if read_lines(table)]
-    p.add_argument("--table", nargs="+", choices=there, default=there, help="which (all with lines)")
-    for table in p.parse_args().table:
-        (RESULTS / f"{table}.md").write_text(markdown(table))
-    if read_lines("rates"):
-        picture().savefig(RESULTS / "router.png")
+    for table in TABLES:
+        if read_lines(table):
+            (RESULTS / f"{table}.md").write_text(markdown(table))
+    picture().savefig(RESULTS / "router.png")
 
 
 if __name__ == "__main__":
