@@ -151,7 +151,9 @@ def markdown(table):
 
 # ---------------------------------------- the picture
 CONTROLS = [FULL, "all paths to both", "a random path", "the shortest path", "the likeliest path"]
-STRONG = {"vanilla": ("black", "-"), "program": ("0.4", "--")}  # the other styles: thin grey lines
+# The styles that matter: color, line, where the label stands from its end. The others are thin and grey.
+STRONG = {"vanilla": ("black", "-", (4, -3)), "program": ("0.4", "--", (4, -3)),
+          "tree_of_thought": ("0.55", ":", (-82, 5))}
 
 
 def picture(shuffled="vanilla"):
@@ -164,13 +166,13 @@ def picture(shuffled="vanilla"):
     runs = [line for line in read_lines("rates") if line["shuffled"] == shuffled]
     for s, ax in enumerate(panels[:2]):
         draw_rates(ax, [run["curves"] for run in runs], s)
-        ax.set_title(f"student {s}: {shuffled} is {['whole', 'shuffled'][s]}", fontsize=10)
+        ax.set_title(f"student {s}, {shuffled} {['whole', 'shuffled'][s]}", fontsize=10)
     panels[0].set_ylabel("share of a style's paths\nthat the student is given")
     rows = next(iter(settings_of("harmful").values()))
     accuracies = {name: rows[f"{name}, {shuffled} shuffled"]["steps"].values() for name in CONTROLS}
     draw_accuracies(panels[2], {name: interval([accuracy(line) for line in lines])
                                 for name, lines in accuracies.items()})
-    panels[2].set_title("student 1: right answers, %", fontsize=10)
+    panels[2].set_title("student 1, right answers, %", fontsize=10)
     for ax in panels:
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -182,11 +184,11 @@ def draw_rates(ax, runs, s):
         tens = zip(*(run[style][s] for run in runs))  # of ten steps each the rates of all runs
         mean, half = map(np.array, zip(*map(interval, tens)))
         steps = 10 * np.arange(len(mean)) + 5
-        color, dashes = STRONG.get(style, ("0.7", "-"))
+        color, dashes, offset = STRONG.get(style, ("0.75", "-", None))
         ax.plot(steps, mean, dashes, color=color, linewidth=2 if style in STRONG else 1)
         if style in STRONG:
             ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-            ax.annotate(style, (steps[-1], mean[-1]), (4, 0), textcoords="offset points", va="center")
+            ax.annotate(style, (steps[-1], mean[-1]), offset, textcoords="offset points")
     ax.set_xlabel("step")
     ax.set_ylim(-0.03, 1.03)
 
