@@ -3,7 +3,6 @@
     python tests/experiments/grid.py --table main --seeds 20 21 22        # the demo
     python tests/experiments/grid.py --table real --students A B --paths POOL.jsonl \\
         --eval_questions TEST.jsonl --steps 100 --batch_size 4 --seeds 0 1 2 --more --encoder MINILM
-    python tests/experiments/tables.py                                    # tables and the picture
 
 Every run is `python distill.py` with the flags of its line. A run whose line stands in any file of
 results/ is not repeated: delete the lines that a change of the code has made old.

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from rows import FULL, TABLES, place
+from rows import CONTROLLED, TABLES, place
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEST = "best single style in hindsight"
@@ -36,7 +36,6 @@ def read_lines(table):
 
 
 def append_line(table, line):
-    RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{table}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -150,10 +149,8 @@ def markdown(table):
 
 
 # ---------------------------------------- the picture
-CONTROLS = [FULL, "all paths to both", "a random path", "the shortest path", "the likeliest path"]
-# The styles that matter: color, line, where the label stands from its end. The others are thin and grey.
-STRONG = {"vanilla": ("black", "-", (4, -3)), "program": ("0.4", "--", (4, -3)),
-          "tree_of_thought": ("0.55", ":", (-82, 5))}
+# The styles that matter: color and line. The others are thin and grey.
+STRONG = {"vanilla": ("black", "-"), "program": ("0.4", "--"), "tree_of_thought": ("0.55", ":")}
 
 
 def picture(shuffled="vanilla"):
@@ -161,7 +158,7 @@ def picture(shuffled="vanilla"):
     each student (results/rates.jsonl), and student 1's accuracies (table harmful)."""
     from matplotlib.figure import Figure
 
-    figure = Figure((9, 3.3), dpi=200, layout="constrained")
+    figure = Figure((9, 3.5), dpi=200, layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.85])
     runs = [line for line in read_lines("rates") if line["shuffled"] == shuffled]
     for s, ax in enumerate(panels[:2]):
@@ -169,7 +166,8 @@ def picture(shuffled="vanilla"):
         ax.set_title(f"student {s}, {shuffled} {['whole', 'shuffled'][s]}", fontsize=10)
     panels[0].set_ylabel("share of a style's paths\nthat the student is given")
     rows = next(iter(settings_of("harmful").values()))
-    accuracies = {name: rows[f"{name}, {shuffled} shuffled"]["steps"].values() for name in CONTROLS}
+    names = [row.name for row in CONTROLLED]
+    accuracies = {name: rows[f"{name}, {shuffled} shuffled"]["steps"].values() for name in names}
     draw_accuracies(panels[2], {name: interval([accuracy(line) for line in lines])
                                 for name, lines in accuracies.items()})
     panels[2].set_title("student 1, right answers, %", fontsize=10)
@@ -184,11 +182,12 @@ def draw_rates(ax, runs, s):
         tens = zip(*(run[style][s] for run in runs))  # of ten steps each the rates of all runs
         mean, half = map(np.array, zip(*map(interval, tens)))
         steps = 10 * np.arange(len(mean)) + 5
-        color, dashes, offset = STRONG.get(style, ("0.75", "-", None))
+        color, dashes = STRONG.get(style, ("0.75", "-"))
         ax.plot(steps, mean, dashes, color=color, linewidth=2 if style in STRONG else 1)
         if style in STRONG:
-            ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-            ax.annotate(style, (steps[-1], mean[-1]), offset, textcoords="offset points")
+            ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
+            label = style.replace("_of_", " of\n")
+            ax.annotate(label, (steps[-1], mean[-1]), (4, -4), textcoords="offset points", fontsize=9)
     ax.set_xlabel("step")
     ax.set_ylim(-0.03, 1.03)
 

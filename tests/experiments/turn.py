@@ -84,10 +84,9 @@ def run(job):
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), \
             contextlib.redirect_stderr(nowhere):
         distill.main(["--seed", str(seed), "--max_steps", str(STEPS), "--out_dir", str(folder)])
-    rates = read_rates(folder)
+    rates, results = read_rates(folder), json.loads((folder / "results.json").read_text())
     before, after = [[round(rate(rates[start:end], stage.styles[s], s), 3) for s in range(2)]
                      for start, end in LOOKED_AT[kind]]
-    results = json.loads((folder / "results.json").read_text())
     return {"kind": kind, "style": stage.styles, "steps": STEPS, "seed": seed, "before": before, "after": after,
             "accuracy": results["after"]["accuracy"], "questions": results["after"]["questions"],
             "versions": {**results["versions"], "commit": commit()}}
@@ -97,8 +96,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22], help="(20 to 22)")
     p.add_argument("--kinds", nargs="+", choices=LOOKED_AT, default=[*LOOKED_AT], help="(both)")
-    p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders (out/experiments)")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
+    p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once")
     args = p.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     jobs = [(kind, seed, args.out) for seed in args.seeds for kind in args.kinds]
