@@ -199,8 +199,7 @@ def parse_args():
     p.add_argument("--table", choices=TABLES, required=True, help="which rows")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these, and their references (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 35)), help="(20 to 34)")
-    p.add_argument("--budgets", nargs="+", choices=["steps", "tokens"], default=["steps", "tokens"],
-                   help="equal what (both)")
+    p.add_argument("--budgets", nargs="+", default=["steps", "tokens"], help="equal what (both)")
     p.add_argument("--steps", type=int, default=152, help="optimiser steps of QR-Distill (152)")
     p.add_argument("--batch_size", type=int, default=8, help="its questions a step (8)")
     p.add_argument("--students", nargs="+", metavar="MODEL", help="pretrained ones (the demo's)")
