@@ -132,7 +132,7 @@ def run(flags, line, out):
             return f"{line['row']} failed, see {folder}.txt"
     results = json.loads((folder / "results.json").read_text(),
                          parse_float=lambda number: round(float(number), 4))
-    for key in ("accuracy", "ensemble", "upper_bound"):
+    for key in ("accuracy", "upper_bound"):
         line[key] = results["after"][key]
         line.setdefault("before", {})[key] = results["before"][key]
     line |= {"questions": results["after"]["questions"], "tokens": results["tokens_trained"],
