@@ -107,7 +107,6 @@ def trl(args, folder):
     import eval as tasks
 
     seconds = []  # of the optimiser steps alone, not of train()'s start and end
-
     class Watch(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.began = time.perf_counter()
@@ -132,9 +131,11 @@ def trl(args, folder):
         gradient_checkpointing=False, bf16=bf16, use_cpu=args.device == "cpu", learning_rate=2e-4,
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    # A name of its own: datasets 5.2 cannot hash a table of pyarrow 24 and later under Python 3.11.
+    data = datasets.Dataset(datasets.table.InMemoryTable.from_pylist(rows), fingerprint="six_paths")
     with contextlib.redirect_stdout(None):
-        SFTTrainer(model, config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
-                   peft_config=lora, callbacks=[Watch()]).train()
+        SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora,
+                   callbacks=[Watch()]).train()
     return tokens / statistics.median(seconds[WARM_UP:])
 
 
@@ -148,12 +149,11 @@ def measure(args):
     with tempfile.TemporaryDirectory() as folder:
         function = trl if args.side == "TRL" else {**globals(), "method": train}[args.part]
         value = function(args, folder)
-    measured = {f"{args.part}, speed": [value, "tokens/s"]}
-    if args.part == "demo":
-        measured = {"demo": [value, "s"]}
+    unit = "s" if args.part == "demo" else "tokens/s"
+    measured = {f"{args.part}, {unit}": [value, unit]}
     if args.part in ("train", "method"):
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux: KB
-        measured[f"{args.part}, memory"] = [gigabytes, "GB"]
+        measured[f"{args.part}, GB"] = [gigabytes, "GB"]
     print(json.dumps(measured))
 
 
@@ -179,7 +179,7 @@ def compare(args, part, sides):
         medians = {side: statistics.median(found) for side, found in by_side.items()}
         ratios = [f"here / {side} {medians['here'] / medians[side]:.2f}" for side in medians if side != "here"]
         texts = [f"{side} {median:.4g}" for side, median in medians.items()] + ratios
-        print(f"{name}, {args.model}, {args.dtype}, {unit}: {', '.join(texts)}", flush=True)
+        print(f"{name}, {args.model}, {args.dtype}: {', '.join(texts)}", flush=True)
         for side, found in by_side.items():
             line = {"name": name, "side": side, "model": args.model, "dtype": args.dtype, "unit": unit,
                     "median": medians[side], "values": found, "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count())}
