@@ -3,11 +3,9 @@
     python tests/experiments/grid.py --table main --seeds 20 21 22        # the demo
     python tests/experiments/grid.py --table real --students A B --paths POOL.jsonl \\
         --eval_questions TEST.jsonl --steps 100 --batch_size 4 --seeds 0 1 2 --more --encoder MINILM
-    python tests/experiments/tables.py                                    # tables and pictures
 
 Every run is `python distill.py` with the flags of its line. A run whose line stands in any file of
-results/ is not repeated: delete the lines that a change of the code has made old. A run that was
-killed goes on from its last checkpoint in --out.
+results/ is not repeated: delete the lines that a change of the code has made old.
 
 A row is compared with its reference (QR-Distill, where it names no other) seed by seed, on the same
 questions, split and untrained students: once at equal optimiser steps with equally many questions a
@@ -19,206 +17,161 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
+import shutil
+import statistics
+import subprocess
 import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import tables
-from rows import TABLES, is_row, rows_of
+from rows import TABLES, place, rows_of
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import eval as tasks
 import judge
 
 
-# ---------------------------------------------------------------- which runs
-def arena_flags(args, row, seed):
-    """The flags of distill.py that say on what a row is trained and tested, with real paths."""
-    flags = ["--students", *args.students] if args.students else []
-    if args.paths:
-        flags += ["--paths", args.paths, "--eval_questions", args.eval_questions]
-    if row.baseline:
-        pool, test = baseline_files(args, row.baseline, seed)
-        flags = [*flags, "--paths", str(pool), "--eval_questions", str(args.eval_questions or test)]
-    return flags
-
-
-def demo_files(folder, seed):
-    """The pool and the test questions of the demo's seed, as files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    questions = judge.demo_questions(300, seed)
-    pool, test = folder / f"pool_{seed}.jsonl", folder / f"test_{seed}.jsonl"
-    write_rows(pool, judge.demo_paths(questions, seed))
-    write_rows(test, judge.demo_questions(300, seed + 1))
-    return pool, test
-
-
-def write_rows(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def baseline_files(args, name, seed):
-    """A baseline of the paper as rows: the files of its pool and of the demo's test questions."""
-    from baselines import baseline_rows
-    source, test = (args.paths, None) if args.paths else demo_files(args.out / "demo", seed)
-    pool = args.out / f"{name}_{Path(source).stem}.jsonl"
-    kept = judge.filter_pool(judge.grade_paths(judge.read_pool(source)), "answer")
-    kept = [row for row in kept if row["style"] == "chain_of_thought"]
-    write_rows(pool, [{**row, "valid": None, "verdict": None}
-                      for row in baseline_rows(name, kept, None, None)])
-    return pool, test
-
-
+# ---------------------------------------- which runs
 def job_of(args, row, budget, seed, steps, batch_size):
     """A run to be made: its flags, and the beginning of its line, which names no folder."""
-    flags = [*arena_flags(args, row, seed), "--seed", str(seed), "--max_steps", str(steps),
-             "--batch_size", str(batch_size), *args.more, *row.flags.split()]
+    flags = []  # none: the demo
+    if args.students:
+        flags = ["--students", *args.students, "--paths", args.paths,
+                 "--eval_questions", args.eval_questions]
+    flags += ["--seed", str(seed), "--max_steps", str(steps), "--batch_size", str(batch_size),
+              *args.more, *row.flags.split()]
     data = hashlib.sha256()
     for flag, value in itertools.pairwise(flags):
         if flag in ("--paths", "--eval_questions"):
             data.update(Path(value).read_bytes())
-    line = {"row": row.name, "against": row.against, "budget": budget, "seed": seed,
-            "flags": " ".join(Path(flag).name if os.path.exists(flag) else flag
-                              for flag in flags),
-            "data": data.hexdigest()[:8], "scrambled": row.scramble, "compared": row.compared,
-            "setting": setting_of(args)}
-    return flags, line
+    words = [Path(word).name if os.path.exists(word) else word for word in flags]
+    return flags, {"row": row.name, "against": row.against, "budget": budget, "seed": seed,
+            "flags": " ".join(words), "data": data.hexdigest()[:8], "shuffled": row.shuffle,
+            "compared": row.compared, "setting": setting_of(args)}
 
 
 def setting_of(args):
     """What all rows of one table share, in words: only runs of one setting are compared."""
-    arena = "the demo"
+    data = "the demo"
     if args.students:
         students = " and ".join(Path(name).name for name in args.students)
-        arena = f"{students} on {Path(args.paths).name}"
+        data = f"{students} on {Path(args.paths).name}"
     more = "".join(f" {Path(flag).name}" for flag in args.more)
-    return f"{arena}, {args.steps} steps of {args.batch_size} questions" + (more and "," + more)
+    return f"{data}, {args.steps} steps of {args.batch_size} questions" + (more and "," + more)
 
 
 def key_of(line):
     """What makes two runs the same run."""
-    return json.dumps([line["flags"], line["data"], line["scrambled"]])
+    return json.dumps([line["flags"], line["data"], line["shuffled"]])
 
 
-# ---------------------------------------------------------------- one run, in a process of its own
-def scrambled(encode, style):
+# ---------------------------------------- one run, in a process of its own
+def shuffled(encode, style):
     """distill.encode with the tokens of one style's paths shuffled, for student 1 alone."""
-    def encode_and_scramble(*args):
+    def encode_and_shuffle(*args):
         rows = encode(*args)
         for row in rows:
             if row["style"] == style:
-                response = row["responses"][1]
-                order = list(range(len(response) - 1))  # the end token stays
-                random.Random(row["id"]).shuffle(order)
-                response[:-1] = response[order]
+                shuffle_tokens(row, 1)
         return rows
-    return encode_and_scramble
+    return encode_and_shuffle
 
 
-def first_test_once(answer, file):
-    """distill.answer, the first call of which, the test of the untrained students, is read from
-    `file` if a run before made it: their greedy answers hang on no row and no seed."""
-    tests = itertools.count()
-
-    def answer_or_read(*args):
-        first = next(tests) == 0
-        if first and file.exists():
-            return json.loads(file.read_text())
-        found = answer(*args)
-        if first:
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(found))
-            part.replace(file)
-        return found
-    return answer_or_read
+def shuffle_tokens(row, s):
+    """Shuffle, in place, the tokens of a path as student s reads them; the end token stays."""
+    response = row["responses"][s]
+    order = list(range(len(response) - 1))
+    random.Random(row["id"]).shuffle(order)
+    response[:-1] = response[order]
 
 
-def train(flags, folder, scramble=None, first_test=None):
-    """One run of distill.py in `folder`, or the rest of it -> its results.json. What it prints goes
-    to FOLDER.txt; first_test: the file of first_test_once. Raises what distill.main raises,
-    SystemExit included."""
-    import distill  # here, so that only the workers load torch
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if not (folder / "results.json").exists():
-        begun = (folder / "checkpoint.safetensors").exists()
-        encode, answer = distill.encode, distill.answer
-        if scramble:
-            distill.encode = scrambled(encode, scramble)
-        if first_test and not begun:
-            distill.answer = first_test_once(answer, first_test)
-        try:
-            with open(f"{folder}.txt", "a") as text, contextlib.redirect_stdout(text), \
-                    contextlib.redirect_stderr(text):
-                distill.main(["--resume", str(folder)] if begun
-                             else [*flags, "--out_dir", str(folder)])
-        finally:
-            distill.encode, distill.answer = encode, answer
-    return json.loads((folder / "results.json").read_text())
+def read_rates(folder):
+    """What log.jsonl holds so far: for each step {(style, student): share of the style's paths that
+    the student was given}."""
+    steps = []
+    for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        names = [name.split("/", 1)[1] for name in line if name.startswith("rate_style/")]
+        steps.append({(name[:-2], int(name[-1])): line[f"rate_style/{name}"] for name in names})
+    return steps
 
 
-def rounded(x):
-    """Numbers to four digits after the point, in lists and objects too."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return round(x, 4) if isinstance(x, float) else x
+def curves(steps):
+    """{style: for each student its mean rate in every ten steps}."""
+    tens = [steps[i:i + 10] for i in range(0, len(steps), 10)]
+    found = {}
+    for style, s in sorted({pair for step in steps for pair in step}):
+        means = [statistics.mean(step[style, s] for step in ten if (style, s) in step) for ten in tens]
+        found.setdefault(style, []).append([round(mean, 4) for mean in means])
+    return found
 
 
 def run(flags, line, out):
-    """Make a run -> its whole line, or (row, what went wrong) if it failed."""
+    """Make a run, whose text goes to a file -> its whole line, or what went wrong. A process makes one
+    run, since distill.encode may have changed. Where a style is
+    shuffled the rates of all styles over the steps are kept, too, in results/rates.jsonl."""
+    import distill  # here, so that only the workers load torch
+
     folder = out / hashlib.sha256(key_of(line).encode()).hexdigest()[:16]
-    first_test = None
-    if "--students" in flags:  # the demo's students hang on the seed
-        first_test = out / f"before_{hashlib.sha256(line['setting'].encode()).hexdigest()[:16]}.json"
-    try:
-        results = train(flags, folder, line["scrambled"], first_test)
-    except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
-        with open(f"{folder}.txt", "a") as text:
-            traceback.print_exc(file=text)
-        return line["row"], f"see {folder}.txt"
-    scores = ("accuracy", "ensemble", "upper_bound")
-    return line | rounded({
-        **{key: results["after"][key] for key in scores},
-        "before": {key: results["before"][key] for key in scores},
-        "questions": results["after"]["questions"], "tokens": results["tokens_trained"],
-        "seconds": results["seconds"], "rate": results["selection_rate"],
-        "versions": results["versions"]})
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if line["shuffled"]:
+        distill.encode = shuffled(distill.encode, line["shuffled"])
+    with open(f"{folder}.txt", "w") as text, contextlib.redirect_stdout(text), \
+            contextlib.redirect_stderr(text):
+        try:
+            distill.main([*flags, "--out_dir", str(folder)])
+        except (Exception, SystemExit):  # noqa: BLE001 (one run that fails does not end the grid)
+            traceback.print_exc()
+            return f"{line['row']} failed, see {folder}.txt"
+    results = json.loads((folder / "results.json").read_text(),
+                         parse_float=lambda number: round(float(number), 4))
+    for key in ("accuracy", "upper_bound"):
+        line[key] = results["after"][key]
+        line.setdefault("before", {})[key] = results["before"][key]
+    line |= {"questions": results["after"]["questions"], "tokens": results["tokens_trained"],
+             "seconds": results["seconds"], "rate": results["selection_rate"],
+             "versions": {**results["versions"], "commit": commit()}}
+    if line["shuffled"]:
+        tables.append_line("rates", {**line, "curves": curves(read_rates(folder))})
+    return line
 
 
-# ---------------------------------------------------------------- the grid
+def commit():
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+# ---------------------------------------- the grid
 def run_all(jobs, args):
     """Make the runs that have no line yet, and write each line when it comes -> all their lines."""
-    # A line of a row that is gone was made by other code, which its commit has.
-    known = {key_of(line): line for name in TABLES for line in tables.read_lines(name)
-             if is_row(name, line["row"])}
+    known = {}
+    for name in TABLES:
+        for line in tables.read_lines(name):
+            if place(name, line["row"]) < len(TABLES[name]):  # else other code made it
+                known[key_of(line)] = line
     here = {(key_of(line), line["row"]) for line in tables.read_lines(args.table)}
-    lines, new = [], []
-
-    def keep(line):
-        lines.append(line)
+    # A line of another table gets the names of this one.
+    lines = [{**known[key_of(line)], **line} for _, line in jobs if key_of(line) in known]
+    for line in lines:
         if (key_of(line), line["row"]) not in here:
             tables.append_line(args.table, line)
-
-    for flags, line in jobs:
-        if key_of(line) in known:  # its names are those of this table
-            keep({**known[key_of(line)], **line})
-        else:
-            new.append((flags, line))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+    new = [(flags, line) for flags, line in jobs if key_of(line) not in known]
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(run, *job, args.out) for job in new]
         for done in tqdm(as_completed(waiting), total=len(new), desc="runs", disable=not new):
-            result = done.result()
-            if isinstance(result, dict):
-                keep(result)
-            else:
-                print("failed:", *result, file=sys.stderr)
+            line = done.result()
+            if isinstance(line, str):
+                print(line, file=sys.stderr)
+                continue
+            tables.append_line(args.table, line)
+            lines.append(line)
     return lines
 
 
@@ -243,45 +196,36 @@ def scaled_jobs(args, rows, lines):
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = tasks.stop
     p.add_argument("--table", choices=TABLES, required=True, help="which rows")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these, and their references (all)")
-    p.add_argument("--styles", nargs="+", help="for rows of a style: only these styles (the pool's)")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 35)), help="(20 to 34)")
-    p.add_argument("--budgets", nargs="+", choices=["steps", "tokens"], default=["steps", "tokens"],
-                   help="equal what (both)")
-    p.add_argument("--steps", type=int, default=150, help="optimiser steps of QR-Distill (150)")
+    p.add_argument("--budgets", nargs="+", default=["steps", "tokens"], help="equal what (both)")
+    p.add_argument("--steps", type=int, default=152, help="optimiser steps of QR-Distill (152)")
     p.add_argument("--batch_size", type=int, default=8, help="its questions a step (8)")
-    p.add_argument("--students", nargs="+", metavar="MODEL", help="real students (the demo's)")
+    p.add_argument("--students", nargs="+", metavar="MODEL", help="pretrained ones (the demo's)")
     p.add_argument("--paths", metavar="POOL", help="their pool")
     p.add_argument("--eval_questions", metavar="FILE", help="their test questions")
-    p.add_argument("--out", type=Path, default=Path("out/experiments"),
-                   help="run folders (out/experiments)")
+    p.add_argument("--out", type=Path, default=Path("out/experiments"), help="run folders")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at once (one a core)")
     p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further flags of every run")
     args = p.parse_args()
     if len({bool(x) for x in (args.students, args.paths, args.eval_questions)}) > 1:
-        tasks.stop("real runs need --students, --paths and --eval_questions together")
-    if args.table == "real" and not args.students:
-        tasks.stop("--table real needs --students, --paths and --eval_questions")
+        tasks.stop("pretrained students need --students, --paths and --eval_questions together")
     return args
 
 
 def main():
     args = parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: a sum in another order is another run
-    styles = args.styles or judge.STYLES
-    if args.paths and not args.styles:
+    styles = judge.STYLES
+    if args.paths:
         styles = sorted({row["style"] for row in judge.read_pool(args.paths)})
-    try:
-        rows = rows_of(args.table, styles, args.rows)
-    except ValueError as error:
-        tasks.stop(f"--rows: {error}")
+    rows = rows_of(args.table, styles, args.rows)
     lines = run_all([job_of(args, row, "steps", seed, args.steps, args.batch_size)
                      for seed in args.seeds for row in rows], args)
     if "tokens" in args.budgets:
         run_all(scaled_jobs(args, rows, lines), args)
-    tables.write(args.table)
+    print(tables.markdown(args.table))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@ import dataclasses
 import re
 
 FULL = "QR-Distill"
+PAST = None  # the flags of a row whose code is gone: its lines name the commit that made them
 
 
 @dataclasses.dataclass
 class Row:
     """One row of a table. STYLE in its fields makes a row for each style of the pool."""
     name: str
-    flags: str = ""         # of distill.py, beside seed, steps, questions a step and the arena
+    flags: str | None = ""  # of distill.py, beside seed, steps, questions a step and data
     against: str = FULL     # the reference: a row of the same table
     compared: tuple = None  # numbers of the students that are compared (all)
-    scramble: str = None    # the paths of this style are scrambled for student 1
-    baseline: str = None    # trains on these rows of judge.py's instead of the pool's
+    shuffle: str = None     # the tokens of this style's paths are shuffled for student 1
 
 
 ALL = Row("all paths to both", "--route all")
@@ -26,26 +26,25 @@ MAIN = [
     Row("only STYLE", "--route all --styles STYLE"),
     Row("no collaboration", "--mutual_weight 0"),
 ]
-HARMFUL = [Row(f"{row.name}, STYLE scrambled", row.flags, f"{FULL}, STYLE scrambled", (1,), "STYLE")
+HARMFUL = [Row(f"{row.name}, STYLE shuffled", row.flags, f"{FULL}, STYLE shuffled", (1,), "STYLE")
            for row in CONTROLLED]
 SAMPLES = [Row(FULL), ALL]
-for share in (0.5, 0.25, 0.1):
-    fewer = f", {share:.0%} of the questions"
-    SAMPLES += [Row(FULL + fewer, f"--train_frac {share}"),
-                Row(ALL.name + fewer, f"{ALL.flags} --train_frac {share}", FULL + fewer)]
+for fewer in (", 50% of the questions", ", 25% of the questions", ", 10% of the questions"):
+    SAMPLES += [Row(FULL + fewer, PAST), Row(ALL.name + fewer, PAST, FULL + fewer)]
 TABLES = {
     "main": MAIN,
     "real": [
         *MAIN,
-        Row("no scores in the input", "--no-score_input"),
-        Row("half by the token", "--length_penalty 0.5"),
-        Row("whole paths count", "--length_penalty 0 --no-score_input"),
+        Row("no losses in the router's input", PAST),
+        Row("length penalty 0.5", "--length_penalty 0.5"),
+        Row("length penalty 0, no losses in the input", PAST),
         Row("products in float32", "--dtype float32"),
     ],
     "paper": [
         Row(FULL),
-        Row("one path of a question (SKD)", "--route all --mutual_weight 0 --styles chain_of_thought"),
-        Row("distilling step-by-step", "--route all --mutual_weight 0", baseline="step_by_step"),
+        Row("one path of a question (SKD)",
+            "--route all --mutual_weight 0 --styles chain_of_thought"),
+        Row("distilling step-by-step", PAST),
         Row("no filter", "--filter none"),
         Row("answer filter only", "--filter answer"),
         Row("student 0 frozen", "--freeze 0", compared=(1,)),
@@ -53,17 +52,18 @@ TABLES = {
     ],
     "ablation": [
         Row(FULL),
-        Row("all as printed", "--as_printed"),
-        Row("gates as printed", "--gate binary --reward loss --no-style_input --probe 0 --router_lr 0.1"),
+        Row("all as printed", "--as_printed all"),
+        Row("gates as printed",
+            "--as_printed eq1 --gate binary --reward loss --probe 0 --router_lr 0.1"),
         Row("binary gates", "--gate binary --reward sum --router_lr 0.1"),
         Row("reward: total loss through the gates (Eq 9)", "--reward sum --router_lr 0.1"),
         Row("reward: mean loss through the gates (Eq 9)", "--reward loss --router_lr 0.1"),
-        Row("the student's choice at temperature 4", "--posterior_temperature 4"),
-        Row("paths compared by the token", "--length_penalty 1"),
-        Row("half by the token", "--length_penalty 0.5"),
-        Row("scores in the input", "--score_input"),
-        Row("no style input", "--no-style_input"),
-        Row("MLP router", "--router_hidden 256"),
+        Row("the student's choice at temperature 4", PAST),
+        Row("length penalty 1", "--length_penalty 1"),
+        Row("length penalty 0.5", "--length_penalty 0.5"),
+        Row("losses in the router's input", PAST),
+        Row("no style input", "--as_printed eq1"),
+        Row("MLP router", "--as_printed eq2 --gate categorical"),
         Row("probe half of the questions", "--probe 0.5"),
         Row("products in bfloat16", "--dtype bf16"),
     ],
@@ -71,41 +71,36 @@ TABLES = {
         Row(FULL),
         Row("no collaboration", "--mutual_weight 0"),
         Row("ten times the mutual loss", "--mutual_weight 1"),
-        Row("competence from Eq 8", "--competence eq8"),
-        Row("trained projections", "--projection trained"),
+        Row("competence from Eq 8", "--as_printed eq6"),
+        Row("trained projections", "--as_printed eq5"),
         ALL,
         Row("all paths to both, no collaboration", "--route all --mutual_weight 0"),
     ],
     "harmful": HARMFUL,
-    "rescue": [  # lost: --rescue is in the code of the commit that its lines name, not in today's
-        Row(FULL),
-        Row("rescue: the peer's answer", "--rescue peer"),
-        Row("control: the student's own answers", "--rescue own"),
-        Row("control: the teacher's path", "--rescue teacher"),
+    "rescue": [
+        Row(FULL, PAST),
+        Row("rescue: the peer's answer", PAST),
+        Row("control: the student's own answers", PAST),
+        Row("control: the teacher's path", PAST),
     ],
     "samples": SAMPLES,
 }
 
 
 def rows_of(table, styles, only=None):
-    """The rows of a table, one for each style where they say STYLE; of these the rows named `only`,
-    and the rows that they are compared with. Raises ValueError at a name that is none."""
+    """The rows of a table that today's code has, one for each style where they say STYLE; of these
+    the rows named `only` and the rows that they are compared with."""
     rows = []
     for row in TABLES[table]:
+        if row.flags is PAST:
+            continue
         for style in styles if "STYLE" in row.name else [""]:
             texts = {key: value.replace("STYLE", style)
                      for key, value in vars(row).items() if isinstance(value, str)}
             rows.append(dataclasses.replace(row, **texts))
-    names = [row.name for row in rows]
-    if unknown := sorted(set(only or []) - set(names)):
-        raise ValueError(f"{unknown[0]!r} is none of the rows {', '.join(map(repr, names))}")
-    wanted = {name for row in rows if not only or row.name in only for name in (row.name, row.against)}
+    chosen = [row for row in rows if not only or row.name in only]
+    wanted = {name for row in chosen for name in (row.name, row.against)}
     return [row for row in rows if row.name in wanted]
-
-
-def is_row(table, name):
-    """Whether a table of today has a row of this name."""
-    return place(table, name) < len(TABLES[table])
 
 
 def place(table, name):

@@ -1,39 +1,34 @@
-"""The tables and pictures of the experiments, made again from results/*.jsonl alone.
+"""The tables and the picture of the experiments, made again from results/*.jsonl alone.
 
-    python tests/experiments/tables.py               # all: results/TABLE.md, results/gains.png
-    python tests/experiments/tables.py --table main
+    python tests/experiments/tables.py        # writes results/TABLE.md and results/router.png
 
 A line of results/TABLE.jsonl is one run, written by grid.py. A gain is the accuracy of a row's
 reference (QR-Distill) less that of the row, in points, the mean over the students compared: positive
-is better for QR-Distill. It is taken seed by seed; the interval is Student's t over the seeds.
+is better for QR-Distill. It is taken seed by seed; all intervals are Student's t over the seeds.
 """
-import argparse
 import json
 import math
 import statistics
-import textwrap
 from collections import defaultdict
 from pathlib import Path
 
-from rows import FULL, TABLES, is_row, place
+import numpy as np
+from rows import CONTROLLED, TABLES, place
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEST = "best single style in hindsight"
-HARMED = ", vanilla scrambled"  # rows of table harmful that the picture shows
 SAME_TOKENS = 0.15  # a row whose tokens differ by less than this share needs no second run
 # Student's t at 97.5 %, for 2 to 20 seeds; more take the last one, which is a little wide
 T975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
         2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09]
 
-
-LEGEND = """Percent of the test questions, mean (standard deviation over seeds). equal: the row was given as many
-optimiser steps, or trained response tokens (to within 15 %), as QR-Distill. The gain of QR-Distill is in points, over
-the seeds that both have, with its 95 % interval over these seeds; bold: the interval leaves zero out. Paths that the
-router reads by its probe are not among the trained tokens. seconds: of training, on one core, with what the route
-looks at beforehand; the median, since other runs shared the machine."""
+LEGEND = """Percent of the test questions that are right, and the gain of QR-Distill in points, each a mean with its 95 %
+interval over the seeds; bold: the interval leaves zero out. First at as many optimiser steps as QR-Distill, then, where
+a row trains on other amounts (by 15 %), at as many trained response tokens; paths that the router reads by its probe
+are not among these. mean: over the students that the row compares. A gain is over the seeds that both have."""
 
 
-# ---------------------------------------------------------------- lines
+# ---------------------------------------- lines
 def read_lines(table):
     """The runs of a table (list of dicts), in the order in which they were made."""
     file = RESULTS / f"{table}.jsonl"
@@ -41,7 +36,6 @@ def read_lines(table):
 
 
 def append_line(table, line):
-    RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{table}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -58,16 +52,17 @@ def equal_tokens(pairs):
 
 
 def settings_of(table):
-    """{setting: {(row, budget): {seed: line}}} of a table's lines, in the order of its rows."""
+    """{setting: {row: {budget: {seed: line}}}} of a table's lines, in the order of its rows; budget
+    is steps or tokens."""
     lines = read_lines(table)
-    lines.sort(key=lambda line: (place(table, line["row"]), line["row"], line["budget"]))
-    settings = defaultdict(lambda: defaultdict(dict))
+    lines.sort(key=lambda line: (place(table, line["row"]), line["row"]))
+    settings = defaultdict(lambda: defaultdict(lambda: {"steps": {}, "tokens": {}}))
     for line in lines:
-        settings[line["setting"]][line["row"], line["budget"]][line["seed"]] = line
+        settings[line["setting"]][line["row"]][line["budget"]][line["seed"]] = line
     return settings
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------- numbers
 def accuracy(line):
     """Mean accuracy of the students that a row compares, in percent."""
     students = line["compared"] or range(len(line["accuracy"]))
@@ -86,221 +81,132 @@ def gain(runs, references):
     """Gain of the reference over a row, both {seed: line} -> (mean, half), None without a common seed."""
     differences = []
     for seed in runs.keys() & references.keys():
-        compared = runs[seed]["compared"]
-        reference = {**references[seed], "compared": compared}
+        reference = {**references[seed], "compared": runs[seed]["compared"]}
         differences.append(accuracy(reference) - accuracy(runs[seed]))
     return interval(differences) if differences else None
 
 
-def untrained_of(runs):
-    """{seed: line} with what the students could do before the run."""
-    return {seed: {**line, "accuracy": line["before"]["accuracy"]} for seed, line in runs.items()}
-
-
-def comparisons(cells):
-    """[(row, budget, runs, gain)] of one setting {(row, budget): runs}; budget is steps, tokens or
-    both; the gain of a reference over itself is None. The best single style comes last."""
-    found = []
-    for (row, budget), runs in cells.items():
-        references = cells.get((next(iter(runs.values()))["against"], "steps"), {})
-        pairs = [(runs[seed], references[seed]) for seed in runs.keys() & references.keys()]
-        if runs is references:
-            found.append((row, "", runs, None))
-            continue
-        if budget == "steps" and pairs and equal_tokens(pairs):
-            budget = "both"
-        found.append((row, budget, runs, gain(runs, references)))
-    for budget in ("steps", "tokens"):
-        single = [x for x in found if x[0].startswith("only ") and x[1] in (budget, "both")]
-        if len(single) > 1:
-            row, _, runs, difference = max(single, key=lambda x: statistics.mean(
-                accuracy(line) for line in x[2].values()))
-            style = row.removeprefix("only ")
-            found.append((f"{BEST} ({style})", budget, runs, difference))
+def with_extremes(rows):
+    """The rows of a setting, the untrained students before and the best single style behind them."""
+    full = next(iter(rows.values()))["steps"]
+    untrained = {seed: {**line, **line["before"]} for seed, line in full.items()}
+    found = {"untrained": {"steps": untrained, "tokens": {}}, **rows}
+    single = [row for row in rows if row.startswith("only ")]
+    if len(single) > 1:
+        best = max(single, key=lambda row: statistics.mean(
+            accuracy(line) for line in rows[row]["steps"].values()))
+        found[f"{BEST} ({best.removeprefix('only ')})"] = rows[best]
     return found
 
 
-# ---------------------------------------------------------------- markdown
-def mean_sd(values):
-    """'mean (standard deviation)' in percent of shares."""
-    values = [100 * value for value in values]
-    spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def gain_text(difference):
-    """'+7.8 ± 3.2', bold where the interval leaves zero out."""
-    if difference is None:
+# ---------------------------------------- markdown
+def text_of(mean_and_half, sign=""):
+    """'7.8 ± 3.2'; sign '+': a gain, bold where the interval leaves zero out."""
+    if mean_and_half is None:
         return ""
-    mean, half = difference
+    mean, half = mean_and_half
     if math.isnan(half):
-        return f"{mean:+.1f}"
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
+        return f"{mean:{sign}.1f}"
+    text = f"{mean:{sign}.1f} ± {half:.1f}"
+    return f"**{text}**" if sign and abs(mean) > half else text
 
 
-def row_text(name, budget, runs, difference):
-    """A row of the table."""
-    lines = list(runs.values())
-    students = range(len(lines[0]["accuracy"]))
-    scores = [mean_sd([line["accuracy"][s] for line in lines]) for s in students]
-    scores += [mean_sd([line[key] for line in lines]) for key in ("ensemble", "upper_bound")]
-    tokens = statistics.mean(sum(line["tokens"]) for line in lines)
-    seconds = statistics.median(line["seconds"] for line in lines)
-    cells = [name, budget, str(len(lines)), *scores, f"{tokens / 1e3:.0f}k", f"{seconds:.0f}", gain_text(difference)]
-    return f"| {' | '.join(cells)} |"
+def cells_of(runs, references):
+    """'mean', 'tokens' and 'gain' of a row's runs; nothing where there is none."""
+    if not runs:
+        return ["", "", ""]
+    tokens = statistics.mean(sum(line["tokens"]) for line in runs.values())
+    difference = None if runs is references else gain(runs, references)
+    return [text_of(interval([accuracy(line) for line in runs.values()])), f"{tokens / 1e3:.0f}k",
+            text_of(difference, "+")]
 
 
-def section(setting, cells):
+def section(setting, rows):
     """The table of one setting, and the sentences below it."""
-    rows = comparisons(cells)
-    full = rows[0][2]
-    lines = list(full.values())
-    students = range(len(lines[0]["accuracy"]))
-    before = [line["before"] for line in lines]
-    over_zero_shot = gain(untrained_of(full), full) if rows[0][0].startswith(FULL) else None
-    untrained = [mean_sd([x["accuracy"][s] for x in before]) for s in students]
-    untrained += [mean_sd([x[key] for x in before]) for key in ("ensemble", "upper_bound")]
-    names = " | ".join(f"student {s}" for s in students)
-    text = [
-        f"### {setting}\n",
-        f"| | equal | seeds | {names} | ensemble | any right | tokens | seconds | gain of QR-Distill |",
-        "|---" * (len(students) + 8) + "|",
-        f"| zero-shot | | {len(lines)} | {' | '.join(untrained)} | | | {gain_text(over_zero_shot)} |",
-        *(row_text(*row) for row in rows),
-    ]
-    seeds = sorted({seed for _, _, runs, _ in rows for seed in runs})
-    halves = [x[1] for _, _, _, x in rows if x and not math.isnan(x[1])]
-    text.append(f"\nSeeds {', '.join(map(str, seeds))}; {lines[0]['questions']} test questions.")
-    if halves:
-        text.append(f"Half of the intervals are wider than ± {statistics.median(halves):.1f} points: "
-                    "what is smaller is not seen here.")
-    text += ["Selection rates of QR-Distill in its last epoch, a value for each student:",
-             *rate_texts(cells)]
+    first = next(iter(next(iter(rows.values()))["steps"].values()))
+    names = [f"student {s}" for s in range(len(first["accuracy"]))]
+    heads = ["", "seeds", *names, "any of them", "mean", "tokens", "gain", "equal tokens: mean", "tokens", "gain"]
+    text = [f"### {setting}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    seeds = set()
+    for name, budgets in with_extremes(rows).items():
+        lines = list(budgets["steps"].values())
+        references = rows[lines[0]["against"]]["steps"]
+        shares = [*zip(*(line["accuracy"] for line in lines)), [line["upper_bound"] for line in lines]]
+        scores = [text_of(interval([100 * x for x in values])) for values in shares]
+        cells = [name, str(len(lines)), *scores, *cells_of(budgets["steps"], references),
+                 *cells_of(budgets["tokens"], references)]
+        text.append(f"| {' | '.join(cells)} |")
+        seeds |= budgets["steps"].keys()
+    text.append(f"\nSeeds {', '.join(map(str, sorted(seeds)))}; {first['questions']} test questions.")
     return "\n".join(text)
-
-
-def rate_texts(cells):
-    """A line for each reference of a setting: its rates by style, means over the seeds."""
-    texts = []
-    for (row, _), runs in cells.items():
-        lines = list(runs.values())
-        if row != lines[0]["against"]:
-            continue
-        rates = []
-        for style in sorted({style for line in lines for style in line["rate"]}):
-            shares = zip(*(line["rate"][style] for line in lines if style in line["rate"]))
-            rates.append(f"{style} {', '.join(f'{statistics.mean(share):.2f}' for share in shares)}")
-        texts.append(f"- {row}: {'; '.join(rates)}")
-    return texts
 
 
 def markdown(table):
     """The whole text of results/TABLE.md."""
     commits = sorted({line["versions"]["commit"][:12] for line in read_lines(table)})
-    head = f"## Table {table}\n\n{LEGEND}\n\n"
     sections = [section(*setting) for setting in settings_of(table).items()]
-    return head + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
+    return f"## Table {table}\n\n{LEGEND}\n\n" + "\n\n".join(sections) + f"\n\nCommits: {', '.join(commits)}.\n"
 
 
-# ---------------------------------------------------------------- the picture
-LOOKS = {"steps": ("equal steps", -0.15, {"marker": "o", "color": "black"}),
-         "tokens": ("equal trained tokens", 0.15,
-                    {"marker": "s", "color": "0.45", "markerfacecolor": "white"})}
+# ---------------------------------------- the picture
+# The styles that matter: color and line. The others are thin and grey.
+STRONG = {"vanilla": ("black", "-"), "program": ("0.4", "--"), "tree_of_thought": ("0.55", ":")}
 
 
-def picture():
-    """Gains of QR-Distill over each control with 95 % intervals, a panel for each of the tables main
-    and real that has lines: of the setting with most runs."""
+def picture(shuffled="vanilla"):
+    """The router where one style is shuffled for student 1: the rate of each style over the steps for
+    each student (results/rates.jsonl), and student 1's accuracies (table harmful)."""
     from matplotlib.figure import Figure
 
-    panels = []
-    for table in ("main", "real"):
-        if read_lines(table):
-            setting, rows = largest(table)
-            panels.append((setting, controls(table, rows)))
-    most = max(len(names_of(rows)) for _, rows in panels)
-    figure = Figure((6.4 * len(panels), 1.5 + 0.42 * most), dpi=150, layout="constrained")
-    for ax, (setting, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        seeds = {seed for _, _, runs, _ in rows for seed in runs}
-        title = f"{setting.split(', --')[0]}: mean over both students, up to {len(seeds)} seeds"
-        ax.set_title(textwrap.fill(title, 60), fontsize=10)
-        draw_gains(ax, rows)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure = Figure((9, 3.5), dpi=200, layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[1, 1, 0.85])
+    runs = [line for line in read_lines("rates") if line["shuffled"] == shuffled]
+    for s, ax in enumerate(panels[:2]):
+        draw_rates(ax, [run["curves"] for run in runs], s)
+        ax.set_title(f"student {s}, {shuffled} {['whole', 'shuffled'][s]}", fontsize=10)
+    panels[0].set_ylabel("share of a style's paths\nthat the student is given")
+    rows = next(iter(settings_of("harmful").values()))
+    names = [row.name for row in CONTROLLED]
+    accuracies = {name: rows[f"{name}, {shuffled} shuffled"]["steps"].values() for name in names}
+    draw_accuracies(panels[2], {name: interval([accuracy(line) for line in lines])
+                                for name, lines in accuracies.items()})
+    panels[2].set_title("student 1, right answers, %", fontsize=10)
+    for ax in panels:
+        ax.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def controls(table, rows):
-    """The rows of the picture: no training, and the controls of table main, of single styles only the
-    best; for the demo those of table harmful, too, where the shortest style is scrambled. Rows of
-    fewer than three seeds are left out: their intervals say nothing."""
-    full = rows[0][2]
-    rows = [row for row in rows[1:] if is_row("main", row[0]) or BEST in row[0]]
-    rows.insert(0, ("no training", "steps", full, gain(untrained_of(full), full)))
-    if any(BEST in row[0] for row in rows):
-        rows = [row for row in rows if not row[0].startswith("only ")]
-    if table == "main" and read_lines("harmful"):
-        rows += [row for row in largest("harmful")[1] if HARMED in row[0] and row[3]]
-    return [row for row in rows if len(row[2]) > 2]
+def draw_rates(ax, runs, s):
+    """A line for each style: what student s is given of it, mean and interval over the runs."""
+    for style in sorted(runs[0], key=STRONG.__contains__):
+        tens = zip(*(run[style][s] for run in runs))  # of ten steps each the rates of all runs
+        mean, half = map(np.array, zip(*map(interval, tens)))
+        steps = 10 * np.arange(len(mean)) + 5
+        color, dashes = STRONG.get(style, ("0.75", "-"))
+        ax.plot(steps, mean, dashes, color=color, linewidth=2 if style in STRONG else 1)
+        if style in STRONG:
+            ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
+            label = style.replace("_of_", " of\n")
+            ax.annotate(label, (steps[-1], mean[-1]), (4, -4), textcoords="offset points", fontsize=9)
+    ax.set_xlabel("step")
+    ax.set_ylim(-0.03, 1.03)
 
 
-def names_of(rows):
-    """The names of the controls, each once, without the styles that were best."""
-    return list(dict.fromkeys(row[0].split(" (")[0] for row in rows))
-
-
-def draw_gains(ax, rows):
-    """One panel: the gains over the controls `rows`."""
-    names = names_of(rows)
-    for budget, (label, shift, look) in LOOKS.items():
-        some = [row for row in rows if row[1] in (budget, "both")]
-        y = [names.index(row[0].split(" (")[0]) + shift for row in some]
-        ax.errorbar([row[3][0] for row in some], y, xerr=[row[3][1] for row in some], label=label,
-                    linestyle="", capsize=3, elinewidth=1.2, markersize=6, **look)
-    ax.axvline(0, color="black", linewidth=1)
-    ax.set_yticks(range(len(names)), [label_of(name, rows) for name in names])
-    ax.invert_yaxis()
-    ax.set_xlabel("gain of QR-Distill in points of test accuracy\n(right of zero: QR-Distill is better)")
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.grid(axis="x", color="0.9")
-    ax.set_axisbelow(True)
-
-
-def largest(table):
-    """(setting, rows) of the setting of a table that has most runs."""
-    setting, cells = max(settings_of(table).items(),
-                         key=lambda item: sum(map(len, item[1].values())))
-    return setting, comparisons(cells)
-
-
-def label_of(name, rows):
-    """A control's name on the axis; the best single style with the styles that were best."""
-    if name != BEST:
-        return textwrap.fill(name.replace(HARMED, f"{HARMED}: student 1"), 30)
-    styles = dict.fromkeys(row[0].partition(" (")[2].rstrip(")") for row in rows
-                           if row[0].startswith(name))
-    return f"{name}\n({', '.join(styles)})"
-
-
-def write(table):
-    """Write results/TABLE.md and, after a change of a table that it shows, the picture; print the
-    table."""
-    if not read_lines(table):
-        return
-    text = markdown(table)
-    (RESULTS / f"{table}.md").write_text(text)
-    print(text)
-    if table in ("main", "real", "harmful"):
-        picture().savefig(RESULTS / "gains.png")
+def draw_accuracies(ax, rows):
+    """{row: (mean, half)} as points with their intervals."""
+    for y, (name, (mean, half)) in enumerate(rows.items()):
+        ax.errorbar(mean, -y, xerr=half, fmt="o", color="black", capsize=3)
+        ax.annotate(f"{name}: {mean:.0f} ± {half:.0f}", (0, -y), (4, 8), textcoords="offset points")
+    ax.set_yticks([])
+    ax.set_ylim(-len(rows) + 0.5, 0.8)
+    ax.set_xlim(0)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    there = [table for table in TABLES if (RESULTS / f"{table}.jsonl").exists()]
-    p.add_argument("--table", nargs="+", choices=there, default=there, help="which (all with lines)")
-    for table in p.parse_args().table:
-        write(table)
+    for table in TABLES:
+        if read_lines(table):
+            (RESULTS / f"{table}.md").write_text(markdown(table))
+    picture().savefig(RESULTS / "router.png")
 
 
 if __name__ == "__main__":
