@@ -614,8 +614,9 @@ def load_student(name, device="cpu", dtype=None, **more):
         if getattr(config, "quantization_config", None):
             stop(f"{name}: the weights of {base} are saved quantised, where LoRA can't be merged: "
                  "take the model that was quantised")
-        own = name if file_of(name, "tokenizer_config.json") else base
-        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)
+        has_own = file_of(name, "tokenizer_config.json")
+        where, version = (name, "main") if has_own else (base, revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=version, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             base, revision=revision, dtype=dtype or torch.float32, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **more)
@@ -733,18 +734,24 @@ def said(pattern, text):
 
 def response(tokenizer, tokens, ends, pattern):
     """What generate returns, from new tokens; what follows an end token is padding."""
-    n = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    n = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
     text = tokenizer.decode(tokens[:n], skip_special_tokens=True)
     match = said(pattern, text)
     if match and match.end() < len(text):  # what follows the answer does not count
         return {"text": text[:match.end()], "tokens": n, "stopped": False}
-    return {"text": text, "tokens": n, "stopped": tokens[n - 1] in ends}
+    has_ended = n < len(tokens)
+    return {"text": text, "tokens": n + has_ended, "stopped": has_ended}
 
 
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
-    """The device that --device names, or the default."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that --device names, or the default; stops where this machine has none such."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        stop(f"--device {name} can't be used ({in_a_line(e)})")
+    return name
 
 
 def has_bfloat16(device="cpu"):
