@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import zlib
-from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -80,8 +79,7 @@ def numbered_rows(path):
     """Yield ("FILE:LINE", row) of a JSON Lines file, or of a JSON list or BIG-bench's "examples",
     whatever the file's name. Stops with the place at anything but an object."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         stop(f"cannot read {path} ({in_a_line(e)})")
     try:
@@ -349,10 +347,8 @@ def after_thought(text):
 
 
 def extract_answer(task, text, choices=None):
-    """The answer that a text states, or None where it states none or more than one.
-
-    It is a number ("-1234.5", "3/4"), LaTeX, a letter of `choices`, "yes" or "no".
-    """
+    """The answer that a text states: a number ("-1234.5", "3/4"), LaTeX, a letter of `choices`,
+    "yes" or "no"; None where it states none or more than one."""
     kind = TASKS[task]
     text = re.sub(r"[ \t\xa0\u2009\u202f]+", " ", after_thought(text)[-LONGEST:])
     text = re.sub(r"(?<!\w)\*{2,3}|\*{2,3}(?!\w)", "", text)  # bold, but not Python's 2**3
@@ -462,7 +458,7 @@ def grade(task, prediction, answer):
 # ---------------------------------------------------------------- mathematical equality
 # Two formulas are equal in one spelling, or part by part, or if their values agree to 80 digits
 # wherever we put their letters. No eval() runs and nothing can hang, in whatever thread.
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+SPELLINGS = [
     # layout, thousands, currency, degrees, an approximation behind a value
     (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
@@ -476,7 +472,7 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
     (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
     (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "(("), ("&", ","),
-    (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))"))]
+    (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))")]
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
 # Units behind a number go ("10 cm", "5 apples"), but not the words that change its value.
 UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?:\^\{?\d\}?)?\s*$")
@@ -486,20 +482,24 @@ THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])")  # (1,000) 
 # x = 5, f(x) = 5, (a, b) = (2, 9)
 NAMED = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
 # Fractions, powers and roots of what has no braces inside
-BRACES = [(re.compile(pattern), new) for pattern, new in (
+BRACES = [
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
-    (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))"))]
+    (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]
 # A word is a name of its own: "east" is not "seat".
 TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\?[A-Za-z]{3,}|\\[a-z]+|[A-Za-z](?:_\w+)?|.")
 SYMBOL = re.compile(r"[A-Za-z]\w*|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|infty)")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Pow: operator.pow}
+             ast.Div: operator.truediv, ast.Pow: operator.pow, ast.USub: operator.neg,
+             ast.UAdd: operator.pos}
+MP = MPContext()  # our own: nobody else changes its precision
+MP.dps = 100
+CONSTANTS = {"e": MP.e * 1, "i": MP.j, "\\pi": MP.pi * 1}
 
 
 def spelled(s):
     """A formula in one spelling: without layout, currency, units and thousands separators."""
     for pattern, new in SPELLINGS:
-        s = pattern.sub(new, s)
+        s = re.sub(pattern, new, s)
     bare = TEXT.sub(" ", s)
     keep_words = VALUED.search(s) or not re.search(r"\w", bare)
     s = TEXT.sub(r" \1 ", s) if keep_words else UNITS.sub("", bare)
@@ -554,46 +554,34 @@ def split_top(s, separator):
 @lru_cache(maxsize=4096)
 def values(formula):
     """A formula's values with its letters at three arbitrary points; None if it can't be read.
-
-    Python's parser reads it with n0, a1, ... for its numbers and letters, by their place among the
-    tokens: 2x(x+1) is n0 * a1 * ( a3 + n5 ).
-    """
-    for _ in range(9):  # from the innermost braces outwards
-        for pattern, new in BRACES:
-            formula = pattern.sub(new, formula)
+    Python's parser reads 2x(x+1) as n0 * a1 * ( a3 + n5 ): numbers and letters by their place."""
+    for pattern, new in BRACES * 9:  # from the innermost braces outwards
+        formula = re.sub(pattern, new, formula)
     tokens = TOKEN.findall(formula)
     names = [*tokens]
     for i, token in enumerate(tokens):
         if token not in "+-*/()^":
             names[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
     expression = re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(names)).replace("^", "**")
-    mp = MPContext()  # our own: threads would share the precision of mpmath.mp
-    mp.dps = 100
     try:
         tree = ast.parse(expression, mode="eval").body
-        return [value_of(mp, tree, tokens, point) for point in range(3)]
-    except (ValueError, SyntaxError, ArithmeticError, AttributeError, LookupError, RecursionError,
-            MemoryError):  # the last two: too deep
+        return [value_of(tree, tokens, point) for point in range(3)]
+    except Exception:  # noqa: BLE001 (no formula, too deep, too large, a division by zero, ...)
         return None
 
 
-def value_of(mp, node, tokens, point):
+def value_of(node, tokens, point):
     """The value of a tree of names, signs and OPERATORS; some error for all others."""
     if isinstance(node, ast.Name):
         token = tokens[int(node.id[1:])]
-        if token in ("e", "i", "\\pi"):
-            return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
-        if SYMBOL.fullmatch(token):  # > 0, where sqrt(1/n) is 1/sqrt(n)
-            return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
-        return mp.mpf(token)
-    if isinstance(node, ast.UnaryOp):
-        x = value_of(mp, node.operand, tokens, point)
-        return -x if isinstance(node.op, ast.USub) else x
-    x = value_of(mp, node.left, tokens, point)
-    y = value_of(mp, node.right, tokens, point)
-    if isinstance(node.op, ast.Pow) and abs(y) > 10**4:  # nobody computes 9^(9^9)
+        if SYMBOL.fullmatch(token) and token not in CONSTANTS:  # > 0: sqrt(1/n) is 1/sqrt(n)
+            return MP.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
+        return CONSTANTS.get(token) or MP.mpf(token)
+    operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    xs = [value_of(operand, tokens, point) for operand in operands]
+    if isinstance(node.op, ast.Pow) and abs(xs[1]) > 10**4:  # nobody computes 9^(9^9)
         raise ValueError("too large")
-    return OPERATORS[type(node.op)](x, y)
+    return OPERATORS[type(node.op)](*xs)
 
 
 # ---------------------------------------------------------------- students: load, merge adapters
@@ -634,10 +622,8 @@ def load_student(name, device="cpu", dtype=None, **more):
 def file_of(name, file, revision=None):
     """Path of a file of a model, in its folder or from the hub; None where there is none."""
     try:
-        return cached_file(name, file, revision=revision, _raise_exceptions_for_gated_repo=False,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)
-    except (OSError, ValueError):  # no name of a repository
+        return cached_file(name, file, revision=revision)
+    except (OSError, ValueError):  # no such file, no such repository
         return None
 
 
@@ -645,17 +631,15 @@ def merge_adapter(model, config, weights):
     """W += scale B A for every pair in an adapter's weights; ValueError at more than plain LoRA."""
     # Initial weights such as pissa's change those of the base.
     is_plain = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
-    pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
-    for key, weight in weights.items():
-        m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not m or not is_plain or config.get("alpha_pattern"):
-            raise ValueError(f"only plain LoRA can be merged, see {key} and adapter_config.json")
-        pairs[m[1]][m[2]] = weight.float()
-    for name, pair in pairs.items():
-        rank = len(pair["A"])
-        scale = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
-        delta = scale * (pair["B"] @ pair["A"])
-        weight = model.get_submodule(name).weight
+    ends = (".lora_A.weight", ".lora_B.weight")
+    strange = [key for key in weights if not key.endswith(ends)]
+    if strange or not is_plain or config.get("alpha_pattern"):
+        raise ValueError("only plain LoRA can be merged, see adapter_config.json")
+    for name in {key.removesuffix(ends[0]).removesuffix(ends[1]) for key in weights}:
+        A, B = (weights[name + end].float() for end in ends)  # (rank, in), (out, rank)
+        scale = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1)
+        delta = scale * (B @ A)
+        weight = model.get_submodule(name.removeprefix("base_model.model.")).weight
         weight.data += (delta.T if config.get("fan_in_fan_out") else delta).to(weight)
 
 
