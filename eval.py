@@ -131,12 +131,10 @@ def as_text(value):
 
 def clean_row(row, where):
     """Bring the fields that questions and paths share into canonical form, in place -> the row.
-    A number may be an id, a choice or an answer, choices may be a list, and an answer the text of
-    a choice. Stops with FILE:LINE at the rest."""
+    Ids and answers may be numbers, choices a list. Stops with FILE:LINE at the rest."""
     task = row.get("task")
     if task not in [*TASKS]:
-        stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (--task names the task "
-             "of a file of questions)")
+        stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (or --task)")
     row["id"] = as_text(row.get("id"))
     require_text(row, ["id", "question"] + ["prompt"] * ("prompt" in row), where)
     choices = row.pop("choices", {})
@@ -251,8 +249,7 @@ def student_prompt(row):
             f"Reason step by step and end with {end}\n")
 
 
-# Set before a chat template, so that one that writes today's date writes the same tomorrow. It is a
-# macro, since transformers hands no function of ours to a template.
+# Set before a chat template (a macro, for lack of a function), so that it writes no day's date.
 FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')"
               " | replace('%B', 'July') | replace('%b', 'Jul') | replace('%m', '07')"
               " | replace('%d', '26') }}{% endmacro %}\n")
@@ -300,10 +297,10 @@ def two_chats(tokenizer, prompt):
 LONGEST = 5000  # characters, from a text's end; so no pattern takes more than milliseconds
 # The marks of thoughts in the families' outputs; a decoder may leave <|channel|> and the like out.
 THOUGHT = re.compile(r"""(?ix)
-    (?P<closes> </(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[/think\] | ◁/think▷
-      | <\|end_(?:thinking|of_thought)\|> | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
-    | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
-    | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
+    (?P<closes> [<[◁]/(?:\w+:)?(?:think|thinking|thoughts?|reasoning)[]>▷] | <\|end_thinking\|>
+      | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
+    | [<[◁](?:\w+:)?(?:think|thinking|thoughts?|reasoning)[]>▷]
+    | <\|(?:start_thinking|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
 # Answer: 5, {"answer": 5}, <answer>5 and "the answer (in eggs) is 5", but neither "the answer is
 # correct" nor "the other answers are wrong".
 ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
@@ -323,9 +320,8 @@ NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)?
     (?:\d{1,30} (?:\ ?/\ ?[1-9]\d{0,29} | \.\d{1,30})? | \.\d{1,30})
     (?! \d | \.\d | \ ?/\ ?\d | st\b | nd\b | rd\b | th\b)""")
 # Beside a number it says that this is not the whole value: 5 million, 3 quarters, 5 or more, 2π.
-UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|fourth
-      |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative
-    | times | than | or | and | multiplied | divided | added | equals )\b
+UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|half)s?
+    | squared | cubed | plus | minus | times | than | or | and | multiplied | divided | added )\b
     | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s
     | \\(?:sqrt|frac|pi|times|cdot|div)""")
 # A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
@@ -333,17 +329,16 @@ UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|thir
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
     | \\(?:sqrt|cdot|times|div|pm)\ ? )\{?\Z | \\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z
     | \\boxed\{[^{}]{1,50}\}[\s$,;&]*(?:and|or)?[\s$]*(?:[A-Za-z]\ ?=\ ?)?\Z""")
-AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div|frac|pi)|\}\{|or\b"
-                        r"|hundred|thousand|[mbtr]+illion)")
+AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div)|or\b|\w+illion)")
 
 
 def after_thought(text):
     """What a text says after its thoughts: all that follows the last </think> or the like, or the
     mark of the final channel. A thought that is not closed leaves nothing ("")."""
-    marks = list(THOUGHT.finditer(text))
-    if not marks:
-        return text
-    return text[marks[-1].end():] if marks[-1]["closes"] else ""
+    start = 0
+    for mark in THOUGHT.finditer(text):
+        start = mark.end() if mark["closes"] else len(text)
+    return text[start:]
 
 
 def extract_answer(task, text, choices=None):
@@ -467,7 +462,7 @@ SPELLINGS = [
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
     (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"), (r"\\math\w+\s*\{(\w)\}", r"\1"),
-    (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
+    (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"), (r"^(.*)\\pm(.*)$", r"\1+\2,\1-\2"),
     # lists, sets, and matrices as tuples of their rows
     (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
     (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
@@ -534,8 +529,6 @@ def same_math(a, b):
 def parts_of(s):
     """(kind, parts) of a formula: a list, set or union, the sides of an equation, a tuple, interval
     or matrix, or the formula alone."""
-    if "\\pm" in s:
-        s = s.replace("\\pm", "+") + "," + s.replace("\\pm", "-")
     for kind, separator in (("list", ","), ("equation", "=")):
         if len(parts := split_top(s, separator)) > 1:
             return kind, parts
@@ -668,12 +661,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     together (None: 64, and 256 of a toy)."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     context = context_of(model)
-    if prompts and len(prompts[order[0]]) >= context:
-        stop(f"a prompt of {len(prompts[order[0]])} tokens leaves no room in the model's context "
-             f"of {context}")
     own = model.generation_config.eos_token_id
-    ends = [end_token(tokenizer), tokenizer.eos_token_id]
-    ends += own if isinstance(own, list) else [own]
+    own = own if isinstance(own, list) else [own]
+    ends = [end_token(tokenizer), tokenizer.eos_token_id, *own]
     ends = [token for token in ends if token is not None]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     size = batch_size or (64 if is_large(model) else 256)
@@ -785,18 +775,16 @@ def answering(model):
 def evaluate(students, rows, max_new_tokens, batch_size=None):
     """Students [(model, tokenizer), ...] on rows, by greedy answers -> {"questions": their number
     without those that exceed a context, "accuracy", "unparsed", "stopped": a share of 1 per
-    student, "upper_bound": share of questions with any right response, "predictions": per question
-    {"id", "question", "answer", "responses": per student what generate returns, "prediction",
-    "correct"}}."""
+    student, "upper_bound": share of questions with any right response, "predictions": [{"id",
+    "question", "answer", "responses": what generate returns, "prediction", "correct"}]}."""
     asked, prompts = [], []  # prompts: [question][student]
     for row in rows:
         ids = [encode_prompt(tokenizer, student_prompt(row)) for _, tokenizer in students]
         if all(len(own) < context_of(model) for own, (model, _) in zip(ids, students)):
             asked.append(row)
             prompts.append(ids)
-    if len(asked) < len(rows):
-        tqdm.write(f"{len(rows) - len(asked)} of {len(rows)} questions are left out: they are "
-                   "longer than a student's context")
+    if left_out := len(rows) - len(asked):
+        tqdm.write(f"{left_out} of {len(rows)} questions are left out: longer than a context")
     until = [ASKED[TASKS[row["task"]]] for row in asked]
     responses = []  # [student][question]
     for s, (model, tokenizer) in enumerate(students):
@@ -808,15 +796,12 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
     answers = [*zip(*responses)]  # [question][student]
     predictions = [{"id": row["id"], "question": row["question"], "answer": row["answer"],
                     "responses": given} for row, given in zip(asked, answers)]
-
-    def share(flags):
-        return sum(flags) / max(len(flags), 1)
-
+    n = max(len(asked), 1)
     return {"questions": len(asked),
-            "accuracy": [share([r["correct"] for r in own]) for own in responses],
-            "unparsed": [share([r["prediction"] is None for r in own]) for own in responses],
-            "stopped": [share([r["stopped"] for r in own]) for own in responses],
-            "upper_bound": share([any(r["correct"] for r in given) for given in answers]),
+            "accuracy": [sum(r["correct"] for r in own) / n for own in responses],
+            "unparsed": [sum(r["prediction"] is None for r in own) / n for own in responses],
+            "stopped": [sum(r["stopped"] for r in own) / n for own in responses],
+            "upper_bound": sum(any(r["correct"] for r in given) for given in answers) / n,
             "predictions": predictions}
 
 
