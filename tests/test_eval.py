@@ -267,34 +267,28 @@ def test_real_prompts_are_the_templates_own_and_control_tokens_in_a_question_are
 
 # --------------------------------------------------------------------------------------------- rows
 
-AB, AB_HUB = {"A": "a", "B": "b"}, {"label": ["A", "B"], "text": ["a", "b"]}
-AB_LIST = [{"label": "A", "text": "a"}, {"label": "B", "text": "b"}]
-MATH, CSQA = {"task": "math", "question": "P", "answer": "7"}, {"task": "commonsense_qa", "question": "Q?",
-    "answer": "B", "choices": AB}
-BOXED = {"problem": "P", "level": "Level 3", "type": "Algebra",
-         "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"}
+AB = {"A": "a", "B": "b"}
+AB_HUB, AB_LIST = {"label": ["A", "B"], "text": ["a", "b"]}, [{"label": c, "text": c.lower()} for c in "AB"]
+Q, MATH = {"question": "Q?"}, {"task": "math", "question": "P", "answer": "7"}
+CSQA = {"task": "commonsense_qa", **Q, "answer": "B", "choices": AB}
 ANLI = {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?",
         "choices": E.ANLI}
 YES_NO = {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]}
+BOXED = {"problem": "P", "level": "Level 3", "solution": "$\\boxed{9}$. So $x = \\boxed{1}$, $y = \\boxed{\\frac{1}{2}}$."}
 PUBLISHED = [  # file name, content, the row it stands for (without id)
-    ("gsm8k.jsonl", {"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", "question": "Q?",
-    "answer": "1,018"}), ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
-    ("math.jsonl", {**BOXED, "solution": "$\\boxed{9}$. So $x = \\boxed{1}$ and $y = \\boxed{2}$."}, {**MATH,
-    "answer": "2", "level": "Level 3"}), ("math_500.jsonl", {"problem": "P",
-    "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, MATH), ("aime.jsonl", {"problem": "P",
-    "solution": "", "answer": 7}, MATH), ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}],
-    {"task": "strategyqa", "question": "Q?", "answer": "no"}), ("sqa.json", YES_NO, {"task": "strategyqa",
-    "question": "Q?", "answer": "yes"}), ("date_bbh.json", {"examples": [{"input": "Q?\nOptions:\n(A) a\n(B) b",
-    "target": "(B)"}]}, {**CSQA, "task": "date"}), ("csqa.jsonl", {"answerKey": "B", "id": 7,
-    "question": {"question_concept": "", "stem": "Q?", "choices": AB_LIST}}, CSQA), ("csqa_hub.jsonl",
-    {"answerKey": "B", "id": "x", "question": "Q?", "question_concept": "c", "choices": AB_HUB}, CSQA),
-     ("ARC-Challenge-Test.jsonl", {"answerKey": "2", "question": {"stem": "Q?", "choices": [{**c, "label": n} for n,
-         c in zip("12", AB_LIST)]}}, {**CSQA, "task": "arc"}),
-    ("arc_hub.jsonl", {"id": "x", "answerKey": "A", "question": "Q?", "choices": AB_HUB}, {**CSQA, "task": "arc",
-    "answer": "A"}), ("r1.jsonl", {"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, {**ANLI,
-    "answer": "C"}), ("r2.jsonl", {"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, {**ANLI, "answer": "B"}),
-    ("flat.jsonl", {**CSQA, "task": "date", "answer": "b", "prompt": "Just Q?"}, {**CSQA, "task": "date",
-        "prompt": "Just Q?"})]
+    ("gsm8k.jsonl", {**Q, "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", **Q, "answer": "1,018"}),
+    ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, MATH),
+    ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, MATH),
+    ("strategyqa_train.json", [{"qid": "q1", **Q, "answer": False}], {"task": "strategyqa", **Q, "answer": "no"}),
+    ("sqa.json", YES_NO, {"task": "strategyqa", **Q, "answer": "yes"}),
+    ("date_bbh.json", {"examples": [{"input": "Q?\nOptions:\n(A) a\n(B) b", "target": "(B)"}]}, {**CSQA, "task": "date"}),
+    ("csqa.jsonl", {"answerKey": "B", "question": {"question_concept": "", "stem": "Q?", "choices": AB_LIST}}, CSQA),
+    ("csqa_hub.jsonl", {"answerKey": "B", "id": "x", **Q, "question_concept": "c", "choices": AB_HUB}, CSQA),
+    ("arc.jsonl", {"answerKey": "2", **Q, "choices": {**AB_HUB, "label": ["1", "2"]}}, {**CSQA, "task": "arc"}),
+    ("r1.jsonl", {"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, {**ANLI, "answer": "C"}),
+    ("r2.jsonl", {"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, {**ANLI, "answer": "B"}),
+    ("flat.jsonl", {**CSQA, "answer": "b", "prompt": "Just Q?"}, {**CSQA, "prompt": "Just Q?"})]
 
 
 def written(tmp_path, *rows, name="q.jsonl"):
@@ -338,12 +332,11 @@ def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path, name, conte
 
 ARC = {"id": "q1", "task": "arc", "question": "What melts?", "choices": {"A": "ice", "B": "air"}, "answer": "A"}
 READ = [  # what a row says, what comes in
-    ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}), ({"level": 3}, {"level": 3}), ({"prompt": None},
-    {}), ({"choices": {"A": "ice", "B": "air", "C": None, "D": ""}}, {}), ({"choices": ["ice", "air"]}, {}),
-    ({"answer": "(A)"}, {}), ({"choices": ["ice", None, "air"]}, {"choices": {"A": "ice", "C": "air"}}),
-    ({"answer": "ice"}, {}), ({"choices": {"A": 0, "B": 2.0, "C": 2.5}}, {"choices": {"A": "0", "B": "2", "C": "2.5"}}),
+    ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}), ({"level": 3}, {"level": 3}),
+    ({"prompt": None}, {}), ({"choices": {"A": "ice", "B": "air", "C": None, "D": ""}}, {}), ({"answer": "(A)"}, {}),
+    ({"choices": ["ice", None, "air"]}, {"choices": {"A": "ice", "C": "air"}}), ({"answer": "ice"}, {}),
+    ({"choices": {"A": 0, "B": 2.0, "C": 2.5}}, {"choices": {"A": "0", "B": "2", "C": "2.5"}}),
     ({"question": "What\ud800 melts?"}, {"question": "What? melts?"}), ({"other": {"a": [{"b": None}]}}, {}),
-    ({"task": "gsm8k", "choices": None, "answer": 18}, {"task": "gsm8k", "answer": "18", "choices": None}),
     ({"task": "gsm8k", "choices": {}, "answer": 18.0}, {"task": "gsm8k", "answer": "18", "choices": None}),
     ({"task": "strategyqa", "choices": None, "answer": True}, {"task": "strategyqa", "answer": "yes", "choices": None})]
 PATH = {"style": "vanilla", "teacher": "t", "path": "Ice melts.\nThe answer is (A)."}
@@ -555,10 +548,13 @@ CHOICES = {"A": "bank", "B": "library", "C": "department store", "D": "store", "
 DATES = {"A": "03/12/1987", "B": "03/13/1987", "C": "04/13/1987"}
 
 
-def table(task, choices, **expected):
-    """[(task, text, choices, answer)] of {answer: [text, ...]}; _5_ stands for 5."""
-    return [(task, text, choices, None if answer == "unparsed" else answer.strip("_"))
-            for answer, texts in expected.items() for text in texts]
+def texts(block):
+    """The texts between the bars of a block; ¶ is a line break."""
+    return [text.replace("¶", "\n") for text in re.split(r"\s*\|\s*", block.strip())]
+
+
+def pairs(block):
+    return [text.split(" ~ ") for text in texts(block)]
 
 
 def read(task, text, choices=None):
@@ -573,138 +569,119 @@ def test_an_answer_stated_as_the_prompt_asks_is_read(task):
     assert read(task, "So. " + phrase.replace(blank, answer), {"A": "x", "B": "y"}) == answer
 
 
-NUMBERS = [
-    ("18", ["He makes 9 * 2 = $18.\n#### 18", "A: 18", "The answer is 18", "The answer is $18.",
-            "**Answer:** 42\n\n#### 18", "The answer is 18 (16 + 2 = 18).", "The answer is 18 eggs. He sells 2.",
-            "<answer>18</answer>", '{"answer": 18}', "The answer is 16 + 2 = 18", "print(x)\n```output\n17\n18\n```",
-            "\\boxed{\\text{18 dollars}}", "The answer is x = 18.", "The answer is 3. No: the answer is 18.",
-            "Final Answer\n\n18", "The correct answer is: 18", "The answer would be 18 eggs.",
-            "The answer is therefore 18.", "The answer is most likely 18.", "The answer is €18 each.",
-            "The answer is 18. Check: 16 + 2 = 18, so the answer is correct.", "16 + 2 = 18 \\boxed{18}",
-            "\\boxed{18}^\\circ", "She doesn't sell any so the answer is 18.",
-            "The answer is 18.\n\nThe other answers are wrong.", "She has 18", "It is 18kg."]),
-    ("-5", ["The answer is -5.", "The answer is −5 degrees.", "The answer is $-5", "The answer is -$5.",
-    "**Answer:**\n\n-5", "x = -5"]), ("5", ["**Answer:**\n\n- 5", "10-5 = 5", "The answer is 5kg", "It came 2nd of 5",
-    "The answer is $5/hour.", "The answer is 5%."]), ("1234.5", ["The answer is: **$1,234.50**.", "\\boxed{1{,}234.5}",
-    "The answer is 1,234.5", "The answer is 1 234.5"]), ("3/4", ["The answer is 3/4 of a cup.", "So it is 3/4"]),
-    ("70000", ["\\boxed{70\\,000}", "The answer is 70\u202f000.", "She makes 70 000", "\\boxed{\\$70{,}000}"]),
-]
+NUMBERS = {  # the answer: texts
+    "18": r"""
+    He makes 9 * 2 = $18.¶#### 18 | The answer is $18. | **Answer:** 42¶¶#### 18 | The answer is 18 (16 + 2 = 18). |
+    <answer>18</answer> | {"answer": 18} | The answer is 16 + 2 = 18 | print(x)¶```output¶17¶18¶``` |
+    \boxed{\text{18 dollars}} | The answer is 3. No: the answer is 18. | Final Answer¶¶18 |
+    The answer is therefore 18. | The answer is most likely 18. | The answer is €18 each. |
+    The answer is 18. Check: 16 + 2 = 18, so the answer is correct. | 16 + 2 = 18 \boxed{18} | \boxed{18}^\circ |
+    The answer is 18.¶¶The other answers are wrong. | She has 18 | It is 18kg.""",
+    "-5": r"""The answer is -5. | The answer is −5 degrees. | The answer is $-5 | **Answer:**¶¶-5 | x = -5""",
+    "5": r"""**Answer:**¶¶- 5 | 10-5 = 5 | The answer is 5kg | It came 2nd of 5 | The answer is $5/hour.""",
+    "1234.5": r"""
+    The answer is: **$1,234.50**. | \boxed{1{,}234.5} | The answer is 1,234.5 | The answer is 1 234.5""",
+    "3/4": r"""The answer is 3/4 of a cup. | So it is 3/4""",
+    "70000": r"""\boxed{70\,000} | The answer is 70 000. | She makes 70 000 | \boxed{\$70{,}000}""",
+}
 NO_NUMBER = {  # why: texts
-    "is not announced": ["", "no number here", "The 3rd of them", "The answer is unclear.",
-                         "Therefore, the answer (arabic numerals) is"],
-    "is denied or supposed": [
-        "The wrong answer is 5.", "I don't think the answer is 5.", "One might think the answer is 5. It is 6.",
-        "It isn't 5.", "The answer isn't 5.", "The answer can't be 5.", "The answer should not be 5.",
-        "It cannot be \\boxed{5}.", "The answer is not 5.", "The answer is 4. But the answer isn’t $5.",
-        "The answer is 5? No.", "If the answer is 4, he has 2 left.", "The answer is never 5",
-        "The answer is 5. Therefore, the answer is unclear.", "The answer is 5 and not 6."],
-    "is several": [
-        "The answer is 4 hours and 30 minutes.", "The answer is 7 feet, 4 inches.", "The answer is 4:30.",
-        "The answer is 24 and 12.", "The answer is 5 or 6.", "The answer is 3 to 5.", "The answer is x = 3, y = 5.",
-        "The answer is 4 hrs. 30 min.", "It is 4 hours 30", "The answer is 18 eggs because y = 9.",
-        "\\boxed{4\\text{ hours and }30\\text{ minutes}}", "\\boxed{12\\text{ feet }6\\text{ inches}}",
-        "The answer is 4 hours and thirty minutes.", "The answers are 5 and 7.", "The answer is 5, 6", "So 5 or 6",
-        "\\boxed{2} and \\boxed{3}"],
-    "is open arithmetic": [
-        "The answer is 36 + 48", "The answer is 2π.", "The answer is 10 dollars - 5 dollars.", "The answer is 2**3",
-        "The answer is 10\u00b2.", "The answer is 2^{10}.", "The answer is \u221a16.", "The answer is \\sqrt{16}.",
-        "The answer is \\frac{10}{2+3}.", "\\boxed{2\\pi}", "The answer is 5 more than 7.", "The answer is -(5).",
-        "The answer is half of 10.", "The answer is twice 5.", "The answer is 5 squared.", "The answer is 20% of 50.",
-        "The answer is 5 multiplied by 6.", "The answer is |-5|.", "The answer is x minus 5.", "\\boxed{2\\sqrt{3}}",
-        "The answer is more than 5.", "The answer is the square root of 16.", "The answer is 1/0.",
-        "The answer is over 100.", "$3 \\times 10^{3}$"],
-    "has a scale that is not read": [
-        "The answer is 2.5 million people.", "The answer is $10K.", "The answer is 5 dozen.",
-        "The answer is 3 quarters.", "She has 5 million", "The answer is 4½ hours.", "The answer is 1.5e3",
-        "The answer is two and a half.", "The answer is 2 1/2 hours.", "The answer is 1,5", "The answer is forty-two.",
-        "\\boxed{2.5\\text{ million}}", "So he has 3 hundred"],
-    "is a part of a box": [
-        "The answer is $-\\boxed{3}$.", "The answer is $−\\boxed{3}$.", "so 2\\boxed{3}", "\\boxed{3}^2",
-        "\\boxed{3}\\sqrt{2}", "\\boxed{3} / 2"],
+    "is not announced": r"""
+    no number here | The 3rd of them | The answer is unclear. | Therefore, the answer (arabic numerals) is""",
+    "is denied or supposed": r"""
+    The wrong answer is 5. | I don't think the answer is 5. | It isn't 5. | The answer isn't 5. |
+    It cannot be \boxed{5}. | The answer is not 5. | The answer is 4. But the answer isn’t $5. |
+    The answer is 5? No. | If the answer is 4, he has 2 left. | The answer is 5. Therefore, the answer is unclear. |
+    The answer is 5 and not 6.""",
+    "is several": r"""
+    The answer is 4 hours and 30 minutes. | The answer is 4:30. | The answer is 5 or 6. | The answer is 3 to 5. |
+    The answer is x = 3, y = 5. | The answer is 4 hrs. 30 min. | It is 4 hours 30 |
+    The answer is 18 eggs because y = 9. | \boxed{4\text{ hours and }30\text{ minutes}} |
+    \boxed{12\text{ feet }6\text{ inches}} | The answer is 4 hours and thirty minutes. | The answer is 5, 6 |
+    So 5 or 6 | \boxed{2} and \boxed{3}""",
+    "is open arithmetic": r"""
+    The answer is 2π. | The answer is 10 dollars - 5 dollars. | The answer is 2**3 | The answer is 10². |
+    The answer is √16. | The answer is \frac{10}{2+3}. | \boxed{2\pi} | The answer is -(5). |
+    The answer is twice 5. | The answer is 5 squared. | The answer is 20% of 50. | The answer is more than 5. |
+    The answer is the square root of 16. | The answer is 1/0. | $3 \times 10^{3}$""",
+    "has a scale that is not read": r"""
+    The answer is 2.5 million people. | The answer is $10K. | The answer is 5 dozen. | The answer is 3 quarters. |
+    She has 5 million | The answer is 1.5e3 | The answer is 2 1/2 hours. | The answer is 1,5 | So he has 3 hundred""",
+    "is a part of a box": r"""
+    The answer is $-\boxed{3}$. | so 2\boxed{3} | \boxed{3}^2 | \boxed{3}\sqrt{2} | \boxed{3} / 2""",
 }
 
 
-@pytest.mark.parametrize("text, expected", [(text, number) for number, texts in NUMBERS for text in texts])
+@pytest.mark.parametrize("expected, text", [(number, text) for number in NUMBERS for text in texts(NUMBERS[number])])
 def test_the_one_number_that_a_text_announces_or_ends_with_is_read(text, expected):
     assert E.grade("gsm8k", read("gsm8k", text), expected)
 
 
-@pytest.mark.parametrize("text", [pytest.param(text, id=f"{why}: {text[:40]}") for why,
-                                  texts in NO_NUMBER.items() for text in texts])
-def test_a_number_that_leaves_a_doubt_is_unparsed(text):
+@pytest.mark.parametrize("why, text", [("", ""), *((why, text) for why in NO_NUMBER for text in texts(NO_NUMBER[why]))])
+def test_a_number_that_leaves_a_doubt_is_unparsed(why, text):
     assert read("gsm8k", text) is None
 
 
-READ = [
-    # a letter, or the exact text of one choice
-    *table("arc", CHOICES,
-           B=["The answer is (B).", "The answer is B", "The answer is **B**.", "Answer: B) library",
-              "The answer is B: library.", "so the answer is \\boxed{\\text{B}}", "The answer is a library.",
-              "The answer is: (B), clearly", "<answer>B</answer>",
-              "The answer is B. Note that A is a common distractor.", "Answer: B\nExplanation: A library lends books.",
-              "Answer is A\n\nAnswer: B", "The answer is therefore (B).", "The answer is simply B.",
-              "The correct answer is B. The other answers are incorrect.", "On the other hand the answer is B.",
-              "***Answer***: ***B***", "The correct option is (B).", "The answer is (B) because it is quiet."],
-           C=["The answer is the department store.", "The answer is (C). department store",
-              "The answer is (C) department store."],
-           D=["The answer is store", "It is not B, the answer is D"], E=["The answer is St. Louis."],
-           unparsed=[
-               "", "B", "I think it is (C).", "The answer is (G).", "The answer is Cars.", "The answer is not B.",
-               "The answer is A or B.", "The answer is a place to read books.", "The answer is A place to read.",
-               "Answer: None of the above", "Answer: I don't know", "The answer is either the bank or the library",
-               "The wrong answer is B.", "The least likely answer is (B).", "I don't think the answer is B.",
-               "The correct answer is D. department store", "The answer is (B): A bank.", "The answer is (B): A and C.",
-               "Therefore, the answer is B, C, or D.", "The answer is A through C.", "The answer is B/C",
-               "The answer is B. or C.", "The answer is both A and C.", "The answer is library or bank.",
-               "The answer is (D) department store.", "The answer is A. So the answer is B, C, or D.",
-               "The answer cannot be (A).", "The answer is A.B", "The answer is A-B.",
-               "The answer is most likely (B) bank.", "Where?\n(A) bank\n(B) library", "\\boxed{A} or \\boxed{B}"]),
-    *table("arc", {"A": "Paris", "B": "London"}, A=["The answer is (A) Paris.", "The answer is Paris."],
-    unparsed=["The answer is (A) Paris or London."]), *table("date", DATES, B=["The answer is (B) 03/13/1987.",
-        "So the answer is 03/13/1987.", "The answer is B. March 13, 1987"],
-           unparsed=["The answer is B. 03/12/1987", "So the answer is 03/13/1987 or 04/13/1987."]),
-    *table("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, B=["The answer is 1,500 N."],
-           C=["The answer is -5 N."],
-           unparsed=["The answer is 2.500 N.", "The answer is 5 N.", "The answer is type AB."]),
-    # yes or no
-    *table("strategyqa", None,
-           yes=["So the answer is Yes.", "The answer is: \"Yes\".", "The answer is true.", "#### yes",
-                "The answer is indeed yes.", "the answer (Yes or No) is technically Yes, but it is small",
-                "The answer is yes. Checking again, the answer is correct."],
-           no=["Therefore, the answer (Yes or No) is No.", "the answer is most likely No", "\\boxed{\\text{No}}",
-               "The answer is **no**.", "The answer is no, it would not sink."],
-           unparsed=["The answer is hardly yes.", "The answer is unlikely yes.", "The answer is yes and no.",
-                     "The answer is yes/no.", "Therefore, the answer (Yes or No) is dependent on whether no one knows",
-                     "the answer is not known", "the answer is unknown",
-                     "If so, the answer is yes. Therefore, the answer (Yes or No) is: It depends.",
-                     "the answer (Yes or No) is Northern", "The wrong answer is yes.", "No one has seen it", "nothing",
-                     "Yes", "The answer is no longer clear", "The answer is yes?"]),
-    # mathematics: a box, or the one formula of the sentence
-    *table("math", None,
-           _5_=["$\\boxed{5}$. So our answer is correct.", "\\fbox{5}", "#### 5", "The answer is $5$.",
-                "The answer is most likely $5$.", "So \\boxed{4}., but\n**Final Answer**\n\\boxed{5}",
-                "The answer is 5. This is the least.", "The final answer is:\n\n$$5$$", "$x = \\boxed{5}$",
-                "${\\boxed{5}}$", "$\\frac{6}{2} = {\\boxed{5}}$", "\n- \\boxed{5}", "$7 - 2 = \\boxed{5}$",
-                "$5 \\le \\boxed{5}$"],
-           unparsed=["\\boxed{}", "\\boxed{5", "I don't know.", "so $x=3$", "The answer is not $5$.",
-                     "It cannot be $\\boxed{5}$.", "It isn't 5", "The answer is $5$? No, $6$.", "The answer isn't $5$.",
-                     "The answer is $5$ or $6$.", "The answer is greater than $5$.", "$-\\boxed{3}$", "$2\\boxed{3}$",
-                     "$\\frac{1}{\\boxed{3}}$", "\\( - \\boxed{3}\\)", "$x = -\\boxed{3}$", "$\\pm\\boxed{3}$",
-                     "$\\frac{\\boxed{3}}{2}$", "$\\sqrt{\\boxed{3}}$", "$2^{\\boxed{3}}$", "$2 \\cdot \\boxed{3}$",
-                     "The roots are $\\boxed{-4}$ and $\\boxed{9}$.", "$x = \\boxed{1}$ or $x = \\boxed{2}$"]),
+SAID = [  # task, choices, answer: texts
+    ("arc", CHOICES, "B", r"""
+    The answer is (B). | The answer is B | The answer is **B**. | Answer: B) library |
+    so the answer is \boxed{\text{B}} | The answer is a library. | <answer>B</answer> |
+    The answer is B. Note that A is a common distractor. | Answer: B¶Explanation: A library lends books. |
+    Answer is A¶¶Answer: B | The answer is therefore (B). |
+    The correct answer is B. The other answers are incorrect. | ***Answer***: ***B*** | The correct option is (B). |
+    The answer is (B) because it is quiet."""),
+    ("arc", CHOICES, "C", r"""The answer is the department store. | The answer is (C) department store."""),
+    ("arc", CHOICES, "D", r"""The answer is store | It is not B, the answer is D"""),
+    ("arc", CHOICES, "E", r"""The answer is St. Louis."""),
+    ("arc", CHOICES, None, r"""
+    B | I think it is (C). | The answer is Cars. | The answer is not B. | The answer is A or B. |
+    The answer is a place to read books. | Answer: None of the above | The answer is either the bank or the library |
+    The wrong answer is B. | The correct answer is D. department store | The answer is (B): A and C. |
+    Therefore, the answer is B, C, or D. | The answer is B/C | The answer is B. or C. |
+    The answer is (D) department store. | The answer is A. So the answer is B, C, or D. | The answer is A-B. |
+    Where?¶(A) bank¶(B) library | \boxed{A} or \boxed{B}"""),
+    ("arc", {"A": "Paris", "B": "London"}, "A", r"""The answer is (A) Paris. | The answer is Paris."""),
+    ("arc", {"A": "Paris", "B": "London"}, None, r"""The answer is (A) Paris or London."""),
+    ("date", DATES, "B", r"""
+    The answer is (B) 03/13/1987. | So the answer is 03/13/1987. | The answer is B. March 13, 1987"""),
+    ("date", DATES, None, r"""The answer is B. 03/12/1987 | So the answer is 03/13/1987 or 04/13/1987."""),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, "B", r"""The answer is 1,500 N."""),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, "C", r"""The answer is -5 N."""),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, None, r"""
+    The answer is 2.500 N. | The answer is 5 N. | The answer is type AB."""),
+    ("strategyqa", None, "yes", r"""
+    So the answer is Yes. | The answer is true. | The answer is indeed yes. |
+    the answer (Yes or No) is technically Yes, but it is small |
+    The answer is yes. Checking again, the answer is correct."""),
+    ("strategyqa", None, "no", r"""
+    Therefore, the answer (Yes or No) is No. | the answer is most likely No | The answer is **no**. |
+    The answer is no, it would not sink."""),
+    ("strategyqa", None, None, r"""
+    The answer is hardly yes. | The answer is unlikely yes. | The answer is yes/no. |
+    Therefore, the answer (Yes or No) is dependent on whether no one knows | the answer is not known |
+    If so, the answer is yes. Therefore, the answer (Yes or No) is: It depends. | The wrong answer is yes. | Yes |
+    The answer is no longer clear | The answer is yes?"""),
+    ("math", None, "5", r"""
+    $\boxed{5}$. So our answer is correct. | \fbox{5} | #### 5 | The answer is $5$. |
+    So \boxed{4}., but¶**Final Answer**¶\boxed{5} | The final answer is:¶¶$$5$$ | ${\boxed{5}}$ |
+    $\frac{6}{2} = {\boxed{5}}$ | ¶- \boxed{5} | $7 - 2 = \boxed{5}$ | $5 \le \boxed{5}$"""),
+    ("math", None, None, r"""
+    \boxed{} | \boxed{5 | The answer is not $5$. | It cannot be $\boxed{5}$. | The answer is $5$? No, $6$. |
+    The answer is $5$ or $6$. | The answer is greater than $5$. | $-\boxed{3}$ | $\frac{1}{\boxed{3}}$ |
+    $x = -\boxed{3}$ | $\pm\boxed{3}$ | $\frac{\boxed{3}}{2}$ | $2^{\boxed{3}}$ |
+    The roots are $\boxed{-4}$ and $\boxed{9}$. | $x = \boxed{1}$ or $x = \boxed{2}$"""),
 ]
 
 
-@pytest.mark.parametrize("task, text, choices, expected", READ)
-def test_what_is_announced_last_is_read_if_it_is_one_value_and_nothing_else(task, text, choices, expected):
+@pytest.mark.parametrize("task, choices, expected, text", [
+    (*case, text) for *case, block in SAID for text in texts(block)])
+def test_what_is_announced_last_is_read_if_it_is_one_value_and_nothing_else(task, choices, expected, text):
     assert read(task, text, choices) == expected
 
 
 @pytest.mark.parametrize("text, rest", [
-    ("no thought", "no thought"), ("<think>a</think>b", "b"), ("a</think>b</think>c", "c"),
-    ("<think>a</think>b<think>c", ""), ("<THINKING>a</THINKING> b", " b"), ("<seed:think>a</seed:think>b", "b"),
-    ("<think>", ""), ("", ""), ("a</think>", ""), ("I think < 5", "I think < 5"), ("Analysis shows 5",
-    "Analysis shows 5"), ("[THINK]a[/THINK]b", "b"), ("<|START_THINKING|>a", ""),
+    ("no thought", "no thought"), ("<think>a</think>b", "b"), ("a</think>b</think>c", "c"), ("<think>a</think>b<think>c", ""),
+    ("<THINKING>a</THINKING> b", " b"), ("<seed:think>a</seed:think>b", "b"), ("I think < 5", "I think < 5"), ("", ""),
+    ("Analysis shows 5", "Analysis shows 5"), ("[THINK]a[/THINK]b", "b"), ("◁think▷a◁/think▷b", "b"),
     ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b", "b"),
     ("<|channel|>analysis<|message|>a", ""), ("analysisWe say a.assistantfinalb", "b"), ("analysisWe say a.", "")])
 def test_only_what_follows_the_thoughts_is_said(text, rest):
@@ -713,64 +690,53 @@ def test_only_what_follows_the_thoughts_is_said(text, rest):
 
 # ------------------------------------------------------------------------------------------- equality
 
-EQUAL = [  # prediction, answer
-    ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac12"), ("\\dfrac{1}{2}", "\\tfrac12"), ("2/3", "\\frac{2}{3}"), ("+7", "7"),
-    ("2^{10}", "1024"), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt2}{2}"), ("sqrt(3)/3", "\\frac{1}{\\sqrt{3}}"),
-    ("\\sqrt[3]{8}", "2"), ("3\\cdot10^{4}", "30000"), ("11,111,111,100", "11,\\! 111,\\! 111,\\! 100"), ("8880",
-    "8{,}880"), ("\\$15,\\!000", "15000"), ("10 cm", "10\\text{ cm}"), ("440", "440\\text{ cm}^2"), ("45", "45^\\circ"),
-    ("30%", "30\\%"), ("x = 5", "5"), ("3\\frac12", "7/2"), ("\\text{(C)}", "C"), ("evelyn", "\\text{Evelyn}"),
-    ("(x+1)(x+2)", "x^2+3x+2"), ("y^2 + 2xy + x^2", "(x+y)^2"), ("2, 1", "1,2"), ("\\{3, 5\\}", "5, 3"),
-    ("7, -2, and -5", "7, -2, \\text{ and } -5"), ("x=1 or x=2", "1,2"), ("3 + 2\\sqrt{2}, 3 - 2\\sqrt{2}",
-    "3 \\pm 2 \\sqrt{2}"), ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"), ("[0, 1)", "\\left[0,1\\right)"),
-    ("(a,b)=(2,9)", "(2,9)"), ("\\mathbf{46}", "46"), ("(-\\infty,2)\\cup(3,\\infty)",
-    "(3, \\infty) \\cup (-\\infty, 2)"), ("x \\in [-2,7]", "[-2,7]"), ("e^{i\\pi}", "-1"),
-    ("\\begin{pmatrix} 1/2 \\\\ 0 \\end{pmatrix}", "\\begin{bmatrix} \\frac{1}{2} \\\\ 0 \\end{bmatrix}"),
-    ("\\sqrt{1/n}", "\\frac{1}{\\sqrt{n}}"), ("\\left[\\begin{array}{cc}1 & 2 \\\\ 3 & 4\\end{array}\\right]",
-                                              "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"), ("y = 3 + 2x", "y=2x+3"),
-                                              ("4210_7", "4210_{7}"), ("4210_{\\text{7}}", "4210_7"),
-                                              ("\\frac{20}{7} \\approx 2.857", "\\frac{20}{7}"), ("\\text{Yes}", "yes"),
-                                              ("5\\text{ million}", "5 million"), ("\\overline{CD}", "\\overline{CD}"),
-                                              ("\\sin 3x", "\\sin3x"), ("\\frac{x}{\\frac{1}{y}}", "xy"),
-                                              ("2\\mathrm{e}", "2e"),
-]
-DIFFERENT = [
-    ("east", "seat"), ("\\text{east}", "\\text{seat}"), ("1 2", "12"), ("5\\text{ feet }30\\text{ inches}", "530"), ("",
-    "0"), ("", ""), ("x>1 and x<3", "x>1 or x<3"), ("x>3", "x<3"), ("x>3", "y>3"), ("x=1, y=2", "2"),
-    ("x \\approx 2.857", "\\frac{20}{7}"), ("2x + z = 1", "1"), ("(x,y)=(1,2)", "(2,1)"), ("4210_{\\text{8}}",
-    "4210_7"), ("52_9", "52_8"), ("\\frac{20}{7} \\approx 2.857", "2.857"), ("1/2", "1/3"), ("4\\sqrt(2)", "4"),
-    ("\\frac{1}{2006!}", "\\frac{1}{2004!}"), ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"), ("2y", "2x"), ("1, 2, 3",
-    "2, 3, 4"), ("n=1,2,3", "n=2,3,4"), ("1, 1, 2", "1, 2, 2"), ("1728", "1331, 1728"), ("(0, 1.5)", "(0, 1)"),
-    ("[0,1]", "[0,1)"), ("(2,1)", "(1,2)"), ("(1,000)", "1000"), ("2021", "\\pm 2021"), ("1:00", "12:00"), ("9 p.m.",
-    "9\\text{ a.m.}"), ("x^2", "x^3"), ("A", "B"), ("\\frac{1}{3 \\cdot 2^{2006}}",
-    "\\frac{2^{2005}+1}{3 \\cdot 2^{2006}}"), ("3x + 4y + 14=0", "3x-y+13=0"), ("x=5", "y=5"), ("2x=10", "x=5"), ("0",
-    "x - 3z = 0"), ("1.5", "15"), ("\\text{even}", "\\text{odd}"), ("0.33", "\\frac13"), ("3.14", "\\pi"), ("\\sin x",
-    "\\cos x"), ("1000000000000000000000000000000000000001", "1000000000000000000000000000000000000000"), ("\\sin x",
-                         "x\\sin"), ("3\\mathbf{i}+4\\mathbf{j}", "7"), ("\\begin{pmatrix} 1 & 2 \\end{pmatrix}",
-                             "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("5 \\text{ or more}", "5"), ("5 or more",
-                                 "5"), *((s, "5") for s in ("5 \\text{ million}", "5 million", "5\\text{ dozen}",
-                                                            "\\text{less than } 5", "\\text{at least }5",
-                                                            "\\text{not } 5", "\\text{negative }5", "\\text{at most }5",
-                                                            "5 hundred", "__import__('os')", "5 if 1 else 5", "5;5",
-                                                            "[5][0]")),
-]
+# a prediction ~ an answer
+EQUAL = r"""
+    1/2 ~ \frac{1}{2} | 0.5 ~ \frac12 | \dfrac{1}{2} ~ \tfrac12 | +7 ~ 7 | \frac{1}{\sqrt{2}} ~ \frac{\sqrt2}{2} |
+    sqrt(3)/3 ~ \frac{1}{\sqrt{3}} | \sqrt[3]{8} ~ 2 | 3\cdot10^{4} ~ 30000 |
+    11,111,111,100 ~ 11,\! 111,\! 111,\! 100 | \$15,\!000 ~ 15000 | 10 cm ~ 10\text{ cm} | 440 ~ 440\text{ cm}^2 |
+    30% ~ 30\% | 3\frac12 ~ 7/2 | \text{(C)} ~ C | evelyn ~ \text{Evelyn} | (x+1)(x+2) ~ x^2+3x+2 |
+    y^2 + 2xy + x^2 ~ (x+y)^2 | \{3, 5\} ~ 5, 3 | 7, -2, and -5 ~ 7, -2, \text{ and } -5 | x=1 or x=2 ~ 1,2 |
+    3 + 2\sqrt{2}, 3 - 2\sqrt{2} ~ 3 \pm 2 \sqrt{2} | \left( 3, \frac{\pi}{2} \right) ~ (3, \pi/2) |
+    [0, 1) ~ \left[0,1\right) | (a,b)=(2,9) ~ (2,9) | \mathbf{46} ~ 46 |
+    (-\infty,2)\cup(3,\infty) ~ (3, \infty) \cup (-\infty, 2) | x \in [-2,7] ~ [-2,7] | e^{i\pi} ~ -1 |
+    \begin{pmatrix} 1/2 \\ 0 \end{pmatrix} ~ \begin{bmatrix} \frac{1}{2} \\ 0 \end{bmatrix} |
+    \sqrt{1/n} ~ \frac{1}{\sqrt{n}} |
+    \left[\begin{array}{cc}1 & 2 \\ 3 & 4\end{array}\right] ~ \begin{pmatrix}1&2\\3&4\end{pmatrix} |
+    4210_7 ~ 4210_{7} | 4210_{\text{7}} ~ 4210_7 | \frac{20}{7} \approx 2.857 ~ \frac{20}{7} |
+    5\text{ million} ~ 5 million | \overline{CD} ~ \overline{CD} | \sin 3x ~ \sin3x | \frac{x}{\frac{1}{y}} ~ xy |
+    2\mathrm{e} ~ 2e
+"""
+DIFFERENT = r"""
+    east ~ seat | \text{east} ~ \text{seat} | 1 2 ~ 12 | 5\text{ feet }30\text{ inches} ~ 530 |
+    x>1 and x<3 ~ x>1 or x<3 | x>3 ~ x<3 | x=1, y=2 ~ 2 | x \approx 2.857 ~ \frac{20}{7} | 2x + z = 1 ~ 1 |
+    (x,y)=(1,2) ~ (2,1) | 4210_{\text{8}} ~ 4210_7 | \frac{20}{7} \approx 2.857 ~ 2.857 | 4\sqrt(2) ~ 4 |
+    \frac{1}{2^{98}} ~ \frac{1}{2^{99}} | n=1,2,3 ~ n=2,3,4 | 1, 1, 2 ~ 1, 2, 2 | (0, 1.5) ~ (0, 1) | [0,1] ~ [0,1) |
+    (1,000) ~ 1000 | 2021 ~ \pm 2021 | 1:00 ~ 12:00 | 9 p.m. ~ 9\text{ a.m.} |
+    \frac{1}{3 \cdot 2^{2006}} ~ \frac{2^{2005}+1}{3 \cdot 2^{2006}} | 3x + 4y + 14=0 ~ 3x-y+13=0 | 2x=10 ~ x=5 |
+    0 ~ x - 3z = 0 | \text{even} ~ \text{odd} | 0.33 ~ \frac13 |
+    1000000000000000000000000000000000000001 ~ 1000000000000000000000000000000000000000 | \sin x ~ x\sin |
+    3\mathbf{i}+4\mathbf{j} ~ 7 | \begin{pmatrix} 1 & 2 \end{pmatrix} ~ \begin{pmatrix} 1 \\ 2 \end{pmatrix} |
+    5 \text{ or more} ~ 5 | 5 \text{ million} ~ 5 | 5 million ~ 5 | \text{less than } 5 ~ 5 | \text{at least }5 ~ 5 |
+    \text{not } 5 ~ 5 | \text{negative }5 ~ 5 | __import__('os') ~ 5 | 5 if 1 else 5 ~ 5 | 5;5 ~ 5 | [5][0] ~ 5
+"""
 
 
-@pytest.mark.parametrize("prediction, answer", EQUAL)
+@pytest.mark.parametrize("prediction, answer", pairs(EQUAL))
 def test_equal_mathematics_is_graded_right(prediction, answer):
     assert E.grade("math", prediction, answer) and E.grade("math", answer, prediction)
 
 
-@pytest.mark.parametrize("prediction, answer", DIFFERENT)
+@pytest.mark.parametrize("prediction, answer", pairs(DIFFERENT))
 def test_different_mathematics_is_graded_wrong(prediction, answer):
     assert not E.grade("math", prediction, answer) and not E.grade("math", answer, prediction)
 
 
 @pytest.mark.parametrize("task, prediction, answer, right", [
-    ("gsm8k", "18.0", "18", True), ("gsm8k", "137.99999999999997", "138", True), ("gsm8k", "$5", "5", True), ("gsm8k",
-    "1000001", "1000000", False), ("gsm8k", "1/3", "0.3333333333", True), ("gsm8k", None, "5", False), ("gsm8k",
-    "70000", "70,000", True), ("gsm8k", "-5", "5", False), ("arc", "B", "B", True), ("arc", "B", "(B)", True), ("arc",
-    "A", "B", False), ("arc", None, "B", False), ("strategyqa", "yes", "Yes", True), ("math", None, "", False),
-    ("strategyqa", "no", "yes", False)])
+    ("gsm8k", "18.0", "18", True), ("gsm8k", "137.99999999999997", "138", True), ("gsm8k", "1000001", "1000000", False),
+    ("gsm8k", "1/3", "0.3333333333", True), ("gsm8k", None, "5", False), ("gsm8k", "70000", "70,000", True),
+    ("gsm8k", "-5", "5", False), ("arc", "B", "(B)", True), ("arc", "A", "B", False), ("arc", None, "B", False),
+    ("strategyqa", "yes", "Yes", True), ("strategyqa", "no", "yes", False), ("math", None, "", False)])
 def test_grading_compares_values(task, prediction, answer, right):
     assert E.grade(task, prediction, answer) is right
 
@@ -792,25 +758,6 @@ def test_hostile_formulas_are_unequal_and_never_raise_in_any_thread():
     thread.start()
     thread.join()
     assert verdicts == dict.fromkeys(HOSTILE, (False, False))
-
-
-PIECES = ["\\frac", "{", "}", "(", ")", "[", "]", "^", "_", "\\sqrt", "\\boxed{", "\\boxed{}", "the answer is ", "= ",
-          "\\approx", "<", "\\pm", "\\cup", "\\infty", "x", "\\sin", "1", "3.5", "1/2", ",", " or ", " and ", "\\text{",
-          "$", "\\(", "\\)", "\\begin{pmatrix}", "&", "\\\\", "|", "!", "%", "**", "\n", "\n\n", "(A)", "B", "yes",
-          "no", "<think>", "</think>", "seven ", "\u2013", "\u00b2", "\ud800", "####", "<answer>", "?", ". ", "not ",
-          "lambda", "import os", "\u0663"]
-
-
-def test_no_garble_raises_and_what_is_read_is_of_the_tasks_kind():
-    rng = random.Random(0)
-    for _ in range(1500):
-        text = "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
-        for task, valid in (("gsm8k", lambda x: E.grade("gsm8k", x, x)), ("math", str.strip), ("strategyqa", {"yes",
-                            "no"}.__contains__), ("date", DATES.__contains__)):
-            prediction = read(task, text, DATES)
-            assert prediction is None or valid(prediction), (task, text, prediction)
-            assert E.grade(task, prediction, "x+1") in (True, False) and (task != "math" or E.grade("math", text,
-                text) in (True, False))
 
 
 # ------------------------------------------------------------------------------------------ real data
@@ -869,40 +816,32 @@ def last_box(solution):
 
 def changed(answer, rng):
     """A MATH answer with one small change that makes it another answer; None if none is at hand."""
-    ways = []
+    swaps = (("+", "-"), ("-", "+"), ("\\sqrt", ""), ("<", ">"), ("\\cup", "\\cap"), ("\\pi", ""), ("[", "("), ("x", "y"),
+             ("sin", "cos"), ("^2", "^3"), ("\\frac{1}", "\\frac{2}"))
+    ways = [answer.replace(old, new, 1) for old, new in swaps]
     if digits := [m.start() for m in re.finditer(r"(?<![_\d{.])\d|(?<=\{)\d", answer)]:
         i = rng.choice(digits)
         ways.append(f"{answer[:i]}{(int(answer[i]) + rng.randint(1, 8)) % 9 + 1}{answer[i + 1:]}")
-    for old, new in (("+", "-"), ("-", "+"), ("\\sqrt", ""), ("<", ">"), ("\\cup", "\\cap"), ("\\pi", ""), ("[", "("),
-                     ("x", "y"), ("sin", "cos"), ("^2", "^3"), ("\\frac{1}", "\\frac{2}")):
-        ways.append(answer.replace(old, new, 1))
     if re.fullmatch(r"[1-9]\d*", answer):
         ways += ["-" + answer, answer + "0", answer + ".5", f"\\frac{{{answer}}}{{3}}", f"{answer}, {int(answer) + 1}"]
-    if (parts := re.fullmatch(r"(\D*?)(-?\d+),\s*(-?\d+)(\D*)", answer)) and parts[2] != parts[3]:
-        ways.append(f"{parts[1]}{parts[2]},{parts[2]}{parts[4]}")
     ways = [way for way in ways if way != answer]
     return rng.choice(ways) if ways else None
 
 
 def rewritten(answer, rng):
     """The same MATH answer written otherwise, in up to three of the ways that fit."""
-    ways = [f" {answer}\\, ", f"${answer}$", answer + ".", answer.replace("\\frac", "\\dfrac")]
+    ways = [f" {answer}\\, ", f"${answer}$", answer + ".", answer.replace("\\frac", "\\dfrac"),
+            answer.replace("pmatrix", "bmatrix")]
     if m := re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", answer):
         n, d, k = int(m[2]), int(m[3]), rng.randint(2, 9)
-        ways += [f"{m[1]}{n}/{d}", f"{m[1]}\\frac{{{k * n}}}{{{k * d}}}", f"x = {answer}",
-                 f"{answer} \\approx {n / d:.4f}"]
+        ways += [f"{m[1]}{n}/{d}", f"{m[1]}\\frac{{{k * n}}}{{{k * d}}}", f"{answer} \\approx {n / d:.4f}"]
     if re.fullmatch(r"\d+", answer):
         n = int(answer)
-        ways += [f"{n + 3} - 3", f"\\frac{{{6 * n}}}{{6}}", f"n = {n}", f"{n}.0", f"{n} apples", f"{n}\\text{{ cm}}",
-                 f"\\sqrt{{{n * n}}}", f"{n:,}"]
-    if re.fullmatch(r"\(-?[^,()]+,-?[^,()]+\)", answer):
-        ways += [f"\\left({answer[1:-1]}\\right)", f"(a, b) = {answer}"]
+        ways += [f"{n + 3} - 3", f"\\frac{{{6 * n}}}{{6}}", f"n = {n}", f"{n}.0", f"{n} apples", f"{n}\\text{{ cm}}", f"{n:,}"]
     if re.fullmatch(r"-?\d\d?(?:,\s*-?\d\d?)+", answer):
-        parts = re.split(r",\s*", answer)
-        ways += [", ".join(reversed(parts)), f"\\{{{answer}\\}}", ", ".join(parts[:-1]) + " and " + parts[-1]]
-    if "pmatrix" in answer:
-        ways += [answer.replace("pmatrix", "bmatrix")]
-    return rng.sample(ways, min(3, len(ways)))
+        first, *others = re.split(r",\s*", answer)
+        ways += [", ".join([*others, first]), f"\\{{{answer}\\}}", ", ".join(others) + " and " + first]
+    return rng.sample(ways, 3)
 
 
 def test_of_the_changed_math_answers_one_in_five_hundred_is_accepted(data_dir):
