@@ -34,9 +34,8 @@ import judge
 
 def word_tokenizer(chat=None, single="$A", names=None):
     """w4 ... w61 as words (or what `names` calls them): text and token ids tell the same story."""
-    words = [*(f"w{i}" for i in range(4, 62)), "The", "9"]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>"] + [(names or {}).get(w,
-        w) for w in words])}
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, 62)), "The", "9"]
+    vocabulary = {(names or {}).get(word, word): i for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
@@ -51,9 +50,9 @@ FAMILIES = {
     "LlamaConfig": {}, "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
     "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 6, "tie_word_embeddings": False,
                          "layer_types": ["sliding_attention", "full_attention"]},
-    "Qwen3_5TextConfig": {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-                          "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention",
-                              "full_attention"]},
+    "Qwen3_5TextConfig": {
+        "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
     "Lfm2Config": {"layer_types": ["conv", "full_attention"]}}
 
 
@@ -97,8 +96,7 @@ PROMPTS = [[random.Random(i).randrange(4, 64) for _ in range(1 + i * 5 % 14)] fo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_the_models_own_whatever_stands_beside_them(family):
     model, tokenizer = tiny(family), word_tokenizer()
-    model.generation_config.update(repetition_penalty=1.5, no_repeat_ngram_size=2,
-                                   suppress_tokens=[5])  # ours ignores them
+    model.generation_config.update(repetition_penalty=1.5, suppress_tokens=[5])  # ours ignores them
     right = [greedy(model, prompt, 20) for prompt in PROMPTS]
     for batch_size in (1, 5, None):
         for r, ids in zip(E.generate(model, tokenizer, PROMPTS, 20, batch_size), right):
@@ -137,11 +135,11 @@ def test_what_is_said_in_a_thought_ends_no_answer(is_thought):
     ("gsm8k", "The answer is 36 + 48 = 84.\n\nThe answer is 5.", "The answer is 36 + 48 = 84."),
     ("strategyqa", "Thus the answer is no. Is it?", "Thus the answer is no."),
     ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$."),
-    ("arc", "If the answer is (B), it is bad. So the answer is (A). Then",
-    "If the answer is (B), it is bad. So the answer is (A)."), ("gsm8k", "The answer is 3.", None), ("gsm8k",
-    "The answer is 3.5", None), ("strategyqa", "The answer is not known. ", None), ("date", "The answer is Bad. ",
-    None), ("math", "The answer is 5. ", None), ("gsm8k", "If the answer is correct, 5. ", None), ("strategyqa",
-        "Had they met, the answer is yes. They did not. ", None)])
+    ("arc", "If the answer is (B), no. So the answer is (A). Then", "If the answer is (B), no. So the answer is (A)."),
+    *((task, text, None) for task, text in (
+        ("gsm8k", "The answer is 3."), ("gsm8k", "The answer is 3.5"), ("strategyqa", "The answer is not known. "),
+        ("date", "The answer is Bad. "), ("math", "The answer is 5. "), ("gsm8k", "If the answer is correct, 5. "),
+        ("strategyqa", "Had they met, the answer is yes. They did not. ")))])
 def test_only_a_whole_sentence_that_gives_the_answer_ends_it(task, text, needed):
     said = E.ASKED[E.TASKS[task]].search(text)
     assert (text[:said.end()] if said else None) == needed
@@ -212,8 +210,8 @@ SHAPES = {  # shape: (template, what stands between the question and the answer)
 def chat_tokenizer(template):
     tokenizer = word_tokenizer(template)
     tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>", "<channel>", "<message>",
-        "<return>"]})
+    special = ["<turn>", "<end>", "<channel>", "<message>", "<return>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     return tokenizer
 
 
@@ -227,9 +225,9 @@ def test_the_prompt_ends_where_the_family_writes_the_answer(shape):
 
 
 @pytest.mark.parametrize("call, date", [
-    ("{% set date = strftime_now('%d %b %Y') %}{{ date }} ", "26 Jul 2024"), ("{{ strftime_now('%d %B %Y') }} ",
-    "26 July 2024"), ("{%- macro head() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ head() }} ", "2024-07-26")],
-    ids=["Llama 3.2", "SmolLM3", "GPT-OSS"])
+    ("{% set date = strftime_now('%d %b %Y') %}{{ date }} ", "26 Jul 2024"),  # Llama 3.2, SmolLM3, GPT-OSS
+    ("{{ strftime_now('%d %B %Y') }} ", "26 July 2024"),
+    ("{%- macro head() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ head() }} ", "2024-07-26")])
 def test_a_prompt_is_the_same_on_another_day(call, date):
     tokenizer = word_tokenizer(call + HEAD + TAIL, names={f"w{20 + i}": word for i, word in enumerate(date.split())})
     assert tokenizer.decode(E.encode_prompt(tokenizer, "w5")).startswith(date)
@@ -350,21 +348,21 @@ def test_what_can_be_read_is_read_alike_in_questions_and_paths(tmp_path, change,
     assert {key: value for key, value in path.items() if key not in (*PATH, "other")} == expected
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"id": [1]}, "'id'"), ({"id": True}, "'id'"), ({"question": ["x"]}, "'question'"), ({"task": "chess"},
-    "known are gsm8k, demo"), ({"task": ["arc"]}, "unknown task"), ({"prompt": ["x"]}, "'prompt'"), ({"prompt": 5},
-    "'prompt'"), ({"choices": {"A": "ice"}}, "'answer'"), ({"choices": "ice"}, "'choices'"), ({"choices": {"A": ["ice"],
-    "B": "air"}}, "'A'"), ({"choices": {"1": "ice", "2": "air"}}, "'choices'"), ({"choices": None}, "'answer'"),
-    ({"answer": "C"}, "'answer'"), ({"answer": ["A"]}, "'answer'"), ({"answer": None}, "not a question"),
-    ({"id": "before"}, "the id 'before'"), ({"task": "gsm8k", "answer": "many"},
-    "field 'answer' is 'many', no answer of task gsm8k"), ({"hypothesis": "H", "label": "z"}, "not a question"), (b"{",
-    "not valid JSON"), (b"[1]", "expected a JSON object"), (b"null", "expected"), (b"{'a': 1}", "not valid JSON"),
-    (b'{"a": 1} {"b": 2}', "not valid JSON"), (b'{"id": ' + b"9" * 5000 + b"}", "not valid JSON")])
-def test_a_row_that_cannot_be_read_ends_with_its_place(tmp_path, capsys, change, words):
-    bad = change if isinstance(change, bytes) else {**ARC, "question": "R?", **change}
-    path = written(tmp_path, {**ARC, "id": "before"}, b"", bad)
-    said = refusal(capsys, E.read_questions, path)
-    assert said.startswith(f"{path}:3: ") and words in said and len(said) < 600
+@pytest.mark.parametrize("words, changes", [
+    ("'id'", [{"id": [1]}, {"id": True}]), ("'question'", [{"question": ["x"]}]), ("'prompt'", [{"prompt": 5}]),
+    ("known are gsm8k, demo", [{"task": "chess"}, {"task": ["arc"]}]), ("the id 'before'", [{"id": "before"}]),
+    ("'choices'", [{"choices": "ice"}, {"choices": {"1": "ice", "2": "air"}}]), ("'A'", [{"choices": {"A": [1]}}]),
+    ("'answer'", [{"choices": {"A": "ice"}}, {"choices": None}, {"answer": "C"}, {"answer": ["A"]}]),
+    ("field 'answer' is 'many', no answer of task gsm8k", [{"task": "gsm8k", "answer": "many"}]),
+    ("not a question", [{"answer": None}, {"hypothesis": "H", "label": "z"}]),
+    ("expected a JSON object", [b"[1]", b"null"]),
+    ("not valid JSON", [b"{", b"{'a': 1}", b'{"a": 1} {"b": 2}', b'{"id": ' + b"9" * 5000 + b"}"])])
+def test_a_row_that_cannot_be_read_ends_with_its_place(tmp_path, capsys, words, changes):
+    for change in changes:
+        bad = change if isinstance(change, bytes) else {**ARC, "question": "R?", **change}
+        path = written(tmp_path, {**ARC, "id": "before"}, b"", bad)
+        said = refusal(capsys, E.read_questions, path)
+        assert said.startswith(f"{path}:3: ") and words in said and len(said) < 600
 
 
 def test_rows_without_ids_get_stable_ones_and_one_stem_with_other_choices_is_another_question(tmp_path, capsys):
@@ -392,8 +390,7 @@ def adapter_of(folder, base=None, **config):
 
 @pytest.mark.parametrize("family, config", [
     ("LlamaConfig", {}), ("LlamaConfig", {"use_rslora": True}), ("LlamaConfig", {"rank_pattern": {"up_proj": 2}}),
-    ("GPT2Config", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})], ids=["plain", "rslora", "ranks",
-        "conv1d"])
+    ("GPT2Config", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})])
 def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, family, config):
     base, ids = tiny(family), torch.tensor([[5, 9, 33, 7]])
     reference = adapter_of(tmp_path, base, **config)
@@ -404,15 +401,15 @@ def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, family, config):
     assert (expected - without).abs().max() > 1e-2
 
 
-def edit_json(file, **change):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+def edit(file, **change):
+    """Change a JSON file of a folder."""
+    return lambda folder: (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
 
 
-def edit_weights(change):
+def weights(change):
     def damage(folder):
-        weights = load_file(folder / "base" / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "base" / "model.safetensors", {"format": "pt"})
+        change(old := load_file(folder / "base" / "model.safetensors"))
+        save_file(old, folder / "base" / "model.safetensors", {"format": "pt"})
     return damage
 
 
@@ -423,24 +420,23 @@ def pickled(folder):
 
 def with_code(folder):
     auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
-    edit_json(folder / "base" / "config.json", model_type="mine", auto_map=auto)
+    edit("base/config.json", model_type="mine", auto_map=auto)(folder)
     (folder / "base" / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
 
 
+ADAPTER, LAYER = "adapter/adapter_config.json", "model.layers.1.mlp.up_proj.weight"
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-LAYER = "model.layers.1.mlp.up_proj.weight"
 REFUSED = {  # what has happened to an adapter and its base, and what the sentence says
     "base moved": (lambda d: (d / "base").rename(d / "new"), "/base, is not there"),
-    "base left the hub": (lambda d: edit_json(d / "adapter/adapter_config.json", base_model_name_or_path="x"),
-    "adapter, x, is not there"), "pissa": (lambda d: edit_json(d / "adapter/adapter_config.json",
-    init_lora_weights="pissa"), "only plain LoRA"), "alphas": (lambda d: edit_json(d / "adapter/adapter_config.json",
-    alpha_pattern={"up_proj": 2}), "only plain LoRA"), "dora": (lambda d: adapter_of(d, use_dora=True),
-    "only plain LoRA"), "saved in 4 bits": (lambda d: edit_json(d / "base/config.json", quantization_config=QUANTISED),
-    "take the model that was quantised"), "missing": (edit_weights(lambda w: w.pop(LAYER)), LAYER),
-    "renamed": (edit_weights(lambda w: w.update({LAYER.replace("_proj", ""): w.pop(LAYER)})), "2 weights"),
-    "left over": (edit_weights(lambda w: w.update({LAYER.replace("1", "2"): torch.ones(64, 32)})), LAYER.replace("1",
-    "2")), "another shape": (edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})),
-    "can't be loaded"), "pickled": (pickled, "can't be loaded"), "own code": (with_code, "can't be loaded")}
+    "base left the hub": (edit(ADAPTER, base_model_name_or_path="x"), "adapter, x, is not there"),
+    "pissa": (edit(ADAPTER, init_lora_weights="pissa"), "only plain LoRA"),
+    "alphas": (edit(ADAPTER, alpha_pattern={"up_proj": 2}), "only plain LoRA"),
+    "dora": (lambda d: adapter_of(d, use_dora=True), "only plain LoRA"),
+    "4 bits": (edit("base/config.json", quantization_config=QUANTISED), "take the model that was quantised"),
+    "missing": (weights(lambda w: w.pop(LAYER)), LAYER),
+    "renamed": (weights(lambda w: w.update({LAYER.replace("_proj", ""): w.pop(LAYER)})), "2 weights"),
+    "another shape": (weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})), "can't be loaded"),
+    "pickled": (pickled, "can't be loaded"), "own code": (with_code, "can't be loaded")}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -456,11 +452,9 @@ def test_what_is_no_student_is_refused_in_one_sentence_that_names_it(tmp_path, c
 
 def test_an_adapter_is_read_from_the_hub_by_name_and_its_base_in_the_revision_that_it_names(tmp_path, monkeypatch):
     adapter_of(tmp_path)
-    edit_json(tmp_path / "adapter" / "adapter_config.json", revision="v2", base_model_name_or_path="org/base")
+    expected, _ = E.load_student(str(tmp_path / "adapter"))
+    edit(ADAPTER, revision="v2", base_model_name_or_path="org/base")(tmp_path)
     hub, asked = {"me/adapter": tmp_path / "adapter", "org/base": tmp_path / "base"}, set()
-    expected, _ = E.load_student(str(tmp_path / "base"))
-    E.merge_adapter(expected, json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()),
-                    load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
     def fetched(name, file, revision=None, **kwargs):
         return str(hub[name] / file) if (hub[name] / file).exists() else None
@@ -500,8 +494,7 @@ def test_the_figures_of_an_evaluation_are_shares_of_its_questions(monkeypatch):
 
 
 def test_a_question_longer_than_a_context_is_left_out_and_counted(capsys):
-    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"),
-                                             word_tokenizer(single="<bos> $A <eos>"))]  # 2048 and 48 tokens
+    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer())]  # 2048 and 48 tokens
     r = E.evaluate(students, [*ROWS, {**ROWS[0], "id": "long", "prompt": "w5 " * 48}], 5)
     assert r["questions"] == 3 and [p["id"] for p in r["predictions"]] == ["0", "1", "2"]
     assert "1 of 4 questions are left out" in capsys.readouterr().out
@@ -740,8 +733,6 @@ def test_different_mathematics_is_graded_wrong(prediction, answer):
 def test_grading_compares_values(task, prediction, answer, right):
     assert E.grade(task, prediction, answer) is right
 
-
-# ------------------------------------------------------------------------------------- whatever a text is
 
 HOSTILE = ["9^{9^{9^{9}}}", "9**9**9**9", "99999!", "(" * 300, "{" * 300 + "}" * 300, "\\frac" * 90, "x^{y^{z^{9999}}}",
            "\\sqrt" * 99, "0^{-1}", "\\tan(\\pi/2)", "1" * 450, "__import__('os')", "\\infty^{\\infty}", "-" * 450,
