@@ -86,22 +86,16 @@ def numbered_rows(path):
         value = parse_json(text)
         value = value.get("examples", value) if isinstance(value, dict) else value
         rows = enumerate(value if isinstance(value, list) else [value], 1)
-    except ValueError:
-        rows = numbered_lines(path, text)
+    except ValueError:  # more than one line; U+2028 ends none
+        rows = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, row in rows:
+        try:
+            row = parse_json(row) if isinstance(row, str) else row
+        except ValueError as e:
+            stop(f"{path}:{number}: not valid JSON ({e})")
         if not isinstance(row, dict):
             stop(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         yield f"{path}:{number}", row
-
-
-def numbered_lines(path, text):
-    """(number, value) of each line of JSON that is not blank; U+2028 ends no line."""
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                yield number, parse_json(line)
-        except ValueError as e:
-            stop(f"{path}:{number}: not valid JSON ({e})")
 
 
 def parse_json(text):
@@ -181,7 +175,7 @@ def read_questions(path, task=None):
         except (KeyError, TypeError, AttributeError) as e:
             stop(f"{where}: not a question in a format that I know ({in_a_line(e)})")
         ids = [record[key] for key in ("id", "qid", "uid") if key in record]
-        row["id"] = ids[0] if ids else f"{stem}-{i:05d}"
+        row["id"] = [*ids, f"{stem}-{i:05d}"][0]
         row = clean_row({**row, "task": task or row.get("task")}, where)
         if question_of(questions.setdefault(row["id"], row)) != question_of(row):
             stop(f"{where}: the id {row['id']!r} belongs to another question already")
@@ -256,9 +250,8 @@ FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, in which the names of control tokens are text. With a chat template:
-    one user turn, then what the template writes before any answer (a header, an empty thought).
-    Without: the text with the tokenizer's own BOS, never a trailing EOS."""
+    """Token ids of a prompt, in which control tokens' names are text: one user turn and what a chat
+    template writes before any answer; without a template the text, its own BOS, never an EOS."""
     if tokenizer.chat_template:
         return os.path.commonprefix(two_chats(tokenizer, prompt.strip()))
     ids = list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
@@ -301,8 +294,7 @@ THOUGHT = re.compile(r"""(?ix)
       | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
     | [<[◁](?:\w+:)?(?:think|thinking|thoughts?|reasoning)[]>▷]
     | <\|(?:start_thinking|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
-# Answer: 5, {"answer": 5}, <answer>5 and "the answer (in eggs) is 5", but neither "the answer is
-# correct" nor "the other answers are wrong".
+# Answer: 5, {"answer": 5}, the answer (in eggs) is 5; but not: the other answer is, is correct
 ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
     | (?<!/)(?<!other\ )\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b
       (?: ["'`]?\s?[:=>] | \s*\n
@@ -324,8 +316,7 @@ UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|thir
     | squared | cubed | plus | minus | times | than | or | and | multiplied | divided | added )\b
     | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s
     | \\(?:sqrt|frac|pi|times|cdot|div)""")
-# A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
-# \boxed{2} and \boxed{3}, \boxed{3}^2, \boxed{3} million.
+# A box there holds a part of an answer: -\boxed{3}, \frac{1}{\boxed{3}}, \boxed{2} and \boxed{3}
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
     | \\(?:sqrt|cdot|times|div|pm)\ ? )\{?\Z | \\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z
     | \\boxed\{[^{}]{1,50}\}[\s$,;&]*(?:and|or)?[\s$]*(?:[A-Za-z]\ ?=\ ?)?\Z""")
@@ -351,7 +342,7 @@ def extract_answer(task, text, choices=None):
     if not announced:
         return last_number(text) if kind == "number" else None
     last = announced[-1]
-    before, statement = text[:last.start()][-80:], text[last.end():][:1000]
+    before, statement = text[:last.start()], text[last.end():]
     clause = CLAUSE_END.split(before)[-1] + last[0]
     if last["box"]:
         statement, after = in_braces(statement)
@@ -412,7 +403,7 @@ def last_number(text):
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
-    before, after = text[:numbers[-1].start()][-80:], text[numbers[-1].end():][:80]
+    before, after = text[:numbers[-1].start()], text[numbers[-1].end():]
     several = re.search(r"\d(?: ?[A-Za-z]+,?)? (?:(?:or|to|and) )?$", before)  # 4 hours 30
     if several or DENIED.search(CLAUSE_END.split(before)[-1]) or UNREAD.match(after.lstrip()):
         return None
@@ -441,7 +432,7 @@ def grade(task, prediction, answer):
     if TASKS[task] == "math":
         return same_math(spelled(prediction), spelled(answer))
     if TASKS[task] != "number":
-        return prediction.strip("() .").lower() == answer.strip("() .").lower()
+        return prediction == answer
     a, b = number_in(prediction), number_in(answer)
     if a is None or b is None:
         return False
@@ -527,12 +518,11 @@ def same_math(a, b):
 
 
 def parts_of(s):
-    """(kind, parts) of a formula: a list, set or union, the sides of an equation, a tuple, interval
-    or matrix, or the formula alone."""
+    """(kind, parts): of a list, set or union, equation, tuple, interval, matrix, or one formula."""
     for kind, separator in (("list", ","), ("equation", "=")):
         if len(parts := split_top(s, separator)) > 1:
             return kind, parts
-    if s[:1] in ("(", "[") and s[-1] in ")]" and len(parts := split_top(s[1:-1], ",")) > 1:
+    if re.fullmatch(r"[(\[].*[)\]]", s) and len(parts := split_top(s[1:-1], ",")) > 1:
         return s[0] + s[-1], parts
     return "formula", [s]
 
@@ -580,21 +570,18 @@ def value_of(node, tokens, point):
 # ---------------------------------------------------------------- students: load, merge adapters
 def load_student(name, device="cpu", dtype=None, **more):
     """(model, tokenizer) of a Hugging Face causal LM, or of a LoRA adapter in PEFT's format
-    (merged), by folder or name. dtype: of the weights (None: float32); `more` is for
-    from_pretrained. Stops with one sentence at what is no such model, lacks weights, is saved
-    quantised, or is an adapter without its base."""
+    (merged), by folder or name; `more` is for from_pretrained. Stops with one sentence at what is
+    no such model, lacks weights, is saved quantised, or is an adapter without its base."""
     base, revision, adapter = name, "main", None
     try:
         if file := file_of(name, "adapter_config.json"):
             adapter = json.loads(Path(file).read_text(encoding="utf-8"))
             base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
             if not file_of(base, "config.json", revision):
-                stop(f"{name}: the base of this adapter, {base}, is not there; if it has moved, "
-                     "write its place into adapter_config.json")
+                stop(f"{name}: the base in its adapter_config.json, {base}, is not there")
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            stop(f"{name}: the weights of {base} are saved quantised, where LoRA can't be merged: "
-                 "take the model that was quantised")
+            stop(f"{name}: LoRA can't go into quantised weights: take the model that was quantised")
         has_own = file_of(name, "tokenizer_config.json")
         where, version = (name, "main") if has_own else (base, revision)
         tokenizer = AutoTokenizer.from_pretrained(where, revision=version, trust_remote_code=False)
@@ -656,9 +643,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
              until=None, desc=None):
     """One response to each prompt (a list of token ids), in their order: {"text", "tokens": their
     number, "stopped": it ended by itself}. Greedy at temperature 0. It ends with an end token
-    (which counts, but is not in the text), after max_new_tokens, at the end of the model's context,
-    or with the first match of `until`, a pattern for each prompt. batch_size prompts are answered
-    together (None: 64, and 256 of a toy)."""
+    (which counts, but is not in the text), after max_new_tokens, where the context does, or with
+    the first match of `until`, a pattern for each prompt. batch_size: None is 64, of a toy 256."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     context = context_of(model)
     own = model.generation_config.eos_token_id
@@ -713,8 +699,7 @@ def response(tokenizer, tokens, ends, pattern):
     match = said(pattern, text)
     if match and match.end() < len(text):  # what follows the answer does not count
         return {"text": text[:match.end()], "tokens": n, "stopped": False}
-    has_ended = n < len(tokens)
-    return {"text": text, "tokens": n + has_ended, "stopped": has_ended}
+    return {"text": text, "tokens": len(tokens[:n + 1]), "stopped": n < len(tokens)}
 
 
 # ---------------------------------------------------------------- weights while answers are written
@@ -833,9 +818,6 @@ def main():
     dtype = torch.bfloat16 if half else torch.float32
     students = [load_student(name, device, dtype) for name in args.students]
     results = evaluate(students, rows, args.max_new_tokens, args.batch_size)
-    for p in results["predictions"][:3]:
-        for name, r in zip(args.students, p["responses"]):
-            print(f"--- {p['id']}, {name}: {r['prediction']} (right: {p['answer']})\n{r['text']}")
     n, width = results["questions"], max(map(len, args.students))
     print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
     shares = zip(results["accuracy"], results["unparsed"], results["stopped"])
