@@ -99,8 +99,7 @@ def numbered_rows(path):
 
 
 def parse_json(text):
-    """The value of a JSON text. A field that is null or NaN is absent, at every depth, and half a
-    surrogate pair is a question mark."""
+    """A JSON text's value: what is null or NaN is absent, half a surrogate pair is "?"."""
     value = json.loads(text, parse_constant=lambda name: None, object_hook=without_nulls)
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
@@ -163,9 +162,8 @@ def canonical_answer(kind, given, choices):
 
 # ---------------------------------------------------------------- readers: published questions
 def read_questions(path, task=None):
-    """Rows of a file of questions, each id once, clean (see clean_row): a published format (GSM8K,
-    MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), flat rows, or a path pool. `task`
-    overrides what the file says."""
+    """The clean rows, each id once, of a published format (GSM8K, MATH, BIG-bench, BBH, ARC, ANLI,
+    CommonsenseQA, StrategyQA), flat rows or a path pool. `task` overrides what the file says."""
     stem = os.path.splitext(os.path.basename(path))[0]
     guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
     questions = {}
@@ -232,8 +230,7 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row, in training and at test time: its own `prompt`, or the
-    question and how the answer is to end."""
+    """What a student sees of a row: its own `prompt`, or the question and how an answer ends."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
@@ -259,8 +256,7 @@ def encode_prompt(tokenizer, prompt):
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a response: the first special token that the chat template writes
-    after any answer, else eos_token_id. Stops if there is none."""
+    """Id of the first special token that the chat template writes after any answer, or of EOS."""
     if tokenizer.chat_template:
         backwards = [ids[::-1] for ids in two_chats(tokenizer, "Q")]
         for token in reversed(os.path.commonprefix(backwards)):
@@ -324,8 +320,7 @@ AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div
 
 
 def after_thought(text):
-    """What a text says after its thoughts: all that follows the last </think> or the like, or the
-    mark of the final channel. A thought that is not closed leaves nothing ("")."""
+    """What follows a text's last </think> or the like; a thought that never closes leaves ""."""
     start = 0
     for mark in THOUGHT.finditer(text):
         start = mark.end() if mark["closes"] else len(text)
@@ -403,11 +398,12 @@ def last_number(text):
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
-    before, after = text[:numbers[-1].start()], text[numbers[-1].end():]
+    last = numbers[-1]
+    before, after = text[:last.start()], text[last.end():]
     several = re.search(r"\d(?: ?[A-Za-z]+,?)? (?:(?:or|to|and) )?$", before)  # 4 hours 30
     if several or DENIED.search(CLAUSE_END.split(before)[-1]) or UNREAD.match(after.lstrip()):
         return None
-    return numbers[-1][0].replace(" ", "")
+    return last[0].replace(" ", "")
 
 
 def read_choice(statement, claim, choices):
@@ -446,17 +442,24 @@ def grade(task, prediction, answer):
 # wherever we put their letters. No eval() runs and nothing can hang, in whatever thread.
 SPELLINGS = [
     # layout, thousands, currency, degrees, an approximation behind a value
-    (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
+    (r"\\\\(?!\s*\\end)", "),("),
+    (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
-    (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
+    (r"(?<=[\d}])\s*\\approx.*", ""),
+    (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
     # \frac12 and 3\frac12, \sqrt2 and sqrt(2), \mathbf{i}, x_{1}
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"), (r"\\math\w+\s*\{(\w)\}", r"\1"),
-    (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"), (r"^(.*)\\pm(.*)$", r"\1+\2,\1-\2"),
+    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
+    (r"\\math\w+\s*\{(\w)\}", r"\1"),
+    (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
+    (r"^(.*)\\pm(.*)$", r"\1+\2,\1-\2"),
     # lists, sets, and matrices as tuples of their rows
-    (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
-    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
+    (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","),
+    (r",\s*,", ","),
+    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""),
+    (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
     (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "(("), ("&", ","),
     (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))")]
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
@@ -592,11 +595,12 @@ def load_student(name, device="cpu", dtype=None, **more):
             stop(f"{name}: {len(wrong)} weights are missing or left over, as {wrong[0]}")
         if adapter:
             merge_adapter(model, adapter, load_file(file_of(name, "adapter_model.safetensors")))
+        model.to(device)
     except Exception as e:  # noqa: BLE001 (whatever libraries raise at a folder that is no model)
         stop(f"{name}: can't be loaded as a causal language model ({in_a_line(e)})")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack weights for good
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def file_of(name, file, revision=None):
@@ -608,8 +612,7 @@ def file_of(name, file, revision=None):
 
 
 def merge_adapter(model, config, weights):
-    """W += scale B A for every pair in an adapter's weights; ValueError at more than plain LoRA."""
-    # Initial weights such as pissa's change those of the base.
+    """W += scale B A for every pair of an adapter; ValueError at more (pissa changes the base)."""
     is_plain = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
     ends = (".lora_A.weight", ".lora_B.weight")
     strange = [key for key in weights if not key.endswith(ends)]
@@ -675,7 +678,6 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
 
 class AnswerSaid(StoppingCriteria):
     """Ends the responses of a batch in which their patterns match; looks every 16 tokens."""
-
     def __init__(self, tokenizer, width, patterns):
         self.tokenizer, self.width, self.patterns = tokenizer, width, patterns
         self.said = [False] * len(patterns)
@@ -704,13 +706,8 @@ def response(tokenizer, tokens, ends, pattern):
 
 # ---------------------------------------------------------------- weights while answers are written
 def usable_device(name):
-    """The device that --device names, or the default; stops where this machine has none such."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        stop(f"--device {name} can't be used ({in_a_line(e)})")
-    return name
+    """The device that --device names, or the default."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16(device="cpu"):
@@ -728,7 +725,7 @@ def is_large(model):
 @contextlib.contextmanager
 def answering(model):
     """Inside, distill.LoRA is merged, weights are bfloat16 where has_bfloat16 and the model is no
-    toy, and generate has the library's settings; afterwards all is as before, bit for bit."""
+    toy, generate's settings are the library's; afterwards all is as before, bit for bit."""
     was_training, settings = model.training, model.generation_config
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     weights = [*model.parameters()]
@@ -758,10 +755,10 @@ def answering(model):
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(students, rows, max_new_tokens, batch_size=None):
-    """Students [(model, tokenizer), ...] on rows, by greedy answers -> {"questions": their number
-    without those that exceed a context, "accuracy", "unparsed", "stopped": a share of 1 per
-    student, "upper_bound": share of questions with any right response, "predictions": [{"id",
-    "question", "answer", "responses": what generate returns, "prediction", "correct"}]}."""
+    """Students [(model, tokenizer), ...] on rows, greedily -> {"questions": how many fit contexts,
+    "accuracy", "unparsed", "stopped": shares of 1 per student, "upper_bound": share with any right
+    response, "predictions": [{"id", "question", "answer", "responses": [as of generate, with
+    "prediction" and "correct"]}]}."""
     asked, prompts = [], []  # prompts: [question][student]
     for row in rows:
         ids = [encode_prompt(tokenizer, student_prompt(row)) for _, tokenizer in students]

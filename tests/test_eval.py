@@ -527,7 +527,7 @@ def test_results_never_overwrite_a_file(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags", [
     (), ("--students", "a"), ("--students", "a", "--questions", "/no/such/file"),
     ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
-    ("--max_new_tokens", "x"), ("--task", "physics"), ("--device", "abacus")])
+    ("--max_new_tokens", "x"), ("--task", "physics")])
 def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, flags):
     if flags and flags[0] != "--students":
         flags = (*flags, "--students", "none", "--questions", written(tmp_path, ROWS[0]))
