@@ -574,7 +574,6 @@ NUMBERS = {  # the answer: texts
     "5": r"""**Answer:**¶¶- 5 | 10-5 = 5 | The answer is 5kg | It came 2nd of 5 | The answer is $5/hour.""",
     "1234.5": r"""
     The answer is: **$1,234.50**. | \boxed{1{,}234.5} | The answer is 1,234.5 | The answer is 1 234.5""",
-    "3/4": r"""The answer is 3/4 of a cup. | So it is 3/4""",
     "70000": r"""\boxed{70\,000} | The answer is 70 000. | She makes 70 000 | \boxed{\$70{,}000}""",
 }
 NO_NUMBER = {  # why: texts
@@ -637,10 +636,8 @@ SAID = [  # task, choices, answer: texts
     ("date", DATES, "B", r"""
     The answer is (B) 03/13/1987. | So the answer is 03/13/1987. | The answer is B. March 13, 1987"""),
     ("date", DATES, None, r"""The answer is B. 03/12/1987 | So the answer is 03/13/1987 or 04/13/1987."""),
-    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, "B", r"""The answer is 1,500 N."""),
-    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, "C", r"""The answer is -5 N."""),
-    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N", "D": "type A"}, None, r"""
-    The answer is 2.500 N. | The answer is 5 N. | The answer is type AB."""),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N"}, "B", "The answer is 1,500 N."),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N"}, None, "The answer is 2.500 N. | The answer is 5 N."),
     ("strategyqa", None, "yes", r"""
     So the answer is Yes. | The answer is true. | The answer is indeed yes. |
     the answer (Yes or No) is technically Yes, but it is small |
