@@ -188,12 +188,11 @@ def flatten(r, guess):
         last_box = in_braces(r.get("solution", "").rpartition("\\boxed")[2].lstrip())[0]
         return {"task": "math", "question": r["problem"], "level": r.get("level"),
                 "answer": r.get("answer", last_box)}
-    if "target_scores" in r:  # BIG-bench
+    if "target_scores" in r:  # BIG-bench; it may list the right choice first, so we sort by texts
         scores = r["target_scores"]
         right = max(scores, key=scores.get)
         if {t.lower() for t in scores} == {"yes", "no"}:
             return {"task": guess or "strategyqa", "question": r["input"], "answer": right}
-        # it may list the right choice first: our order hangs on the texts alone
         texts = sorted(scores, key=lambda text: zlib.crc32(f"{r['input']} {text}".encode()))
         return {"task": guess, "question": r["input"], "answer": right, "choices": texts}
     if "input" in r and "target" in r:  # BIG-Bench Hard
