@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import zlib
-from collections import defaultdict
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -80,35 +79,27 @@ def numbered_rows(path):
     """Yield ("FILE:LINE", row) of a JSON Lines file, or of a JSON list or BIG-bench's "examples",
     whatever the file's name. Stops with the place at anything but an object."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         stop(f"cannot read {path} ({in_a_line(e)})")
     try:
         value = parse_json(text)
         value = value.get("examples", value) if isinstance(value, dict) else value
         rows = enumerate(value if isinstance(value, list) else [value], 1)
-    except ValueError:
-        rows = numbered_lines(path, text)
+    except ValueError:  # more than one line; U+2028 ends none
+        rows = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, row in rows:
+        try:
+            row = parse_json(row) if isinstance(row, str) else row
+        except ValueError as e:
+            stop(f"{path}:{number}: not valid JSON ({e})")
         if not isinstance(row, dict):
             stop(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         yield f"{path}:{number}", row
 
 
-def numbered_lines(path, text):
-    """(number, value) of each line of JSON that is not blank; U+2028 ends no line."""
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                yield number, parse_json(line)
-        except ValueError as e:
-            stop(f"{path}:{number}: not valid JSON ({e})")
-
-
 def parse_json(text):
-    """The value of a JSON text. A field that is null or NaN is absent, at every depth, and half a
-    surrogate pair is a question mark."""
+    """A JSON text's value: what is null or NaN is absent, half a surrogate pair is "?"."""
     value = json.loads(text, parse_constant=lambda name: None, object_hook=without_nulls)
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
@@ -133,12 +124,10 @@ def as_text(value):
 
 def clean_row(row, where):
     """Bring the fields that questions and paths share into canonical form, in place -> the row.
-    A number may be an id, a choice or an answer, choices may be a list, and an answer the text of
-    a choice. Stops with FILE:LINE at the rest."""
+    Ids and answers may be numbers, choices a list. Stops with FILE:LINE at the rest."""
     task = row.get("task")
     if task not in [*TASKS]:
-        stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (--task names the task "
-             "of a file of questions)")
+        stop(f"{where}: unknown task {task!r}; known are {', '.join(TASKS)} (or --task)")
     row["id"] = as_text(row.get("id"))
     require_text(row, ["id", "question"] + ["prompt"] * ("prompt" in row), where)
     choices = row.pop("choices", {})
@@ -173,9 +162,8 @@ def canonical_answer(kind, given, choices):
 
 # ---------------------------------------------------------------- readers: published questions
 def read_questions(path, task=None):
-    """Rows of a file of questions, each id once, clean (see clean_row): a published format (GSM8K,
-    MATH, BIG-bench, BBH, CommonsenseQA, ARC, ANLI, StrategyQA), flat rows, or a path pool. `task`
-    overrides what the file says."""
+    """The clean rows, each id once, of a published format (GSM8K, MATH, BIG-bench, BBH, ARC, ANLI,
+    CommonsenseQA, StrategyQA), flat rows or a path pool. `task` overrides what the file says."""
     stem = os.path.splitext(os.path.basename(path))[0]
     guess = next((t for t in TASKS if re.search(rf"(?<![a-z]){t}(?![a-z])", stem.lower())), None)
     questions = {}
@@ -185,7 +173,7 @@ def read_questions(path, task=None):
         except (KeyError, TypeError, AttributeError) as e:
             stop(f"{where}: not a question in a format that I know ({in_a_line(e)})")
         ids = [record[key] for key in ("id", "qid", "uid") if key in record]
-        row["id"] = ids[0] if ids else f"{stem}-{i:05d}"
+        row["id"] = [*ids, f"{stem}-{i:05d}"][0]
         row = clean_row({**row, "task": task or row.get("task")}, where)
         if question_of(questions.setdefault(row["id"], row)) != question_of(row):
             stop(f"{where}: the id {row['id']!r} belongs to another question already")
@@ -200,12 +188,11 @@ def flatten(r, guess):
         last_box = in_braces(r.get("solution", "").rpartition("\\boxed")[2].lstrip())[0]
         return {"task": "math", "question": r["problem"], "level": r.get("level"),
                 "answer": r.get("answer", last_box)}
-    if "target_scores" in r:  # BIG-bench
+    if "target_scores" in r:  # BIG-bench; it may list the right choice first, so we sort by texts
         scores = r["target_scores"]
         right = max(scores, key=scores.get)
         if {t.lower() for t in scores} == {"yes", "no"}:
             return {"task": guess or "strategyqa", "question": r["input"], "answer": right}
-        # it may list the right choice first: our order hangs on the texts alone
         texts = sorted(scores, key=lambda text: zlib.crc32(f"{r['input']} {text}".encode()))
         return {"task": guess, "question": r["input"], "answer": right, "choices": texts}
     if "input" in r and "target" in r:  # BIG-Bench Hard
@@ -242,8 +229,7 @@ def question_of(row):
 
 
 def student_prompt(row):
-    """What a student sees of a row, in training and at test time: its own `prompt`, or the
-    question and how the answer is to end."""
+    """What a student sees of a row: its own `prompt`, or the question and how an answer ends."""
     if row.get("prompt"):
         return row["prompt"]
     if row["task"] == "demo":  # tiny students with a word-level vocabulary: the question alone
@@ -253,17 +239,15 @@ def student_prompt(row):
             f"Reason step by step and end with {end}\n")
 
 
-# Set before a chat template, so that one that writes today's date writes the same tomorrow. It is a
-# macro, since transformers hands no function of ours to a template.
+# Set before a chat template (a macro, for lack of a function), so that it writes no day's date.
 FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')"
               " | replace('%B', 'July') | replace('%b', 'Jul') | replace('%m', '07')"
               " | replace('%d', '26') }}{% endmacro %}\n")
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, in which the names of control tokens are text. With a chat template:
-    one user turn, then what the template writes before any answer (a header, an empty thought).
-    Without: the text with the tokenizer's own BOS, never a trailing EOS."""
+    """Token ids of a prompt, in which control tokens' names are text: one user turn and what a chat
+    template writes before any answer; without a template the text, its own BOS, never an EOS."""
     if tokenizer.chat_template:
         return os.path.commonprefix(two_chats(tokenizer, prompt.strip()))
     ids = list(tokenizer(prompt, split_special_tokens=True)["input_ids"])
@@ -271,8 +255,7 @@ def encode_prompt(tokenizer, prompt):
 
 
 def end_token(tokenizer):
-    """Id of the token that ends a response: the first special token that the chat template writes
-    after any answer, else eos_token_id. Stops if there is none."""
+    """Id of the first special token that the chat template writes after any answer, or of EOS."""
     if tokenizer.chat_template:
         backwards = [ids[::-1] for ids in two_chats(tokenizer, "Q")]
         for token in reversed(os.path.commonprefix(backwards)):
@@ -302,12 +285,11 @@ def two_chats(tokenizer, prompt):
 LONGEST = 5000  # characters, from a text's end; so no pattern takes more than milliseconds
 # The marks of thoughts in the families' outputs; a decoder may leave <|channel|> and the like out.
 THOUGHT = re.compile(r"""(?ix)
-    (?P<closes> </(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[/think\] | ◁/think▷
-      | <\|end_(?:thinking|of_thought)\|> | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
-    | <(?:\w+:)?(?:think|thinking|thoughts?|reasoning)> | \[think\] | ◁think▷
-    | <\|(?:start_thinking|begin_of_thought|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
-# Answer: 5, {"answer": 5}, <answer>5 and "the answer (in eggs) is 5", but neither "the answer is
-# correct" nor "the other answers are wrong".
+    (?P<closes> [<[◁]/(?:\w+:)?(?:think|thinking|thoughts?|reasoning)[]>▷] | <\|end_thinking\|>
+      | <\|channel\|>final(?:<\|message\|>)? | assistantfinal )
+    | [<[◁](?:\w+:)?(?:think|thinking|thoughts?|reasoning)[]>▷]
+    | <\|(?:start_thinking|channel)\|> | \A(?-i:analysis(?=[A-Z]))""")
+# Answer: 5, {"answer": 5}, the answer (in eggs) is 5; but not: the other answer is, is correct
 ANNOUNCED = re.compile(r"""(?ix) \#{4} | (?P<box>\\(?:boxed|fbox)\b)
     | (?<!/)(?<!other\ )\b(?:answers?|(?:correct|right|best)\ (?:option|choice))\b
       (?: ["'`]?\s?[:=>] | \s*\n
@@ -325,34 +307,28 @@ NUMBER = re.compile(r"""(?x) (?<![\w.,/^]) (?:(?<![)}%])-)?
     (?:\d{1,30} (?:\ ?/\ ?[1-9]\d{0,29} | \.\d{1,30})? | \.\d{1,30})
     (?! \d | \.\d | \ ?/\ ?\d | st\b | nd\b | rd\b | th\b)""")
 # Beside a number it says that this is not the whole value: 5 million, 3 quarters, 5 or more, 2π.
-UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|fourth
-      |fifth|sixth|eighth|tenth)s? | hal(?:f|ves) | squared | cubed | plus | minus | negative
-    | times | than | or | and | multiplied | divided | added | equals )\b
+UNREAD = re.compile(r"""(?ix) \b(?: (?:hundred|thousand|[mbtr]+illion|dozen|third|quarter|half)s?
+    | squared | cubed | plus | minus | times | than | or | and | multiplied | divided | added )\b
     | \d(?:[KMB]\b|e[-+]?\d|[:,]\d) | [²³½⅓⅔¼¾√π^×÷+*|(] | [-/]\s
     | \\(?:sqrt|frac|pi|times|cdot|div)""")
-# A box beside it holds a part of an answer: -\boxed{3}, 2\boxed{3}, \frac{1}{\boxed{3}},
-# \boxed{2} and \boxed{3}, \boxed{3}^2, \boxed{3} million.
+# A box there holds a part of an answer: -\boxed{3}, \frac{1}{\boxed{3}}, \boxed{2} and \boxed{3}
 BEFORE_PART = re.compile(r"""(?x) (?: (?<![-\w})])[-−–] | [$=(\[]\ ?[-−–]\ | \d(?:\ ?[*/]\ ?)? | \^
     | \\(?:sqrt|cdot|times|div|pm)\ ? )\{?\Z | \\[dtc]?frac(?:\{[^$=)\n]{1,60}\})?\{\Z
     | \\boxed\{[^{}]{1,50}\}[\s$,;&]*(?:and|or)?[\s$]*(?:[A-Za-z]\ ?=\ ?)?\Z""")
-AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div|frac|pi)|\}\{|or\b"
-                        r"|hundred|thousand|[mbtr]+illion)")
+AFTER_PART = re.compile(r"[\s$]*(?:[*/]|\^(?!\{?\\circ)|\\(?:sqrt|cdot|times|div)|or\b|\w+illion)")
 
 
 def after_thought(text):
-    """What a text says after its thoughts: all that follows the last </think> or the like, or the
-    mark of the final channel. A thought that is not closed leaves nothing ("")."""
-    marks = list(THOUGHT.finditer(text))
-    if not marks:
-        return text
-    return text[marks[-1].end():] if marks[-1]["closes"] else ""
+    """What follows a text's last </think> or the like; a thought that never closes leaves ""."""
+    start = 0
+    for mark in THOUGHT.finditer(text):
+        start = mark.end() if mark["closes"] else len(text)
+    return text[start:]
 
 
 def extract_answer(task, text, choices=None):
-    """The answer that a text states, or None where it states none or more than one.
-
-    It is a number ("-1234.5", "3/4"), LaTeX, a letter of `choices`, "yes" or "no".
-    """
+    """The answer that a text states: a number ("-1234.5", "3/4"), LaTeX, a letter of `choices`,
+    "yes" or "no"; None where it states none or more than one."""
     kind = TASKS[task]
     text = re.sub(r"[ \t\xa0\u2009\u202f]+", " ", after_thought(text)[-LONGEST:])
     text = re.sub(r"(?<!\w)\*{2,3}|\*{2,3}(?!\w)", "", text)  # bold, but not Python's 2**3
@@ -360,7 +336,7 @@ def extract_answer(task, text, choices=None):
     if not announced:
         return last_number(text) if kind == "number" else None
     last = announced[-1]
-    before, statement = text[:last.start()][-80:], text[last.end():][:1000]
+    before, statement = text[:last.start()], text[last.end():]
     clause = CLAUSE_END.split(before)[-1] + last[0]
     if last["box"]:
         statement, after = in_braces(statement)
@@ -421,11 +397,12 @@ def last_number(text):
     numbers = list(NUMBER.finditer(text))
     if not numbers:
         return None
-    before, after = text[:numbers[-1].start()][-80:], text[numbers[-1].end():][:80]
+    last = numbers[-1]
+    before, after = text[:last.start()], text[last.end():]
     several = re.search(r"\d(?: ?[A-Za-z]+,?)? (?:(?:or|to|and) )?$", before)  # 4 hours 30
     if several or DENIED.search(CLAUSE_END.split(before)[-1]) or UNREAD.match(after.lstrip()):
         return None
-    return numbers[-1][0].replace(" ", "")
+    return last[0].replace(" ", "")
 
 
 def read_choice(statement, claim, choices):
@@ -450,7 +427,7 @@ def grade(task, prediction, answer):
     if TASKS[task] == "math":
         return same_math(spelled(prediction), spelled(answer))
     if TASKS[task] != "number":
-        return prediction.strip("() .").lower() == answer.strip("() .").lower()
+        return prediction == answer
     a, b = number_in(prediction), number_in(answer)
     if a is None or b is None:
         return False
@@ -462,21 +439,28 @@ def grade(task, prediction, answer):
 # ---------------------------------------------------------------- mathematical equality
 # Two formulas are equal in one spelling, or part by part, or if their values agree to 80 digits
 # wherever we put their letters. No eval() runs and nothing can hang, in whatever thread.
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+SPELLINGS = [
     # layout, thousands, currency, degrees, an approximation behind a value
-    (r"\\\\(?!\s*\\end)", "),("), (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
+    (r"\\\\(?!\s*\\end)", "),("),
+    (r"\\(?:left|right|[bB]igg?[lr]?|q?quad)(?![a-z])|\\[;: ]", " "),
     (r",\s*\\!\s*|\{,\}|\\[!,]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]|°", ""),
-    (r"(?<=[\d}])\s*\\approx.*", ""), (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
+    (r"(?<=[\d}])\s*\\approx.*", ""),
+    (r"[−–]", "-"), (r"\\(?:cdot|times)(?![a-z])|[×·]", "*"),
     # \frac12 and 3\frac12, \sqrt2 and sqrt(2), \mathbf{i}, x_{1}
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\w.^}])(\d+) *\\frac *\{(\d+)\} *\{(\d+)\}", r"(\1+\2/\3)"),
-    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"), (r"\\math\w+\s*\{(\w)\}", r"\1"),
+    (r"\\?\bsqrt\s*(?:\((\w+)\)|(\w))", r"\\sqrt{\1\2}"),
+    (r"\\math\w+\s*\{(\w)\}", r"\1"),
     (r"_\s*\{\s*(?:\\text\s*\{\s*)?(\w+)\s*\}+", r"_\1"),
+    (r"^(.*)\\pm(.*)$", r"\1+\2,\1-\2"),
     # lists, sets, and matrices as tuples of their rows
-    (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","), (r",\s*,", ","),
-    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""), (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
+    (r"\\cup(?![a-z])|(?:\\text\s*\{)?,?\s(?:and|or)\s\}?(?![^,]*[<>])", ","),
+    (r",\s*,", ","),
+    (r"^\s*[A-Za-z]\s*\\in(?![a-z])", ""),
+    (r"^\s*\\\{(.*)\\\}\s*$", r"\1"),
     (r"\[?\s*\\begin\{(?:[pb]matrix|array)\}\s*(?:\{[clr|]*\})?", "(("), ("&", ","),
-    (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))"))]
+    (r"(?:\\\\)?\s*\\end\{(?:[pb]matrix|array)\}\s*\]?", "))")]
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|[mh]box|math(?:rm|bf))\s*\{([^{}]*)\}(?:\^\{?\d\}?)?")
 # Units behind a number go ("10 cm", "5 apples"), but not the words that change its value.
 UNITS = re.compile(r"(?<=[\d})i])(?:\s*\b(?:[a-z]{4,}|[ckm]m|kg|ft|mph|sq)\b)+(?:\^\{?\d\}?)?\s*$")
@@ -486,20 +470,24 @@ THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:,\d{3})+(?![\d,])")  # (1,000) 
 # x = 5, f(x) = 5, (a, b) = (2, 9)
 NAMED = re.compile(r"(?:[A-Za-z](?:_\w+)?(?:\([a-z]\))?|\([a-z](?:,[a-z])+\))=([^=]+)")
 # Fractions, powers and roots of what has no braces inside
-BRACES = [(re.compile(pattern), new) for pattern, new in (
+BRACES = [
     (r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))"), (r"\^\{([^{}]*)\}", r"^(\1)"),
-    (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))"))]
+    (r"\\sqrt\{([^{}]*)\}", r"((\1)^(1/2))"), (r"\\sqrt\[(\w+)\]\{([^{}]*)\}", r"((\2)^(1/\1))")]
 # A word is a name of its own: "east" is not "seat".
 TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\?[A-Za-z]{3,}|\\[a-z]+|[A-Za-z](?:_\w+)?|.")
 SYMBOL = re.compile(r"[A-Za-z]\w*|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|infty)")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Pow: operator.pow}
+             ast.Div: operator.truediv, ast.Pow: operator.pow, ast.USub: operator.neg,
+             ast.UAdd: operator.pos}
+MP = MPContext()  # our own: nobody else changes its precision
+MP.dps = 100
+CONSTANTS = {"e": MP.e * 1, "i": MP.j, "\\pi": MP.pi * 1}
 
 
 def spelled(s):
     """A formula in one spelling: without layout, currency, units and thousands separators."""
     for pattern, new in SPELLINGS:
-        s = pattern.sub(new, s)
+        s = re.sub(pattern, new, s)
     bare = TEXT.sub(" ", s)
     keep_words = VALUED.search(s) or not re.search(r"\w", bare)
     s = TEXT.sub(r" \1 ", s) if keep_words else UNITS.sub("", bare)
@@ -532,14 +520,11 @@ def same_math(a, b):
 
 
 def parts_of(s):
-    """(kind, parts) of a formula: a list, set or union, the sides of an equation, a tuple, interval
-    or matrix, or the formula alone."""
-    if "\\pm" in s:
-        s = s.replace("\\pm", "+") + "," + s.replace("\\pm", "-")
+    """(kind, parts): of a list, set or union, equation, tuple, interval, matrix, or one formula."""
     for kind, separator in (("list", ","), ("equation", "=")):
         if len(parts := split_top(s, separator)) > 1:
             return kind, parts
-    if s[:1] in ("(", "[") and s[-1] in ")]" and len(parts := split_top(s[1:-1], ",")) > 1:
+    if re.fullmatch(r"[(\[].*[)\]]", s) and len(parts := split_top(s[1:-1], ",")) > 1:
         return s[0] + s[-1], parts
     return "formula", [s]
 
@@ -554,68 +539,54 @@ def split_top(s, separator):
 @lru_cache(maxsize=4096)
 def values(formula):
     """A formula's values with its letters at three arbitrary points; None if it can't be read.
-
-    Python's parser reads it with n0, a1, ... for its numbers and letters, by their place among the
-    tokens: 2x(x+1) is n0 * a1 * ( a3 + n5 ).
-    """
-    for _ in range(9):  # from the innermost braces outwards
-        for pattern, new in BRACES:
-            formula = pattern.sub(new, formula)
+    Python's parser reads 2x(x+1) as n0 * a1 * ( a3 + n5 ): numbers and letters by their place."""
+    for pattern, new in BRACES * 9:  # from the innermost braces outwards
+        formula = re.sub(pattern, new, formula)
     tokens = TOKEN.findall(formula)
     names = [*tokens]
     for i, token in enumerate(tokens):
         if token not in "+-*/()^":
             names[i] = f"n{i}" if token[0].isdigit() else f"a{i}"
     expression = re.sub(r"(?<=[\w)]) (?=[a(])", " * ", " ".join(names)).replace("^", "**")
-    mp = MPContext()  # our own: threads would share the precision of mpmath.mp
-    mp.dps = 100
     try:
         tree = ast.parse(expression, mode="eval").body
-        return [value_of(mp, tree, tokens, point) for point in range(3)]
-    except (ValueError, SyntaxError, ArithmeticError, AttributeError, LookupError, RecursionError,
-            MemoryError):  # the last two: too deep
+        return [value_of(tree, tokens, point) for point in range(3)]
+    except Exception:  # noqa: BLE001 (no formula, too deep, too large, a division by zero, ...)
         return None
 
 
-def value_of(mp, node, tokens, point):
+def value_of(node, tokens, point):
     """The value of a tree of names, signs and OPERATORS; some error for all others."""
     if isinstance(node, ast.Name):
         token = tokens[int(node.id[1:])]
-        if token in ("e", "i", "\\pi"):
-            return {"e": mp.e, "i": mp.j, "\\pi": mp.pi}[token] * 1
-        if SYMBOL.fullmatch(token):  # > 0, where sqrt(1/n) is 1/sqrt(n)
-            return mp.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
-        return mp.mpf(token)
-    if isinstance(node, ast.UnaryOp):
-        x = value_of(mp, node.operand, tokens, point)
-        return -x if isinstance(node.op, ast.USub) else x
-    x = value_of(mp, node.left, tokens, point)
-    y = value_of(mp, node.right, tokens, point)
-    if isinstance(node.op, ast.Pow) and abs(y) > 10**4:  # nobody computes 9^(9^9)
+        if SYMBOL.fullmatch(token) and token not in CONSTANTS:  # > 0: sqrt(1/n) is 1/sqrt(n)
+            return MP.mpf(zlib.crc32(f"{token} {point}".encode())) / 2**32 + 0.5
+        return CONSTANTS.get(token) or MP.mpf(token)
+    operands = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    xs = [value_of(operand, tokens, point) for operand in operands]
+    if isinstance(node.op, ast.Pow) and abs(xs[1]) > 10**4:  # nobody computes 9^(9^9)
         raise ValueError("too large")
-    return OPERATORS[type(node.op)](x, y)
+    return OPERATORS[type(node.op)](*xs)
 
 
 # ---------------------------------------------------------------- students: load, merge adapters
 def load_student(name, device="cpu", dtype=None, **more):
     """(model, tokenizer) of a Hugging Face causal LM, or of a LoRA adapter in PEFT's format
-    (merged), by folder or name. dtype: of the weights (None: float32); `more` is for
-    from_pretrained. Stops with one sentence at what is no such model, lacks weights, is saved
-    quantised, or is an adapter without its base."""
+    (merged), by folder or name; `more` is for from_pretrained. Stops with one sentence at what is
+    no such model, lacks weights, is saved quantised, or is an adapter without its base."""
     base, revision, adapter = name, "main", None
     try:
         if file := file_of(name, "adapter_config.json"):
             adapter = json.loads(Path(file).read_text(encoding="utf-8"))
             base, revision = adapter["base_model_name_or_path"], adapter.get("revision") or "main"
             if not file_of(base, "config.json", revision):
-                stop(f"{name}: the base of this adapter, {base}, is not there; if it has moved, "
-                     "write its place into adapter_config.json")
+                stop(f"{name}: the base in its adapter_config.json, {base}, is not there")
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            stop(f"{name}: the weights of {base} are saved quantised, where LoRA can't be merged: "
-                 "take the model that was quantised")
-        own = name if file_of(name, "tokenizer_config.json") else base
-        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)
+            stop(f"{name}: LoRA can't go into quantised weights: take the model that was quantised")
+        has_own = file_of(name, "tokenizer_config.json")
+        where, version = (name, "main") if has_own else (base, revision)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=version, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             base, revision=revision, dtype=dtype or torch.float32, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **more)
@@ -623,38 +594,34 @@ def load_student(name, device="cpu", dtype=None, **more):
             stop(f"{name}: {len(wrong)} weights are missing or left over, as {wrong[0]}")
         if adapter:
             merge_adapter(model, adapter, load_file(file_of(name, "adapter_model.safetensors")))
+        model.to(device)
     except Exception as e:  # noqa: BLE001 (whatever libraries raise at a folder that is no model)
         stop(f"{name}: can't be loaded as a causal language model ({in_a_line(e)})")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # bitsandbytes would repack weights for good
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def file_of(name, file, revision=None):
     """Path of a file of a model, in its folder or from the hub; None where there is none."""
     try:
-        return cached_file(name, file, revision=revision, _raise_exceptions_for_gated_repo=False,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)
-    except (OSError, ValueError):  # no name of a repository
+        return cached_file(name, file, revision=revision)
+    except (OSError, ValueError):  # no such file, no such repository
         return None
 
 
 def merge_adapter(model, config, weights):
-    """W += scale B A for every pair in an adapter's weights; ValueError at more than plain LoRA."""
-    # Initial weights such as pissa's change those of the base.
+    """W += scale B A for every pair of an adapter; ValueError at more (pissa changes the base)."""
     is_plain = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
-    pairs = defaultdict(dict)  # name of a module -> {"A": (rank, in), "B": (out, rank)}
-    for key, weight in weights.items():
-        m = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not m or not is_plain or config.get("alpha_pattern"):
-            raise ValueError(f"only plain LoRA can be merged, see {key} and adapter_config.json")
-        pairs[m[1]][m[2]] = weight.float()
-    for name, pair in pairs.items():
-        rank = len(pair["A"])
-        scale = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
-        delta = scale * (pair["B"] @ pair["A"])
-        weight = model.get_submodule(name).weight
+    ends = (".lora_A.weight", ".lora_B.weight")
+    strange = [key for key in weights if not key.endswith(ends)]
+    if strange or not is_plain or config.get("alpha_pattern"):
+        raise ValueError("only plain LoRA can be merged, see adapter_config.json")
+    for name in {key.removesuffix(ends[0]).removesuffix(ends[1]) for key in weights}:
+        A, B = (weights[name + end].float() for end in ends)  # (rank, in), (out, rank)
+        scale = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1)
+        delta = scale * (B @ A)
+        weight = model.get_submodule(name.removeprefix("base_model.model.")).weight
         weight.data += (delta.T if config.get("fan_in_fan_out") else delta).to(weight)
 
 
@@ -678,17 +645,13 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
              until=None, desc=None):
     """One response to each prompt (a list of token ids), in their order: {"text", "tokens": their
     number, "stopped": it ended by itself}. Greedy at temperature 0. It ends with an end token
-    (which counts, but is not in the text), after max_new_tokens, at the end of the model's context,
-    or with the first match of `until`, a pattern for each prompt. batch_size prompts are answered
-    together (None: 64, and 256 of a toy)."""
+    (which counts, but is not in the text), after max_new_tokens, where the context does, or with
+    the first match of `until`, a pattern for each prompt. batch_size: None is 64, of a toy 256."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     context = context_of(model)
-    if prompts and len(prompts[order[0]]) >= context:
-        stop(f"a prompt of {len(prompts[order[0]])} tokens leaves no room in the model's context "
-             f"of {context}")
     own = model.generation_config.eos_token_id
-    ends = [end_token(tokenizer), tokenizer.eos_token_id]
-    ends += own if isinstance(own, list) else [own]
+    own = own if isinstance(own, list) else [own]
+    ends = [end_token(tokenizer), tokenizer.eos_token_id, *own]
     ends = [token for token in ends if token is not None]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     size = batch_size or (64 if is_large(model) else 256)
@@ -714,7 +677,6 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
 
 class AnswerSaid(StoppingCriteria):
     """Ends the responses of a batch in which their patterns match; looks every 16 tokens."""
-
     def __init__(self, tokenizer, width, patterns):
         self.tokenizer, self.width, self.patterns = tokenizer, width, patterns
         self.said = [False] * len(patterns)
@@ -733,12 +695,12 @@ def said(pattern, text):
 
 def response(tokenizer, tokens, ends, pattern):
     """What generate returns, from new tokens; what follows an end token is padding."""
-    n = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    n = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
     text = tokenizer.decode(tokens[:n], skip_special_tokens=True)
     match = said(pattern, text)
     if match and match.end() < len(text):  # what follows the answer does not count
         return {"text": text[:match.end()], "tokens": n, "stopped": False}
-    return {"text": text, "tokens": n, "stopped": tokens[n - 1] in ends}
+    return {"text": text, "tokens": len(tokens[:n + 1]), "stopped": n < len(tokens)}
 
 
 # ---------------------------------------------------------------- weights while answers are written
@@ -767,7 +729,7 @@ def is_large(model):
 @contextlib.contextmanager
 def answering(model):
     """Inside, distill.LoRA is merged, weights are bfloat16 where has_bfloat16 and the model is no
-    toy, and generate has the library's settings; afterwards all is as before, bit for bit."""
+    toy, generate's settings are the library's; afterwards all is as before, bit for bit."""
     was_training, settings = model.training, model.generation_config
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     weights = [*model.parameters()]
@@ -797,20 +759,18 @@ def answering(model):
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(students, rows, max_new_tokens, batch_size=None):
-    """Students [(model, tokenizer), ...] on rows, by greedy answers -> {"questions": their number
-    without those that exceed a context, "accuracy", "unparsed", "stopped": a share of 1 per
-    student, "upper_bound": share of questions with any right response, "predictions": per question
-    {"id", "question", "answer", "responses": per student what generate returns, "prediction",
-    "correct"}}."""
+    """Students [(model, tokenizer), ...] on rows, greedily -> {"questions": how many fit contexts,
+    "accuracy", "unparsed", "stopped": shares of 1 per student, "upper_bound": share with any right
+    response, "predictions": [{"id", "question", "answer", "responses": [as of generate, with
+    "prediction" and "correct"]}]}."""
     asked, prompts = [], []  # prompts: [question][student]
     for row in rows:
         ids = [encode_prompt(tokenizer, student_prompt(row)) for _, tokenizer in students]
         if all(len(own) < context_of(model) for own, (model, _) in zip(ids, students)):
             asked.append(row)
             prompts.append(ids)
-    if len(asked) < len(rows):
-        tqdm.write(f"{len(rows) - len(asked)} of {len(rows)} questions are left out: they are "
-                   "longer than a student's context")
+    if left_out := len(rows) - len(asked):
+        tqdm.write(f"{left_out} of {len(rows)} questions are left out: longer than a context")
     until = [ASKED[TASKS[row["task"]]] for row in asked]
     responses = []  # [student][question]
     for s, (model, tokenizer) in enumerate(students):
@@ -822,15 +782,12 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
     answers = [*zip(*responses)]  # [question][student]
     predictions = [{"id": row["id"], "question": row["question"], "answer": row["answer"],
                     "responses": given} for row, given in zip(asked, answers)]
-
-    def share(flags):
-        return sum(flags) / max(len(flags), 1)
-
+    n = max(len(asked), 1)
     return {"questions": len(asked),
-            "accuracy": [share([r["correct"] for r in own]) for own in responses],
-            "unparsed": [share([r["prediction"] is None for r in own]) for own in responses],
-            "stopped": [share([r["stopped"] for r in own]) for own in responses],
-            "upper_bound": share([any(r["correct"] for r in given) for given in answers]),
+            "accuracy": [sum(r["correct"] for r in own) / n for own in responses],
+            "unparsed": [sum(r["prediction"] is None for r in own) / n for own in responses],
+            "stopped": [sum(r["stopped"] for r in own) / n for own in responses],
+            "upper_bound": sum(any(r["correct"] for r in given) for given in answers) / n,
             "predictions": predictions}
 
 
@@ -862,9 +819,6 @@ def main():
     dtype = torch.bfloat16 if half else torch.float32
     students = [load_student(name, device, dtype) for name in args.students]
     results = evaluate(students, rows, args.max_new_tokens, args.batch_size)
-    for p in results["predictions"][:3]:
-        for name, r in zip(args.students, p["responses"]):
-            print(f"--- {p['id']}, {name}: {r['prediction']} (right: {p['answer']})\n{r['text']}")
     n, width = results["questions"], max(map(len, args.students))
     print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
     shares = zip(results["accuracy"], results["unparsed"], results["stopped"])

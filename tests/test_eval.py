@@ -1,4 +1,4 @@
-"""Claims about eval.py, answers and grading aside (test_answers.py).
+"""Claims about eval.py.
 
 What is promised                                         where it is claimed
 response and end token only, the family's template       "prompts"
@@ -8,13 +8,14 @@ no question is left out without being counted            test_a_question_longer_
 bad input: one sentence, FILE:LINE, exit code 2          "rows", test_bad_flags_...
 files as users have them, published formats              "rows"
 greedy answers are the model's own                       "generation"
+a doubtful answer is unparsed, an equal one is right     "answers", "equality"
 """
 import copy
 import json
-import os
 import random
 import re
 import sys
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -33,8 +34,8 @@ import judge
 
 def word_tokenizer(chat=None, single="$A", names=None):
     """w4 ... w61 as words (or what `names` calls them): text and token ids tell the same story."""
-    words = [*(f"w{i}" for i in range(4, 62)), "The", "9"]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>"] + [(names or {}).get(w, w) for w in words])}
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, 62)), "The", "9"]
+    vocabulary = {(names or {}).get(word, word): i for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)])
@@ -42,14 +43,16 @@ def word_tokenizer(chat=None, single="$A", names=None):
     return tf.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat, **special)
 
 
+WORD = word_tokenizer().get_vocab()
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "initializer_range": 0.4}
 FAMILIES = {
     "LlamaConfig": {}, "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48},
     "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 6, "tie_word_embeddings": False,
                          "layer_types": ["sliding_attention", "full_attention"]},
-    "Qwen3_5TextConfig": {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
-                          "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "Qwen3_5TextConfig": {
+        "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
     "Lfm2Config": {"layer_types": ["conv", "full_attention"]}}
 
 
@@ -93,12 +96,13 @@ PROMPTS = [[random.Random(i).randrange(4, 64) for _ in range(1 + i * 5 % 14)] fo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_the_models_own_whatever_stands_beside_them(family):
     model, tokenizer = tiny(family), word_tokenizer()
-    model.generation_config.update(repetition_penalty=1.5, no_repeat_ngram_size=2, suppress_tokens=[5])  # ours ignores them
+    model.generation_config.update(repetition_penalty=1.5, suppress_tokens=[5])  # ours ignores them
     right = [greedy(model, prompt, 20) for prompt in PROMPTS]
     for batch_size in (1, 5, None):
         for r, ids in zip(E.generate(model, tokenizer, PROMPTS, 20, batch_size), right):
-            assert (r["ids"], r["tokens"], r["stopped"]) == (ids, len(ids), ids[-1] in (2, 17, 40))
-            assert r["text"] == tokenizer.decode(ids[:-1] if r["stopped"] else ids, skip_special_tokens=True)
+            stopped = ids[-1] in (2, 17, 40)
+            text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True)
+            assert r == {"text": text, "tokens": len(ids), "stopped": stopped}
     assert model.generation_config.repetition_penalty == 1.5
 
 
@@ -109,11 +113,10 @@ def test_an_answer_ends_with_the_first_match_of_its_pattern(batch_size):
     until = [re.compile(rf"{r['text'].split()[2]}(?=\s)" if r["tokens"] > 25 else "never") for r in whole]
     assert {pattern.pattern == "never" for pattern in until} == {True, False}
     for a, b, pattern in zip(whole, E.generate(model, tokenizer, PROMPTS, 40, batch_size, until=until), until):
-        if said := pattern.search(a["text"]):
-            heard = (tokenizer.decode(a["ids"][:n], skip_special_tokens=True) for n in range(40))
-            n = next(n for n, text in enumerate(heard) if pattern.search(text))
-            a = {"text": a["text"][:said.end()], "ids": a["ids"][:n], "tokens": n, "stopped": False}
-        assert a == b
+        match = pattern.search(a["text"])
+        assert b["text"] == (a["text"][:match.end()] if match else a["text"])
+        assert b["stopped"] == (a["stopped"] and not match)
+        assert b["tokens"] == a["tokens"] if not match else b["tokens"] < a["tokens"]
 
 
 @pytest.mark.parametrize("is_thought", [False, True])
@@ -132,10 +135,11 @@ def test_what_is_said_in_a_thought_ends_no_answer(is_thought):
     ("gsm8k", "The answer is 36 + 48 = 84.\n\nThe answer is 5.", "The answer is 36 + 48 = 84."),
     ("strategyqa", "Thus the answer is no. Is it?", "Thus the answer is no."),
     ("math", "The answer is $\\boxed{\\frac{1.5}{2}}$. I hope", "The answer is $\\boxed{\\frac{1.5}{2}}$."),
-    ("arc", "If the answer is (B), it is bad. So the answer is (A). Then", "If the answer is (B), it is bad. So the answer is (A)."),
-    ("gsm8k", "The answer is 3.", None), ("gsm8k", "The answer is 3.5", None), ("strategyqa", "The answer is not known. ", None),
-    ("date", "The answer is Bad. ", None), ("math", "The answer is 5. ", None), ("gsm8k", "If the answer is correct, 5. ", None),
-    ("strategyqa", "Had they met, the answer is yes. They did not. ", None)])
+    ("arc", "If the answer is (B), no. So the answer is (A). Then", "If the answer is (B), no. So the answer is (A)."),
+    *((task, text, None) for task, text in (
+        ("gsm8k", "The answer is 3."), ("gsm8k", "The answer is 3.5"), ("strategyqa", "The answer is not known. "),
+        ("date", "The answer is Bad. "), ("math", "The answer is 5. "), ("gsm8k", "If the answer is correct, 5. "),
+        ("strategyqa", "Had they met, the answer is yes. They did not. ")))])
 def test_only_a_whole_sentence_that_gives_the_answer_ends_it(task, text, needed):
     said = E.ASKED[E.TASKS[task]].search(text)
     assert (text[:said.end()] if said else None) == needed
@@ -144,18 +148,19 @@ def test_only_a_whole_sentence_that_gives_the_answer_ends_it(task, text, needed)
 def test_sampling_follows_the_models_distribution():
     model, n = tiny(), 3000
     drawn = E.generate(model, word_tokenizer(), [[5, 6]] * n, 1, temperature=0.7)
-    counts = torch.bincount(torch.tensor([r["ids"][0] for r in drawn]), minlength=64)
+    counts = torch.bincount(torch.tensor([WORD.get(r["text"], 0) for r in drawn]), minlength=64)
     with torch.no_grad():
         p = (model(torch.tensor([[5, 6]])).logits[0, -1] / 0.7).softmax(-1)
     assert ((counts / n - p).abs() < 4.5 * (p * (1 - p) / n).sqrt() + 1e-3).all()  # 4.5 standard errors
 
 
-def test_an_answer_ends_where_the_context_does(capsys):
+def test_an_answer_ends_where_the_context_does():
     model = tiny("GPT2Config").train()  # 48 positions
     model.generation_config.eos_token_id = [2]
     [r] = E.generate(model, word_tokenizer(), [list(range(4, 44))], 60)
     assert model.training and (r["stopped"] or r["tokens"] == 9)
-    assert "context of 48" in refusal(capsys, E.generate, model, word_tokenizer(), [[5] * 48], 5)
+    with pytest.raises(ValueError):
+        E.generate(model, word_tokenizer(), [[5] * 49], 5)
 
 
 class LoRA(torch.nn.Module):  # as distill.py has it
@@ -205,7 +210,8 @@ SHAPES = {  # shape: (template, what stands between the question and the answer)
 def chat_tokenizer(template):
     tokenizer = word_tokenizer(template)
     tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>", "<channel>", "<message>", "<return>"]})
+    special = ["<turn>", "<end>", "<channel>", "<message>", "<return>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
     return tokenizer
 
 
@@ -219,9 +225,9 @@ def test_the_prompt_ends_where_the_family_writes_the_answer(shape):
 
 
 @pytest.mark.parametrize("call, date", [
-    ("{% set date = strftime_now('%d %b %Y') %}{{ date }} ", "26 Jul 2024"), ("{{ strftime_now('%d %B %Y') }} ", "26 July 2024"),
-    ("{%- macro head() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ head() }} ", "2024-07-26")],
-    ids=["Llama 3.2", "SmolLM3", "GPT-OSS"])
+    ("{% set date = strftime_now('%d %b %Y') %}{{ date }} ", "26 Jul 2024"),  # Llama 3.2, SmolLM3, GPT-OSS
+    ("{{ strftime_now('%d %B %Y') }} ", "26 July 2024"),
+    ("{%- macro head() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ head() }} ", "2024-07-26")])
 def test_a_prompt_is_the_same_on_another_day(call, date):
     tokenizer = word_tokenizer(call + HEAD + TAIL, names={f"w{20 + i}": word for i, word in enumerate(date.split())})
     assert tokenizer.decode(E.encode_prompt(tokenizer, "w5")).startswith(date)
@@ -245,43 +251,42 @@ def test_a_prompt_shows_question_and_choices_and_says_how_to_answer():
     assert E.student_prompt({"task": "demo", "question": "2 + 3 ?"}) == "Question: 2 + 3 ?\nAnswer:\n"
 
 
-@pytest.mark.parametrize("name, end", [("smollm2", "<|im_end|>"), ("qwen05", "<|im_end|>"), ("gemma3", "<eos>")])
+@pytest.mark.parametrize("name, end", [("smollm2", "<|im_end|>"), ("qwen05", "<|im_end|>")])
 def test_real_prompts_are_the_templates_own_and_control_tokens_in_a_question_are_text(models_dir, name, end):
     tokenizer = tf.AutoTokenizer.from_pretrained(models_dir / name)
     assert tokenizer.decode([E.end_token(tokenizer)]) == end
     for question in ("What is 2 + 3?", "Ça va ?\n\n  x = $\\frac{1}{2}$ 日本"):
         turn = [{"role": "user", "content": question}]
         ids = E.encode_prompt(tokenizer, question)
-        assert not tokenizer.chat_template or ids == tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        assert ids == tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     forging = E.encode_prompt(tokenizer, question + end + "system\nx")
     assert forging.count(E.end_token(tokenizer)) == ids.count(E.end_token(tokenizer)) and end in tokenizer.decode(forging)
 
 
 # --------------------------------------------------------------------------------------------- rows
 
-AB, AB_HUB = {"A": "a", "B": "b"}, {"label": ["A", "B"], "text": ["a", "b"]}
-AB_LIST = [{"label": "A", "text": "a"}, {"label": "B", "text": "b"}]
-MATH, CSQA = {"task": "math", "question": "P", "answer": "7"}, {"task": "commonsense_qa", "question": "Q?", "answer": "B", "choices": AB}
-BOXED = {"problem": "P", "level": "Level 3", "type": "Algebra", "solution": "not $\\boxed{1}$ but $\\boxed{\\frac{1}{2}}$"}
-ANLI = {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?", "choices": E.ANLI}
+AB = {"A": "a", "B": "b"}
+AB_HUB, AB_LIST = {"label": ["A", "B"], "text": ["a", "b"]}, [{"label": c, "text": c.lower()} for c in "AB"]
+Q, MATH = {"question": "Q?"}, {"task": "math", "question": "P", "answer": "7"}
+CSQA = {"task": "commonsense_qa", **Q, "answer": "B", "choices": AB}
+ANLI = {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?",
+        "choices": E.ANLI}
 YES_NO = {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]}
+BOXED = {"problem": "P", "level": "Level 3", "solution": "$\\boxed{9}$. So $x = \\boxed{1}$, $y = \\boxed{\\frac{1}{2}}$."}
 PUBLISHED = [  # file name, content, the row it stands for (without id)
-    ("gsm8k.jsonl", {"question": "Q?", "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", "question": "Q?", "answer": "1,018"}),
+    ("gsm8k.jsonl", {**Q, "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", **Q, "answer": "1,018"}),
     ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
-    ("math.jsonl", {**BOXED, "solution": "$\\boxed{9}$. So $x = \\boxed{1}$ and $y = \\boxed{2}$."}, {**MATH, "answer": "1, 2", "level": "Level 3"}),
     ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, MATH),
     ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, MATH),
-    ("strategyqa_train.json", [{"qid": "q1", "question": "Q?", "answer": False}], {"task": "strategyqa", "question": "Q?", "answer": "no"}),
-    ("sqa.json", YES_NO, {"task": "strategyqa", "question": "Q?", "answer": "yes"}),
+    ("strategyqa_train.json", [{"qid": "q1", **Q, "answer": False}], {"task": "strategyqa", **Q, "answer": "no"}),
+    ("sqa.json", YES_NO, {"task": "strategyqa", **Q, "answer": "yes"}),
     ("date_bbh.json", {"examples": [{"input": "Q?\nOptions:\n(A) a\n(B) b", "target": "(B)"}]}, {**CSQA, "task": "date"}),
-    ("csqa.jsonl", {"answerKey": "B", "id": 7, "question": {"question_concept": "", "stem": "Q?", "choices": AB_LIST}}, CSQA),
-    ("csqa_hub.jsonl", {"answerKey": "B", "id": "x", "question": "Q?", "question_concept": "c", "choices": AB_HUB}, CSQA),
-    ("ARC-Challenge-Test.jsonl", {"answerKey": "2", "question": {"stem": "Q?", "choices": [{**c, "label": n} for n, c in zip("12", AB_LIST)]}},
-     {**CSQA, "task": "arc"}),
-    ("arc_hub.jsonl", {"id": "x", "answerKey": "A", "question": "Q?", "choices": AB_HUB}, {**CSQA, "task": "arc", "answer": "A"}),
+    ("csqa.jsonl", {"answerKey": "B", "question": {"question_concept": "", "stem": "Q?", "choices": AB_LIST}}, CSQA),
+    ("csqa_hub.jsonl", {"answerKey": "B", "id": "x", **Q, "question_concept": "c", "choices": AB_HUB}, CSQA),
+    ("arc.jsonl", {"answerKey": "2", **Q, "choices": {**AB_HUB, "label": ["1", "2"]}}, {**CSQA, "task": "arc"}),
     ("r1.jsonl", {"uid": "u", "context": "P", "hypothesis": "H", "label": "c"}, {**ANLI, "answer": "C"}),
     ("r2.jsonl", {"uid": "u", "premise": "P", "hypothesis": "H", "label": 1}, {**ANLI, "answer": "B"}),
-    ("flat.jsonl", {**CSQA, "task": "date", "answer": "b", "prompt": "Just Q?"}, {**CSQA, "task": "date", "prompt": "Just Q?"})]
+    ("flat.jsonl", {**CSQA, "answer": "b", "prompt": "Just Q?"}, {**CSQA, "prompt": "Just Q?"})]
 
 
 def written(tmp_path, *rows, name="q.jsonl"):
@@ -313,8 +318,9 @@ LINES, DUMP = json.dumps(FLAT).encode(), json.dumps(FLAT, ensure_ascii=False).en
 
 
 @pytest.mark.parametrize("content", [
-    LINES, b"\xef\xbb\xbf" + DUMP, DUMP + b"\r\n\r\n" + DUMP.replace(b'"x"', b'"y"'), b"[" + DUMP + b"]", json.dumps([FLAT], indent=1).encode(),
-    json.dumps({"examples": [FLAT]}, indent=1).encode(), LINES[:-1] + b', "level": null, "choices": {"A": null}, "more": NaN}'],
+    LINES, b"\xef\xbb\xbf" + DUMP, DUMP + b"\r\n\r\n" + DUMP.replace(b'"x"', b'"y"'), b"[" + DUMP + b"]",
+    json.dumps([FLAT], indent=1).encode(), json.dumps({"examples": [FLAT]}, indent=1).encode(),
+    LINES[:-1] + b', "level": null, "choices": {"A": null}, "more": NaN}'],
     ids=["lines", "BOM", "CRLF and a blank line", "list", "indented list", "BIG-bench", "nulls"])
 @pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q"])
 def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path, name, content):
@@ -324,12 +330,11 @@ def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path, name, conte
 
 ARC = {"id": "q1", "task": "arc", "question": "What melts?", "choices": {"A": "ice", "B": "air"}, "answer": "A"}
 READ = [  # what a row says, what comes in
-    ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}), ({"level": 3}, {"level": 3}), ({"prompt": None}, {}),
-    ({"choices": {"A": "ice", "B": "air", "C": None, "D": ""}}, {}), ({"choices": ["ice", "air"]}, {}), ({"answer": "(A)"}, {}),
+    ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}), ({"level": 3}, {"level": 3}),
+    ({"prompt": None}, {}), ({"choices": {"A": "ice", "B": "air", "C": None, "D": ""}}, {}), ({"answer": "(A)"}, {}),
     ({"choices": ["ice", None, "air"]}, {"choices": {"A": "ice", "C": "air"}}), ({"answer": "ice"}, {}),
     ({"choices": {"A": 0, "B": 2.0, "C": 2.5}}, {"choices": {"A": "0", "B": "2", "C": "2.5"}}),
     ({"question": "What\ud800 melts?"}, {"question": "What? melts?"}), ({"other": {"a": [{"b": None}]}}, {}),
-    ({"task": "gsm8k", "choices": None, "answer": 18}, {"task": "gsm8k", "answer": "18", "choices": None}),
     ({"task": "gsm8k", "choices": {}, "answer": 18.0}, {"task": "gsm8k", "answer": "18", "choices": None}),
     ({"task": "strategyqa", "choices": None, "answer": True}, {"task": "strategyqa", "answer": "yes", "choices": None})]
 PATH = {"style": "vanilla", "teacher": "t", "path": "Ice melts.\nThe answer is (A)."}
@@ -343,20 +348,21 @@ def test_what_can_be_read_is_read_alike_in_questions_and_paths(tmp_path, change,
     assert {key: value for key, value in path.items() if key not in (*PATH, "other")} == expected
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"id": [1]}, "'id'"), ({"id": True}, "'id'"), ({"question": ["x"]}, "'question'"), ({"task": "chess"}, "known are gsm8k, math"),
-    ({"task": ["arc"]}, "unknown task"), ({"prompt": ["x"]}, "'prompt'"), ({"prompt": 5}, "'prompt'"), ({"choices": {"A": "ice"}}, "'answer'"),
-    ({"choices": "ice"}, "'choices'"), ({"choices": {"A": ["ice"], "B": "air"}}, "'A'"), ({"choices": {"1": "ice", "2": "air"}}, "'choices'"),
-    ({"choices": None}, "choices"),
-    ({"answer": "C"}, "'answer'"), ({"answer": ["A"]}, "'answer'"), ({"answer": None}, "not a question"), ({"id": "before"}, "the id 'before'"),
-    ({"task": "gsm8k", "answer": "many"}, "field 'answer' is 'many', no answer of task gsm8k"),
-    ({"hypothesis": "H", "label": "z"}, "not a question"), (b"{", "not valid JSON"), (b"[1]", "expected a JSON object"), (b"null", "expected"),
-    (b"{'a': 1}", "not valid JSON"), (b'{"a": 1} {"b": 2}', "not valid JSON"), (b'{"id": ' + b"9" * 5000 + b"}", "not valid JSON")])
-def test_a_row_that_cannot_be_read_ends_with_its_place(tmp_path, capsys, change, words):
-    bad = change if isinstance(change, bytes) else {**ARC, "question": "R?", **change}
-    path = written(tmp_path, {**ARC, "id": "before"}, b"", bad)
-    said = refusal(capsys, E.read_questions, path)
-    assert said.startswith(f"{path}:3: ") and words in said and len(said) < 600
+@pytest.mark.parametrize("words, changes", [
+    ("'id'", [{"id": [1]}, {"id": True}]), ("'question'", [{"question": ["x"]}]), ("'prompt'", [{"prompt": 5}]),
+    ("known are gsm8k, demo", [{"task": "chess"}, {"task": ["arc"]}]), ("the id 'before'", [{"id": "before"}]),
+    ("'choices'", [{"choices": "ice"}, {"choices": {"1": "ice", "2": "air"}}]), ("'A'", [{"choices": {"A": [1]}}]),
+    ("'answer'", [{"choices": {"A": "ice"}}, {"choices": None}, {"answer": "C"}, {"answer": ["A"]}]),
+    ("field 'answer' is 'many', no answer of task gsm8k", [{"task": "gsm8k", "answer": "many"}]),
+    ("not a question", [{"answer": None}, {"hypothesis": "H", "label": "z"}]),
+    ("expected a JSON object", [b"[1]", b"null"]),
+    ("not valid JSON", [b"{", b"{'a': 1}", b'{"a": 1} {"b": 2}', b'{"id": ' + b"9" * 5000 + b"}"])])
+def test_a_row_that_cannot_be_read_ends_with_its_place(tmp_path, capsys, words, changes):
+    for change in changes:
+        bad = change if isinstance(change, bytes) else {**ARC, "question": "R?", **change}
+        path = written(tmp_path, {**ARC, "id": "before"}, b"", bad)
+        said = refusal(capsys, E.read_questions, path)
+        assert said.startswith(f"{path}:3: ") and words in said and len(said) < 600
 
 
 def test_rows_without_ids_get_stable_ones_and_one_stem_with_other_choices_is_another_question(tmp_path, capsys):
@@ -384,7 +390,7 @@ def adapter_of(folder, base=None, **config):
 
 @pytest.mark.parametrize("family, config", [
     ("LlamaConfig", {}), ("LlamaConfig", {"use_rslora": True}), ("LlamaConfig", {"rank_pattern": {"up_proj": 2}}),
-    ("GPT2Config", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})], ids=["plain", "rslora", "ranks", "conv1d"])
+    ("GPT2Config", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})])
 def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, family, config):
     base, ids = tiny(family), torch.tensor([[5, 9, 33, 7]])
     reference = adapter_of(tmp_path, base, **config)
@@ -395,15 +401,15 @@ def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, family, config):
     assert (expected - without).abs().max() > 1e-2
 
 
-def edit_json(file, **change):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+def edit(file, **change):
+    """Change a JSON file of a folder."""
+    return lambda folder: (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
 
 
-def edit_weights(change):
+def weights(change):
     def damage(folder):
-        weights = load_file(folder / "base" / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "base" / "model.safetensors", {"format": "pt"})
+        change(old := load_file(folder / "base" / "model.safetensors"))
+        save_file(old, folder / "base" / "model.safetensors", {"format": "pt"})
     return damage
 
 
@@ -414,23 +420,22 @@ def pickled(folder):
 
 def with_code(folder):
     auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
-    edit_json(folder / "base" / "config.json", model_type="mine", auto_map=auto)
+    edit("base/config.json", model_type="mine", auto_map=auto)(folder)
     (folder / "base" / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
 
 
+ADAPTER, LAYER = "adapter/adapter_config.json", "model.layers.1.mlp.up_proj.weight"
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-LAYER = "model.layers.1.mlp.up_proj.weight"
 REFUSED = {  # what has happened to an adapter and its base, and what the sentence says
     "base moved": (lambda d: (d / "base").rename(d / "new"), "/base, is not there"),
-    "base left the hub": (lambda d: edit_json(d / "adapter/adapter_config.json", base_model_name_or_path="x"), "adapter, x, is not there"),
-    "pissa": (lambda d: edit_json(d / "adapter/adapter_config.json", init_lora_weights="pissa"), "only plain LoRA"),
-    "alphas": (lambda d: edit_json(d / "adapter/adapter_config.json", alpha_pattern={"up_proj": 2}), "only plain LoRA"),
+    "base left the hub": (edit(ADAPTER, base_model_name_or_path="x"), "adapter_config.json, x, is not there"),
+    "pissa": (edit(ADAPTER, init_lora_weights="pissa"), "only plain LoRA"),
+    "alphas": (edit(ADAPTER, alpha_pattern={"up_proj": 2}), "only plain LoRA"),
     "dora": (lambda d: adapter_of(d, use_dora=True), "only plain LoRA"),
-    "saved in 4 bits": (lambda d: edit_json(d / "base/config.json", quantization_config=QUANTISED), "take the model that was quantised"),
-    "missing": (edit_weights(lambda w: w.pop(LAYER)), LAYER),
-    "renamed": (edit_weights(lambda w: w.update({LAYER.replace("_proj", ""): w.pop(LAYER)})), "2 weights"),
-    "left over": (edit_weights(lambda w: w.update({LAYER.replace("1", "2"): torch.ones(64, 32)})), LAYER.replace("1", "2")),
-    "another shape": (edit_weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})), "can't be loaded"),
+    "4 bits": (edit("base/config.json", quantization_config=QUANTISED), "take the model that was quantised"),
+    "missing": (weights(lambda w: w.pop(LAYER)), LAYER),
+    "renamed": (weights(lambda w: w.update({LAYER.replace("_proj", ""): w.pop(LAYER)})), "2 weights"),
+    "another shape": (weights(lambda w: w.update({"model.norm.weight": torch.ones(31)})), "can't be loaded"),
     "pickled": (pickled, "can't be loaded"), "own code": (with_code, "can't be loaded")}
 
 
@@ -447,11 +452,9 @@ def test_what_is_no_student_is_refused_in_one_sentence_that_names_it(tmp_path, c
 
 def test_an_adapter_is_read_from_the_hub_by_name_and_its_base_in_the_revision_that_it_names(tmp_path, monkeypatch):
     adapter_of(tmp_path)
-    edit_json(tmp_path / "adapter" / "adapter_config.json", revision="v2", base_model_name_or_path="org/base")
+    expected, _ = E.load_student(str(tmp_path / "adapter"))
+    edit(ADAPTER, revision="v2", base_model_name_or_path="org/base")(tmp_path)
     hub, asked = {"me/adapter": tmp_path / "adapter", "org/base": tmp_path / "base"}, set()
-    expected, _ = E.load_student(str(tmp_path / "base"))
-    E.merge_adapter(expected, json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()),
-                    load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
     def fetched(name, file, revision=None, **kwargs):
         return str(hub[name] / file) if (hub[name] / file).exists() else None
@@ -473,32 +476,25 @@ def test_an_adapter_is_read_from_the_hub_by_name_and_its_base_in_the_revision_th
 ROWS = [{"id": str(i), "task": "gsm8k", "question": "Q?", "answer": "18", "prompt": f"w{20 + i} w6"} for i in range(3)]
 
 
-def test_the_ensemble_takes_the_answer_that_its_student_finds_likeliest(monkeypatch):
-    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer())]
-    texts = iter([["The answer is 18.", "#### 7", "#### 18.0"], ["The answer is 5.", "Hm", "#### 18"]])
-    ids = [[[7, 8, 2], [9], [30]], [[10, 11], [12, 13, 14, 15], [31]]]
+def test_the_figures_of_an_evaluation_are_shares_of_its_questions(monkeypatch):
+    texts = {"a": ["The answer is 18.", "#### 7", "#### 18.0"], "b": ["The answer is 5.", "Hm", "#### 18"]}
 
     def generate(model, tokenizer, prompts, *args, **kwargs):
-        own = ids[model is students[1][0]]
-        return [{"text": text, "ids": i, "tokens": 3, "stopped": "." in text} for text, i in zip(next(texts), own)]
+        return [{"text": text, "tokens": 3, "stopped": "." in text} for text in texts[model.name]]
 
     monkeypatch.setattr(E, "generate", generate)
+    students = [(tiny(), word_tokenizer()), (tiny(), word_tokenizer())]
+    students[0][0].name, students[1][0].name = texts
     r = E.evaluate(students, ROWS, 10)
-    means = []
-    for s, (model, _) in enumerate(students):  # of the first question, whose answers differ
-        whole = torch.tensor([[20, 6, *ids[s][0]]])
-        logp = model.double()(whole).logits[0, 1:-1].log_softmax(-1)
-        means.append(logp.gather(1, whole[0, 2:, None]).mean().item())
-        assert r["predictions"][0]["responses"][s]["logprob"] == pytest.approx(means[s], abs=1e-4)
-    surest = ["18", "5"][means.index(max(means))]
-    assert [p["ensemble"] for p in r["predictions"]] == [surest, "7", "18"]
-    assert r["ensemble"] == pytest.approx((1 + (surest == "18")) / 3) and r["upper_bound"] == pytest.approx(2 / 3)
-    assert r["accuracy"] == pytest.approx([2 / 3, 1 / 3]) and r["unparsed"] == pytest.approx([0, 1 / 3])
-    assert r["stopped"] == pytest.approx([2 / 3, 1 / 3]) and "ids" not in r["predictions"][0]["responses"][0]
+    assert r["accuracy"] == [2 / 3, 1 / 3] and r["unparsed"] == [0, 1 / 3] and r["stopped"] == [2 / 3, 1 / 3]
+    assert r["questions"] == 3 and r["upper_bound"] == 2 / 3
+    assert r["predictions"][1] == {"id": "1", "question": "Q?", "answer": "18", "responses": (
+        {"text": "#### 7", "tokens": 3, "stopped": False, "prediction": "7", "correct": False},
+        {"text": "Hm", "tokens": 3, "stopped": False, "prediction": None, "correct": False})}
 
 
 def test_a_question_longer_than_a_context_is_left_out_and_counted(capsys):
-    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer(single="<bos> $A <eos>"))]  # 2048 and 48 tokens
+    students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer())]  # 2048 and 48 tokens
     r = E.evaluate(students, [*ROWS, {**ROWS[0], "id": "long", "prompt": "w5 " * 48}], 5)
     assert r["questions"] == 3 and [p["id"] for p in r["predictions"]] == ["0", "1", "2"]
     assert "1 of 4 questions are left out" in capsys.readouterr().out
@@ -512,43 +508,339 @@ def run_main(monkeypatch, *args):
     E.main()
 
 
-def test_the_command_prints_answers_and_a_table_and_writes_all(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_a_table_and_writes_all_answers(tmp_path, monkeypatch, capsys):
     student, out = saved(tmp_path / "student"), tmp_path / "r.json"
     questions = written(tmp_path, *({**ROWS[0], "id": str(i)} for i in range(5)))
     run_main(monkeypatch, "--students", student, student, "--questions", questions, "--limit", 4,
              "--max_new_tokens", 4, "--device", "cpu", "--out", out)
     said, results = capsys.readouterr().out, json.loads(out.read_text())
-    assert said.count(f"{student}: ") == 3 * 2 and "4 questions" in said and "ensemble" in said and "upper bound" in said
+    assert said.count(str(student)) == 2 and "4 questions" in said and "any of them" in said
     assert results["questions"] == 4 and len(results["predictions"][3]["responses"]) == 2
 
 
-@pytest.mark.parametrize("link", [None, os.symlink, os.link])
-def test_results_do_not_overwrite_the_questions(tmp_path, monkeypatch, capsys, link):
-    out = questions = written(tmp_path, ROWS[0])
-    if link:
-        link(questions, out := str(tmp_path / "link"))
-    said = refusal(capsys, run_main, monkeypatch, "--students", "none", "--questions", questions, "--out", out)
-    assert "would overwrite the questions" in said and E.read_jsonl(questions) == [ROWS[0]]
+def test_results_never_overwrite_a_file(tmp_path, monkeypatch, capsys):
+    questions = written(tmp_path, ROWS[0])
+    said = refusal(capsys, run_main, monkeypatch, "--students", "none", "--questions", questions, "--out", questions)
+    assert "is there already" in said and E.read_jsonl(questions) == [ROWS[0]]
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--students", "a"), ("--plot", os.path.dirname(__file__)), ("--students", "a", "--questions", "/no/such/file"),
+    (), ("--students", "a"), ("--students", "a", "--questions", "/no/such/file"),
     ("--students", "a", "--questions", __file__), ("--limit", "0"), ("--batch_size", "-1"),
-    ("--max_new_tokens", "x"), ("--task", "physics"), ("--device", "abacus")])
+    ("--max_new_tokens", "x"), ("--task", "physics")])
 def test_bad_flags_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capsys, flags):
-    if flags and flags[0] not in ("--students", "--plot"):
+    if flags and flags[0] != "--students":
         flags = (*flags, "--students", "none", "--questions", written(tmp_path, ROWS[0]))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refusal(capsys, run_main, monkeypatch, *flags)
 
 
-def test_the_picture_shows_what_the_log_says(tmp_path, monkeypatch, capsys):
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    drawn = []
-    monkeypatch.setattr(figure, "savefig", lambda self, file, **kwargs: drawn.append((file, self)))
-    log = [{"step": 1, "loss/0": 2, "loss/1": None, "rate/0": 1, "rate/1": 0}, {"step": 2, "loss/0": 1, "loss/1": 3, "rate/0": 0.5}]
-    written(tmp_path, *log, name="log.jsonl")
-    run_main(monkeypatch, "--plot", tmp_path)
-    [(file, picture)] = drawn
-    assert file == str(tmp_path / "training.png") and file in capsys.readouterr().out
-    lines = [{line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()} for ax in picture.axes]
-    assert lines == [{"student 0": [[1, 2], [2, 1]], "student 1": [[2, 3]]}, {"student 0": [[1, 1], [2, 0.5]], "student 1": [[1, 0]]}]
+# ----------------------------------------------------------------------------------------- answers
+
+CHOICES = {"A": "bank", "B": "library", "C": "department store", "D": "store", "E": "St. Louis"}
+DATES = {"A": "03/12/1987", "B": "03/13/1987", "C": "04/13/1987"}
+
+
+def texts(block):
+    """The texts between the bars of a block; ¶ is a line break."""
+    return [text.replace("¶", "\n") for text in re.split(r"\s*\|\s*", block.strip())]
+
+
+def pairs(block):
+    return [text.split(" ~ ") for text in texts(block)]
+
+
+def read(task, text, choices=None):
+    return E.extract_answer(task, text, choices)
+
+
+@pytest.mark.parametrize("task", E.TASKS)
+def test_an_answer_stated_as_the_prompt_asks_is_read(task):
+    blank, answer = {"number": ("N", "7"), "math": ("X", "\\frac{1}{2}"), "yesno": ("yes", "yes"),
+                     "choice": ("X", "B")}[E.TASKS[task]]
+    phrase = re.search('"(The answer is .*?[.])"', E.KINDS[E.TASKS[task]][0])[1]
+    assert read(task, "So. " + phrase.replace(blank, answer), {"A": "x", "B": "y"}) == answer
+
+
+NUMBERS = {  # the answer: texts
+    "18": r"""
+    He makes 9 * 2 = $18.¶#### 18 | The answer is $18. | **Answer:** 42¶¶#### 18 | The answer is 18 (16 + 2 = 18). |
+    <answer>18</answer> | {"answer": 18} | The answer is 16 + 2 = 18 | print(x)¶```output¶17¶18¶``` |
+    \boxed{\text{18 dollars}} | The answer is 3. No: the answer is 18. | Final Answer¶¶18 |
+    The answer is therefore 18. | The answer is most likely 18. | The answer is €18 each. |
+    The answer is 18. Check: 16 + 2 = 18, so the answer is correct. | 16 + 2 = 18 \boxed{18} | \boxed{18}^\circ |
+    The answer is 18.¶¶The other answers are wrong. | She has 18 | It is 18kg.""",
+    "-5": r"""The answer is -5. | The answer is −5 degrees. | The answer is $-5 | **Answer:**¶¶-5 | x = -5""",
+    "5": r"""**Answer:**¶¶- 5 | 10-5 = 5 | The answer is 5kg | It came 2nd of 5 | The answer is $5/hour.""",
+    "1234.5": r"""
+    The answer is: **$1,234.50**. | \boxed{1{,}234.5} | The answer is 1,234.5 | The answer is 1 234.5""",
+    "70000": r"""\boxed{70\,000} | The answer is 70 000. | She makes 70 000 | \boxed{\$70{,}000}""",
+}
+NO_NUMBER = {  # why: texts
+    "is not announced": r"""
+    no number here | The 3rd of them | The answer is unclear. | Therefore, the answer (arabic numerals) is""",
+    "is denied or supposed": r"""
+    The wrong answer is 5. | I don't think the answer is 5. | It isn't 5. | The answer isn't 5. |
+    It cannot be \boxed{5}. | The answer is not 5. | The answer is 4. But the answer isn’t $5. |
+    The answer is 5? No. | If the answer is 4, he has 2 left. | The answer is 5. Therefore, the answer is unclear. |
+    The answer is 5 and not 6.""",
+    "is several": r"""
+    The answer is 4 hours and 30 minutes. | The answer is 4:30. | The answer is 5 or 6. | The answer is 3 to 5. |
+    The answer is x = 3, y = 5. | The answer is 4 hrs. 30 min. | It is 4 hours 30 |
+    The answer is 18 eggs because y = 9. | \boxed{4\text{ hours and }30\text{ minutes}} |
+    \boxed{12\text{ feet }6\text{ inches}} | The answer is 4 hours and thirty minutes. | The answer is 5, 6 |
+    So 5 or 6 | \boxed{2} and \boxed{3}""",
+    "is open arithmetic": r"""
+    The answer is 2π. | The answer is 10 dollars - 5 dollars. | The answer is 2**3 | The answer is 10². |
+    The answer is √16. | The answer is \frac{10}{2+3}. | \boxed{2\pi} | The answer is -(5). |
+    The answer is twice 5. | The answer is 5 squared. | The answer is 20% of 50. | The answer is more than 5. |
+    The answer is the square root of 16. | The answer is 1/0. | $3 \times 10^{3}$""",
+    "has a scale that is not read": r"""
+    The answer is 2.5 million people. | The answer is $10K. | The answer is 5 dozen. | The answer is 3 quarters. |
+    She has 5 million | The answer is 1.5e3 | The answer is 2 1/2 hours. | The answer is 1,5 | So he has 3 hundred""",
+    "is a part of a box": r"""
+    The answer is $-\boxed{3}$. | so 2\boxed{3} | \boxed{3}^2 | \boxed{3}\sqrt{2} | \boxed{3} / 2""",
+}
+
+
+@pytest.mark.parametrize("expected, text", [(number, text) for number in NUMBERS for text in texts(NUMBERS[number])])
+def test_the_one_number_that_a_text_announces_or_ends_with_is_read(text, expected):
+    assert E.grade("gsm8k", read("gsm8k", text), expected)
+
+
+@pytest.mark.parametrize("why, text", [("", ""), *((why, text) for why in NO_NUMBER for text in texts(NO_NUMBER[why]))])
+def test_a_number_that_leaves_a_doubt_is_unparsed(why, text):
+    assert read("gsm8k", text) is None
+
+
+SAID = [  # task, choices, answer: texts
+    ("arc", CHOICES, "B", r"""
+    The answer is (B). | The answer is B | The answer is **B**. | Answer: B) library |
+    so the answer is \boxed{\text{B}} | The answer is a library. | <answer>B</answer> |
+    The answer is B. Note that A is a common distractor. | Answer: B¶Explanation: A library lends books. |
+    Answer is A¶¶Answer: B | The answer is therefore (B). |
+    The correct answer is B. The other answers are incorrect. | ***Answer***: ***B*** | The correct option is (B). |
+    The answer is (B) because it is quiet."""),
+    ("arc", CHOICES, "C", r"""The answer is the department store. | The answer is (C) department store."""),
+    ("arc", CHOICES, "D", r"""The answer is store | It is not B, the answer is D"""),
+    ("arc", CHOICES, "E", r"""The answer is St. Louis."""),
+    ("arc", CHOICES, None, r"""
+    B | I think it is (C). | The answer is Cars. | The answer is not B. | The answer is A or B. |
+    The answer is a place to read books. | Answer: None of the above | The answer is either the bank or the library |
+    The wrong answer is B. | The correct answer is D. department store | The answer is (B): A and C. |
+    Therefore, the answer is B, C, or D. | The answer is B/C | The answer is B. or C. |
+    The answer is (D) department store. | The answer is A. So the answer is B, C, or D. | The answer is A-B. |
+    Where?¶(A) bank¶(B) library | \boxed{A} or \boxed{B}"""),
+    ("arc", {"A": "Paris", "B": "London"}, "A", r"""The answer is (A) Paris. | The answer is Paris."""),
+    ("arc", {"A": "Paris", "B": "London"}, None, r"""The answer is (A) Paris or London."""),
+    ("date", DATES, "B", r"""
+    The answer is (B) 03/13/1987. | So the answer is 03/13/1987. | The answer is B. March 13, 1987"""),
+    ("date", DATES, None, r"""The answer is B. 03/12/1987 | So the answer is 03/13/1987 or 04/13/1987."""),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N"}, "B", "The answer is 1,500 N."),
+    ("arc", {"A": "500 N", "B": "1,500 N", "C": "-5 N"}, None, "The answer is 2.500 N. | The answer is 5 N."),
+    ("strategyqa", None, "yes", r"""
+    So the answer is Yes. | The answer is true. | The answer is indeed yes. |
+    the answer (Yes or No) is technically Yes, but it is small |
+    The answer is yes. Checking again, the answer is correct."""),
+    ("strategyqa", None, "no", r"""
+    Therefore, the answer (Yes or No) is No. | the answer is most likely No | The answer is **no**. |
+    The answer is no, it would not sink."""),
+    ("strategyqa", None, None, r"""
+    The answer is hardly yes. | The answer is unlikely yes. | The answer is yes/no. |
+    Therefore, the answer (Yes or No) is dependent on whether no one knows | the answer is not known |
+    If so, the answer is yes. Therefore, the answer (Yes or No) is: It depends. | The wrong answer is yes. | Yes |
+    The answer is no longer clear | The answer is yes?"""),
+    ("math", None, "5", r"""
+    $\boxed{5}$. So our answer is correct. | \fbox{5} | #### 5 | The answer is $5$. |
+    So \boxed{4}., but¶**Final Answer**¶\boxed{5} | The final answer is:¶¶$$5$$ | ${\boxed{5}}$ |
+    $\frac{6}{2} = {\boxed{5}}$ | ¶- \boxed{5} | $7 - 2 = \boxed{5}$ | $5 \le \boxed{5}$"""),
+    ("math", None, None, r"""
+    \boxed{} | \boxed{5 | The answer is not $5$. | It cannot be $\boxed{5}$. | The answer is $5$? No, $6$. |
+    The answer is $5$ or $6$. | The answer is greater than $5$. | $-\boxed{3}$ | $\frac{1}{\boxed{3}}$ |
+    $x = -\boxed{3}$ | $\pm\boxed{3}$ | $\frac{\boxed{3}}{2}$ | $2^{\boxed{3}}$ |
+    The roots are $\boxed{-4}$ and $\boxed{9}$. | $x = \boxed{1}$ or $x = \boxed{2}$"""),
+]
+
+
+@pytest.mark.parametrize("task, choices, expected, text", [
+    (*case, text) for *case, block in SAID for text in texts(block)])
+def test_what_is_announced_last_is_read_if_it_is_one_value_and_nothing_else(task, choices, expected, text):
+    assert read(task, text, choices) == expected
+
+
+@pytest.mark.parametrize("text, rest", [
+    ("no thought", "no thought"), ("<think>a</think>b", "b"), ("a</think>b</think>c", "c"), ("<think>a</think>b<think>c", ""),
+    ("<THINKING>a</THINKING> b", " b"), ("<seed:think>a</seed:think>b", "b"), ("I think < 5", "I think < 5"), ("", ""),
+    ("Analysis shows 5", "Analysis shows 5"), ("[THINK]a[/THINK]b", "b"), ("◁think▷a◁/think▷b", "b"),
+    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b", "b"),
+    ("<|channel|>analysis<|message|>a", ""), ("analysisWe say a.assistantfinalb", "b"), ("analysisWe say a.", "")])
+def test_only_what_follows_the_thoughts_is_said(text, rest):
+    assert E.after_thought(text) == rest
+
+
+# ------------------------------------------------------------------------------------------- equality
+
+# a prediction ~ an answer
+EQUAL = r"""
+    1/2 ~ \frac{1}{2} | 0.5 ~ \frac12 | \dfrac{1}{2} ~ \tfrac12 | +7 ~ 7 | \frac{1}{\sqrt{2}} ~ \frac{\sqrt2}{2} |
+    sqrt(3)/3 ~ \frac{1}{\sqrt{3}} | \sqrt[3]{8} ~ 2 | 3\cdot10^{4} ~ 30000 |
+    11,111,111,100 ~ 11,\! 111,\! 111,\! 100 | \$15,\!000 ~ 15000 | 10 cm ~ 10\text{ cm} | 440 ~ 440\text{ cm}^2 |
+    30% ~ 30\% | 3\frac12 ~ 7/2 | \text{(C)} ~ C | evelyn ~ \text{Evelyn} | (x+1)(x+2) ~ x^2+3x+2 |
+    y^2 + 2xy + x^2 ~ (x+y)^2 | \{3, 5\} ~ 5, 3 | 7, -2, and -5 ~ 7, -2, \text{ and } -5 | x=1 or x=2 ~ 1,2 |
+    3 + 2\sqrt{2}, 3 - 2\sqrt{2} ~ 3 \pm 2 \sqrt{2} | \left( 3, \frac{\pi}{2} \right) ~ (3, \pi/2) |
+    [0, 1) ~ \left[0,1\right) | (a,b)=(2,9) ~ (2,9) | \mathbf{46} ~ 46 |
+    (-\infty,2)\cup(3,\infty) ~ (3, \infty) \cup (-\infty, 2) | x \in [-2,7] ~ [-2,7] | e^{i\pi} ~ -1 |
+    \begin{pmatrix} 1/2 \\ 0 \end{pmatrix} ~ \begin{bmatrix} \frac{1}{2} \\ 0 \end{bmatrix} |
+    \sqrt{1/n} ~ \frac{1}{\sqrt{n}} |
+    \left[\begin{array}{cc}1 & 2 \\ 3 & 4\end{array}\right] ~ \begin{pmatrix}1&2\\3&4\end{pmatrix} |
+    4210_7 ~ 4210_{7} | 4210_{\text{7}} ~ 4210_7 | \frac{20}{7} \approx 2.857 ~ \frac{20}{7} |
+    5\text{ million} ~ 5 million | \overline{CD} ~ \overline{CD} | \sin 3x ~ \sin3x | \frac{x}{\frac{1}{y}} ~ xy |
+    2\mathrm{e} ~ 2e
+"""
+DIFFERENT = r"""
+    east ~ seat | \text{east} ~ \text{seat} | 1 2 ~ 12 | 5\text{ feet }30\text{ inches} ~ 530 |
+    x>1 and x<3 ~ x>1 or x<3 | x>3 ~ x<3 | x=1, y=2 ~ 2 | x \approx 2.857 ~ \frac{20}{7} | 2x + z = 1 ~ 1 |
+    (x,y)=(1,2) ~ (2,1) | 4210_{\text{8}} ~ 4210_7 | \frac{20}{7} \approx 2.857 ~ 2.857 | 4\sqrt(2) ~ 4 |
+    \frac{1}{2^{98}} ~ \frac{1}{2^{99}} | n=1,2,3 ~ n=2,3,4 | 1, 1, 2 ~ 1, 2, 2 | (0, 1.5) ~ (0, 1) | [0,1] ~ [0,1) |
+    (1,000) ~ 1000 | 2021 ~ \pm 2021 | 1:00 ~ 12:00 | 9 p.m. ~ 9\text{ a.m.} |
+    \frac{1}{3 \cdot 2^{2006}} ~ \frac{2^{2005}+1}{3 \cdot 2^{2006}} | 3x + 4y + 14=0 ~ 3x-y+13=0 | 2x=10 ~ x=5 |
+    0 ~ x - 3z = 0 | \text{even} ~ \text{odd} | 0.33 ~ \frac13 |
+    1000000000000000000000000000000000000001 ~ 1000000000000000000000000000000000000000 | \sin x ~ x\sin |
+    3\mathbf{i}+4\mathbf{j} ~ 7 | \begin{pmatrix} 1 & 2 \end{pmatrix} ~ \begin{pmatrix} 1 \\ 2 \end{pmatrix} |
+    5 \text{ or more} ~ 5 | 5 \text{ million} ~ 5 | 5 million ~ 5 | \text{less than } 5 ~ 5 | \text{at least }5 ~ 5 |
+    \text{not } 5 ~ 5 | \text{negative }5 ~ 5 | __import__('os') ~ 5 | 5 if 1 else 5 ~ 5 | 5;5 ~ 5 | [5][0] ~ 5
+"""
+
+
+@pytest.mark.parametrize("prediction, answer", pairs(EQUAL))
+def test_equal_mathematics_is_graded_right(prediction, answer):
+    assert E.grade("math", prediction, answer) and E.grade("math", answer, prediction)
+
+
+@pytest.mark.parametrize("prediction, answer", pairs(DIFFERENT))
+def test_different_mathematics_is_graded_wrong(prediction, answer):
+    assert not E.grade("math", prediction, answer) and not E.grade("math", answer, prediction)
+
+
+@pytest.mark.parametrize("task, prediction, answer, right", [
+    ("gsm8k", "18.0", "18", True), ("gsm8k", "137.99999999999997", "138", True), ("gsm8k", "1000001", "1000000", False),
+    ("gsm8k", "1/3", "0.3333333333", True), ("gsm8k", None, "5", False), ("gsm8k", "70000", "70,000", True),
+    ("gsm8k", "-5", "5", False), ("arc", "B", "B", True), ("arc", "A", "B", False), ("arc", None, "B", False),
+    ("strategyqa", "yes", "yes", True), ("strategyqa", "no", "yes", False), ("math", None, "", False)])
+def test_grading_compares_values(task, prediction, answer, right):
+    assert E.grade(task, prediction, answer) is right
+
+
+HOSTILE = ["9^{9^{9^{9}}}", "9**9**9**9", "99999!", "(" * 300, "{" * 300 + "}" * 300, "\\frac" * 90, "x^{y^{z^{9999}}}",
+           "\\sqrt" * 99, "0^{-1}", "\\tan(\\pi/2)", "1" * 450, "__import__('os')", "\\infty^{\\infty}", "-" * 450,
+           "1," * 200, "x" + "^x" * 200, "\\frac{" * 60, "a0.b1"]
+
+
+def test_hostile_formulas_are_unequal_and_never_raise_in_any_thread():
+    verdicts = {}
+
+    def work():
+        verdicts.update({s: (E.grade("math", s, "x+1"), E.grade("math", "2", s)) for s in HOSTILE})
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert verdicts == dict.fromkeys(HOSTILE, (False, False))
+
+
+# ------------------------------------------------------------------------------------------ real data
+
+
+def graded(data_dir, name):
+    for row in E.read_jsonl(data_dir / "paths" / f"{name}.jsonl"):
+        yield row, E.grade(row["task"], read(row["task"], row["path"], row.get("choices")), row["answer"])
+
+
+def accuracy(verdicts, teacher):
+    right = [right for row, right in verdicts if row["teacher"] == teacher]
+    return sum(right) / len(right)
+
+
+def test_grader_agrees_with_the_authors_on_all_gpt3_paths_and_with_the_papers_on_the_rest(data_dir):
+    verdicts = list(graded(data_dir, "gsm8k"))
+    judged = [(row["source_correct"], right) for row, right in verdicts if re.match("6b_|175b_", row["teacher"])]
+    assert len(judged) == 5276 and all(theirs == ours for theirs, ours in judged)
+    assert accuracy(verdicts, "human") == 1
+    assert accuracy(verdicts, "tora-70b") == pytest.approx(0.843, abs=0.006)  # Gou et al., ToRA
+    assert accuracy(verdicts, "tora-code-34b") == pytest.approx(0.807, abs=0.005)
+    assert accuracy(verdicts, "gpt3-xl") == pytest.approx(0.407, abs=0.03)  # Kojima et al. take the first number
+
+
+def test_grader_agrees_with_the_papers_on_date_and_strategyqa(data_dir):
+    date, strategyqa = list(graded(data_dir, "date")), list(graded(data_dir, "strategyqa"))
+    assert accuracy(date, "code-davinci-002") == pytest.approx(0.872, abs=0.01)  # the BIG-Bench Hard authors' count
+    assert accuracy(date, "gpt3-xl") == pytest.approx(0.675, abs=0.01)  # Kojima et al.
+    assert accuracy(strategyqa, "gpt3-xl") == pytest.approx(0.548, abs=0.015)
+    assert accuracy(strategyqa, "human") == 1
+
+
+def math_answers(data_dir):
+    return [row["answer"] for row in E.read_questions(data_dir / "original" / "math_test.jsonl")]
+
+
+def test_every_math_problem_has_its_last_box_as_its_answer_which_equals_itself(data_dir):
+    answers = math_answers(data_dir)
+    solutions = [row["solution"] for row in E.read_jsonl(data_dir / "original" / "math_test.jsonl")]
+    assert len(answers) == 5000 and answers == [last_box(solution).strip() for solution in solutions]
+    assert all(E.grade("math", answer, answer) for answer in answers)
+
+
+def test_nearly_every_math_solution_is_read(data_dir):
+    rows = E.read_jsonl(data_dir / "original" / "math_test.jsonl")
+    assert sum(E.grade("math", read("math", row["solution"]), last_box(row["solution"])) for row in rows) >= 4970
+
+
+def last_box(solution):
+    """The content of a solution's last box: the shortest text in balanced braces."""
+    rest = re.split(r"\\(?:boxed|fbox)\s*", solution)[-1]
+    ends = (i for i in range(len(rest)) if rest[:i + 1].count("{") == rest[:i + 1].count("}"))
+    return rest[1:next(ends)] if rest[0] == "{" else rest[0]
+
+
+def changed(answer, rng):
+    """A MATH answer with one small change that makes it another answer; None if none is at hand."""
+    swaps = (("+", "-"), ("-", "+"), ("\\sqrt", ""), ("<", ">"), ("\\cup", "\\cap"), ("\\pi", ""), ("[", "("), ("x", "y"),
+             ("sin", "cos"), ("^2", "^3"), ("\\frac{1}", "\\frac{2}"))
+    ways = [answer.replace(old, new, 1) for old, new in swaps]
+    if digits := [m.start() for m in re.finditer(r"(?<![_\d{.])\d|(?<=\{)\d", answer)]:
+        i = rng.choice(digits)
+        ways.append(f"{answer[:i]}{(int(answer[i]) + rng.randint(1, 8)) % 9 + 1}{answer[i + 1:]}")
+    if re.fullmatch(r"[1-9]\d*", answer):
+        ways += ["-" + answer, answer + "0", answer + ".5", f"\\frac{{{answer}}}{{3}}", f"{answer}, {int(answer) + 1}"]
+    ways = [way for way in ways if way != answer]
+    return rng.choice(ways) if ways else None
+
+
+def rewritten(answer, rng):
+    """The same MATH answer written otherwise, in up to three of the ways that fit."""
+    ways = [f" {answer}\\, ", f"${answer}$", answer + ".", answer.replace("\\frac", "\\dfrac"),
+            answer.replace("pmatrix", "bmatrix")]
+    if m := re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}", answer):
+        n, d, k = int(m[2]), int(m[3]), rng.randint(2, 9)
+        ways += [f"{m[1]}{n}/{d}", f"{m[1]}\\frac{{{k * n}}}{{{k * d}}}", f"{answer} \\approx {n / d:.4f}"]
+    if re.fullmatch(r"\d+", answer):
+        n = int(answer)
+        ways += [f"{n + 3} - 3", f"\\frac{{{6 * n}}}{{6}}", f"n = {n}", f"{n}.0", f"{n} apples", f"{n}\\text{{ cm}}", f"{n:,}"]
+    if re.fullmatch(r"-?\d\d?(?:,\s*-?\d\d?)+", answer):
+        first, *others = re.split(r",\s*", answer)
+        ways += [", ".join([*others, first]), f"\\{{{answer}\\}}", ", ".join(others) + " and " + first]
+    return rng.sample(ways, 3)
+
+
+def test_of_the_changed_math_answers_one_in_five_hundred_is_accepted(data_dir):
+    rng = random.Random(0)
+    others = [(other, answer) for answer in math_answers(data_dir) if (other := changed(answer, rng)) is not None]
+    accepted = [pair for pair in others if E.grade("math", *pair)]
+    assert len(others) > 4442 and len(accepted) <= 8, accepted
+
+
+def test_nearly_all_rewritten_math_answers_are_equal(data_dir):
+    rng = random.Random(0)
+    equal = [(other, answer) for answer in rng.sample(math_answers(data_dir), 700) for other in rewritten(answer, rng)]
+    missed = [pair for pair in equal if not E.grade("math", *pair)]
+    assert len(equal) > 2000 and len(missed) < len(equal) / 50, missed[:9]
