@@ -716,10 +716,10 @@ def usable_device(name):
 
 def has_bfloat16(device="cpu"):
     """Whether the device multiplies bfloat16 itself; emulated it is a hundred times slower."""
-    if torch.device(device).type == "cpu":
-        known = torch.cpu.get_capabilities()
-        return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(False)
+    kind, known = torch.device(device).type, torch.cpu.get_capabilities()
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return kind == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def is_large(model):
@@ -735,8 +735,9 @@ def answering(model):
     weights = [*model.parameters()]
     lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]
     dtype = torch.bfloat16 if is_large(model) and has_bfloat16(model.device) else model.dtype
-    if not all(weight.is_floating_point() for weight in weights):  # quantised
-        weights, lora = [], []
+    autocast = torch.autocast(model.device.type, enabled=False)
+    if not all(weight.is_floating_point() for weight in weights):  # quantised: as in training
+        weights, lora, autocast = [], [], contextlib.nullcontext()
     kept = [weight.data.cpu() for weight in weights]  # a GPU might have no room for both
     try:
         for module in lora:
@@ -747,7 +748,7 @@ def answering(model):
             module.forward = module.base.__call__
         for weight in weights:
             weight.data = weight.data.to(dtype)
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), autocast:
             yield
     finally:
         for weight, data in zip(weights, kept):
@@ -792,7 +793,7 @@ def evaluate(students, rows, max_new_tokens, batch_size=None):
 
 
 # ---------------------------------------------------------------- the command
-def parse_args():
+def main():
     p = argparse.ArgumentParser(description="Test students on a file of questions.")
     p.error = stop  # one sentence and exit code 2
     count = within(int, 1)
@@ -806,11 +807,7 @@ def parse_args():
     p.add_argument("--batch_size", type=count, help="responses at a time (64; of a toy 256)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (cuda where there is one)")
     p.add_argument("--out", metavar="FILE", help="write the results and every response as JSON")
-    return p.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = p.parse_args()
     rows = read_questions(args.questions, args.task)[:args.limit]
     if args.out and os.path.exists(args.out):
         stop(f"--out {args.out} is there already: choose another file")
@@ -827,8 +824,7 @@ def main():
         print(f"{name:{width}} {accuracy:8.1%} {error:6.1%} {unparsed:8.1%} {stopped:8.1%}")
     print(f"{results['upper_bound']:.1%} are answered by any of them")
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump({"args": vars(args), **results}, file, indent=1)
+        Path(args.out).write_text(json.dumps({"args": vars(args), **results}, indent=1))
 
 
 if __name__ == "__main__":
