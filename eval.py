@@ -55,7 +55,6 @@ def stop(message):
 
 
 def in_a_line(error):
-    """An exception as a part of such a sentence."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
