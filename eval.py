@@ -647,7 +647,9 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     (which counts, but is not in the text), after max_new_tokens, where the context does, or with
     the first match of `until`, a pattern for each prompt. batch_size: None is 64, of a toy 256."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    context = context_of(model)
+    longest, context = max(map(len, prompts), default=0), context_of(model)
+    if longest >= context:
+        stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     ends = [end_token(tokenizer), tokenizer.eos_token_id, *own]
@@ -796,10 +798,8 @@ def main():
     p = argparse.ArgumentParser(description="Test students on a file of questions.")
     p.error = stop  # one sentence and exit code 2
     count = within(int, 1)
-    p.add_argument("--students", nargs="+", required=True,
-                   help="models or PEFT LoRA adapters, by folder or name")
-    p.add_argument("--questions", metavar="FILE", required=True,
-                   help="a dataset's own file, a pool, or rows with id, task, question, answer")
+    p.add_argument("--students", nargs="+", required=True, help="models or PEFT LoRA adapters")
+    p.add_argument("--questions", required=True, help="file of a dataset, a pool, or flat rows")
     p.add_argument("--task", choices=TASKS, help="overrides the task that the file names")
     p.add_argument("--limit", type=count, help="use only the first questions (all)")
     p.add_argument("--max_new_tokens", type=count, default=512, help="longest response (512)")
@@ -811,8 +811,7 @@ def main():
     if args.out and os.path.exists(args.out):
         stop(f"--out {args.out} is there already: choose another file")
     device = usable_device(args.device)
-    half = device.startswith("cuda") and has_bfloat16(device)
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if "cuda" in device and has_bfloat16(device) else torch.float32
     students = [load_student(name, device, dtype) for name in args.students]
     results = evaluate(students, rows, args.max_new_tokens, args.batch_size)
     n, width = results["questions"], max(map(len, args.students))
