@@ -103,8 +103,8 @@ def make_parser():
                    metavar="EQ",
                    help=f"all, or some of {', '.join(PRINTED)} in the paper's form. eq2 sets "
                         "--gate onehot, which shares no path, so that Eq 5 to 8 never run, eq9 "
-                        "--reward loss --probe 0; flags beside it count. Not undone: the sign of "
-                        "Eq 4, standardised embeddings")
+                        "--reward loss --probe 0; these two go together; flags beside it count. "
+                        "Not undone: the sign of Eq 4, standardised embeddings")
     g.add_argument("--encoder", default="hash", metavar="MODEL",
                    help="Eq 1: hash, or a Hugging Face encoder; the paper's is roberta-base (hash)")
     g.add_argument("--router_lr", type=weight, help="learning rate of the router (0.3; eq2: 0.01)")
@@ -162,7 +162,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    args.out_dir = args.out_dir or time.strftime("out/%Y%m%d-%H%M%S")
+    args.out_dir = args.out_dir or time.strftime(f"out/%Y%m%d-%H%M%S-seed{args.seed}")
     if args.students:  # absolute, since adapters name their base
         args.students = [os.path.abspath(x) if os.path.isdir(x) else x for x in args.students]
     return args
@@ -443,7 +443,6 @@ def fixed_route(route, rows, question, lengths, students):
     return qr.keep_best(-cost.float(), question)
 
 
-
 # ---------------------------------------- optimisation
 def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
@@ -470,14 +469,13 @@ def lr_scale(step, steps):
 
 def update(optimizer, router_optimizer, scaler, nats, step, out):
     """A step of AdamW for all -> the norms of the gradients, before they are clipped, of the
-    students, the collaboration and the router. stop() before weights that are not finite; a
-    gradient that overflows in fp16 is skipped by the scaler."""
+    students, the collaboration and the router. stop() before weights that are not finite."""
     scaler.unscale_(optimizer)
     norms = []
     for group in optimizer.param_groups + router_optimizer.param_groups:
         norms.append(float(nn.utils.clip_grad_norm_(group["params"], CLIP)))
-    finite = scaler.is_enabled() or all(map(math.isfinite, norms))
-    if not (finite and nats.isfinite().all()):
+    guarded = norms[-1:] if scaler.is_enabled() else norms  # the scaler skips all but the router's
+    if not (all(map(math.isfinite, guarded)) and nats.isfinite().all()):
         stop(f"step {step + 1}: a loss or gradient is not finite; the last good checkpoint stays "
              f"in {out}; start again with a smaller --lr or --router_lr")
     scaler.step(optimizer)
@@ -508,8 +506,8 @@ def forward(student, s, rows):
     nll = response_nll(student, states, target.to(device))  # (N,)
     row_of = torch.tensor(order).repeat_interleave(torch.tensor(sizes))
     nats = nats.index_add(0, row_of.to(device), nll)
-    # State k of a response has read its tokens before k: the first one has read none of its text,
-    # and the end token is predicted, not read. So the rest are the text's own tokens, in order.
+    # Left out is the state that predicts a response's first token: it has read none of its text.
+    # The others have read one more of the text's own tokens each; the end token is never read.
     return nats, {i: its[1:] for i, its in zip(order, states.split(sizes))}
 
 
@@ -798,6 +796,10 @@ def graded_pool(file, seed):
         rows = judge.demo_paths(judge.demo_questions(300, seed), seed)
     else:
         rows = judge.read_pool(file)
+    known = {}
+    for row in rows:  # two pools in one file may share ids
+        if known.setdefault(row["id"], row["question"]) != row["question"]:
+            stop(f"{file}: the id {row['id']!r} belongs to two questions; give each its own")
     raw = [row for row in rows if "correct" not in row]
     judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
     for row in raw:
@@ -923,7 +925,7 @@ def write_jsonl(file, rows):
 
 
 def hash_of(rows, test):
-    """A hash of what training hangs on beside the flags: the pool's tokens and labels, the test."""
+    """A hash of what training hangs on beside the flags: the paths and their tokens, the test."""
     digest = hashlib.sha256(json.dumps(test).encode())
     for row in rows:
         digest.update(json.dumps([row["id"], row["label"], row["text"]]).encode())
@@ -1061,7 +1063,7 @@ def write_decisions(out, rows, questions, lengths, p, drawn):
 def demo_students(seed):
     """The two students of make_demo_students, (model, tokenizer) each, from the user's cache after
     the first time."""
-    parts = (make_demo_students, demo_tokenizer, warm_start, judge.demo_sentences, judge.demo_paths)
+    parts = (judge, tasks.student_prompt, make_demo_students, demo_tokenizer, warm_start, lr_scale)
     recipe = "".join(map(inspect.getsource, parts)) + torch.__version__
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qr-distill"
     folder = cache / f"demo-{seed}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"

@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 # Task -> its kind of answer; no more is needed for a new one.
 TASKS = {"gsm8k": "number", "demo": "number", "math": "math", "strategyqa": "yesno",
          "arc": "choice", "commonsense_qa": "choice", "anli": "choice", "date": "choice"}
-# Kind of answer -> how a student's prompt ends, and what a text says that does as it is asked.
+# Kind of answer -> how a student's prompt ends (a teacher's: judge.END), and an answer's pattern.
 KINDS = {
     "number": ('"The answer is N." where N is a number.', r"[$€£]?-?\d(?:[\d,.]{0,29}\d)?"),
     "math": ('"The answer is $\\boxed{X}$." where X is the result.', r"\$[^$\n]+\$"),
@@ -153,10 +153,11 @@ def canonical_answer(kind, given, choices):
         return text if number_in(text) is not None else None
     if kind == "yesno":
         return YESNO.get(str(given).strip().lower())
-    if kind == "choice" and len(choices) > 1:
-        by_text = {choice: letter for letter, choice in choices.items()}
-        return text.strip("()") if text.strip("()") in choices else by_text.get(text)
-    return text if kind == "math" else None
+    if kind == "choice":
+        by_text = {choice: letter for letter, choice in choices.items() if len(choices) > 1}
+        letter = text.strip("()")
+        return letter if letter in by_text.values() else by_text.get(text)
+    return text
 
 
 # ---------------------------------------------------------------- readers: published questions

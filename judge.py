@@ -407,8 +407,8 @@ class Server:
         self.host = re.match("https?://[^/]+", url)[0]
         hidden = url.removeprefix(self.host), key, key.replace("/", "\\/")
         self.hidden = [text for text in hidden if len(text) > 5]  # "none", "EMPTY" are no keys
-        is_azure = "api-version=" in url
-        headers = {"api-key": key} if is_azure else {"Authorization": f"Bearer {key}"}
+        azure, usual = {"api-key": key}, {"Authorization": f"Bearer {key}"}
+        headers = azure if "api-version=" in url else usual
         self.client = httpx2.AsyncClient(headers=headers if key else None, timeout=None)
 
     async def call(self, body, answered):
@@ -435,8 +435,7 @@ class Server:
 
 
 def read_reply(text):
-    """(word, said) of a 200 answer. A reply is {path, reasoning, finish_reason, usage}; one that
-    refuses is a reply, too: it is paid for."""
+    """(word, said) of a 200 answer; a reply is {path, reasoning, finish_reason, usage}."""
     if re.match(r"\s*(data|event|id|retry)?:", text):  # server-sent events
         return "fatal", f"a stream, which was not asked for: {text}"
     try:
@@ -787,7 +786,8 @@ def main(argv=None):
     """The command: sample, or grade and judge a pool. Bad input stops with one sentence."""
     args = flags().parse_args(argv)
     check(args)
-    args.max_new_tokens = args.extra.get("max_completion_tokens", args.max_new_tokens)
+    for name in {"max_tokens", "max_completion_tokens"} & args.extra.keys():
+        args.max_new_tokens = args.extra[name] or args.max_new_tokens
     command = sample_paths if args.questions else judge_paths
     try:
         with FileLock(args.out + ".lock", timeout=0):
