@@ -34,7 +34,7 @@ class Stage:
 
     def encode(self, *args):
         self.rows = self.encode_rows(*args)
-        self.whole = [[tokens.copy() for tokens in row["responses"]] for row in self.rows]
+        self.whole = [[tokens.clone() for tokens in row["responses"]] for row in self.rows]
         if self.kind == "find":
             self.shuffle()
         return self.rows
