@@ -154,9 +154,9 @@ def canonical_answer(kind, given, choices):
     if kind == "yesno":
         return YESNO.get(str(given).strip().lower())
     if kind == "choice":
-        by_text = {choice: letter for letter, choice in choices.items() if len(choices) > 1}
-        letter = text.strip("()")
-        return letter if letter in by_text.values() else by_text.get(text)
+        by_text = {choice: letter for letter, choice in choices.items()}
+        letter = text.strip("()") if text.strip("()") in choices else by_text.get(text)
+        return letter if len(choices) > 1 else None
     return text
 
 
