@@ -1032,7 +1032,8 @@ def write_results(out, run, after, students, rows, p):
     print(f"{'any student right':40}{100 * before['upper_bound']:10.1f}"
           f"{100 * after['upper_bound']:10.1f}")
     names = "".join(f"{f'student {s}':>10}" for s in range(len(students)))
-    print(f"\n{'selection rate at the end':40}{names}")
+    title = "share of a style's paths, at the end"
+    print(f"\n{title:40}{names}")
     for label, shares in rate.items():
         print(f"{label:40}" + "".join(f"{share:10.2f}" for share in shares))
     print(f"\n{run['step']} steps in {run['seconds']:.0f} s on {len(rows)} paths; response tokens "
