@@ -39,6 +39,7 @@ from eval import stop, within
 
 WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine down to a tenth
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
+LOGITS = 2**26  # numbers of the logits that are held at a time: 256 MiB in float32
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
 ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
 
@@ -568,8 +569,8 @@ class ChunkedNLL(torch.autograd.Function):
     def forward(ctx, states, weight, bias, target, softcap):
         nll = states.new_empty(len(states), dtype=torch.float32)
         dstates = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for rows in chunks(states, weight):
-            nll[rows], dlogits = nll_of_chunk(states[rows], weight, bias, target[rows], softcap)
+        for rows, of_rows, dlogits in nll_chunks(states, weight, bias, target, softcap):
+            nll[rows] = of_rows
             if dstates is not None:
                 dstates[rows] = (dlogits.T @ weight).to(dstates.dtype)
         ctx.save_for_backward(states, weight, bias, target, dstates)
@@ -586,8 +587,7 @@ class ChunkedNLL(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight)
             dbias = None if bias is None else torch.zeros_like(bias)
-            for rows in chunks(states, weight):
-                _, dlogits = nll_of_chunk(states[rows], weight, bias, target[rows], ctx.softcap)
+            for rows, _, dlogits in nll_chunks(states, weight, bias, target, ctx.softcap):
                 dlogits.mul_(g[rows])
                 dweight.addmm_(dlogits, states[rows].to(weight.dtype))
                 if dbias is not None:
@@ -595,30 +595,34 @@ class ChunkedNLL(torch.autograd.Function):
         return dstates, dweight, dbias, None, None
 
 
-def chunks(states, weight):
-    """Slices of the positions whose logits (V, n) have about 2**26 numbers, 256 MiB."""
-    size = max(16, 2**26 // len(weight))
-    return [slice(start, start + size) for start in range(0, len(states), size)]
-
-
-def nll_of_chunk(states, weight, bias, target, softcap):
-    """nll (n,) of n positions, and d nll / d logits (V, n) in the weight's type. Vocabulary first,
-    a fifth faster on a CPU; in place, since fresh memory costs it as much as the arithmetic."""
-    logits = (weight @ states.to(weight.dtype).T).float()  # (V, n)
-    if bias is not None:
-        logits.add_(bias[:, None])
-    if softcap:
-        logits.div_(softcap).tanh_()
-        slope = 1 - logits.square()
-        logits.mul_(softcap)
-    of_target = logits.gather(0, target[None])  # (1, n)
-    top = logits.amax(0)  # (n,)
-    p = logits.sub_(top).exp_()
-    total = p.sum(0)
-    dlogits = p.div_(total).scatter_add_(0, target[None], -torch.ones_like(of_target))
-    if softcap:
-        dlogits.mul_(slope)
-    return total.log() + top - of_target[0], dlogits.to(weight.dtype)
+def nll_chunks(states, weight, bias, target, softcap):
+    """Yield (slice, nll (n,), d nll / d logits (V, n) in the weight's type) of n positions at a
+    time, whose logits take 256 MiB. Vocabulary first, a fifth faster on a CPU; in the same memory
+    for all chunks, since fresh memory costs it as much as the arithmetic."""
+    size = min(len(states), max(16, LOGITS // len(weight)))
+    low = weight.new_empty(len(weight) * size)
+    exact = low if low.dtype == torch.float32 else low.float()
+    for start in range(0, len(states), size):
+        rows = slice(start, min(start + size, len(states)))
+        used = len(weight) * (rows.stop - start)
+        dlogits, logits = low[:used].view(len(weight), -1), exact[:used].view(len(weight), -1)
+        torch.mm(weight, states[rows].to(weight.dtype).T, out=dlogits)
+        logits.copy_(dlogits)
+        if bias is not None:
+            logits.add_(bias[:, None])
+        if softcap:
+            logits.div_(softcap).tanh_()
+            slope = 1 - logits.square()
+            logits.mul_(softcap)
+        of_target = logits.gather(0, target[None, rows])  # (1, n)
+        top = logits.amax(0)  # (n,)
+        p = logits.sub_(top).exp_()
+        total = p.sum(0)
+        p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(of_target))
+        if softcap:
+            p.mul_(slope)
+        dlogits.copy_(p)
+        yield rows, total.log() + top - of_target[0], dlogits
 
 
 # ---------------------------------------- students

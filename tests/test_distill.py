@@ -212,16 +212,21 @@ def exact_loss(states, weight, bias, target, g, softcap):
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("n, d, vocabulary, bias, softcap", [
-    (1, 5, 11, False, None), (6, 5, 11, True, None), (7, 5, 11, False, 3.0), (8, 5, 11, True, 3.0),
-    (15, 5, 11, False, None), (70, 64, 500, True, 30.0), (18, 2, 262_144, False, None)])
+    (1, 5, 11, False, None), (15, 5, 11, True, None), (16, 5, 11, False, 3.0), (17, 5, 11, True, 3.0),
+    (32, 5, 11, False, None), (70, 64, 500, True, 30.0), (18, 2, 262_144, False, None)])
 def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softcap):
-    """Gradients too, with the logits of 7 positions at a time. A float32 sum of k
+    """Gradients too, with the logits of 16 positions at a time. A float32 sum of k
     terms, in whatever order a processor takes them, is off by at most k parts in 2**24 of the sum
     of their sizes (Higham, 2002, section 4.2)."""
-    monkeypatch.setattr(distill, "chunks", lambda states, weight: [
-        slice(start, start + 7) for start in range(0, len(states), 7)])
-    seen, plain = [], distill.nll_of_chunk
-    monkeypatch.setattr(distill, "nll_of_chunk", lambda *a: (seen.append(len(a[0])), plain(*a))[1])
+    seen, plain = [], distill.nll_chunks
+
+    def chunks(*args):
+        for rows, *rest in plain(*args):
+            seen.append(rows.stop - rows.start)
+            yield rows, *rest
+
+    monkeypatch.setattr(distill, "LOGITS", 1)
+    monkeypatch.setattr(distill, "nll_chunks", chunks)
     r = torch.Generator().manual_seed(n)
     states, weight = torch.randn(n, d, generator=r), torch.randn(vocabulary, d, generator=r)
     b = torch.randn(vocabulary, generator=r) if bias else None
@@ -232,7 +237,7 @@ def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softc
     leaves += [b.requires_grad_(trained)] if bias else []
     nll = distill.ChunkedNLL.apply(states, weight, b, target, softcap)
     nll.backward(g)
-    assert max(seen) <= 7 and sum(seen) == n * (1 + trained)  # a trained head runs twice
+    assert max(seen) <= 16 and sum(seen) == n * (1 + trained)  # a trained head runs twice
     # Terms in a row: a logit, its softmax, the sum over the vocabulary, the sum over positions.
     roundings = 2 * vocabulary + (d + 20) * (1 + largest) + n
     got = [nll.detach(), *(x.grad for x in leaves if x.requires_grad)]
