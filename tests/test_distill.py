@@ -625,7 +625,7 @@ def test_copies_of_test_questions_do_not_train(world, tmp_path, data_of):
     for limit in (1, 999):
         rows, test, said = data_of(world.pool, "--eval_limit", limit, "--eval_questions", file)
         assert ids_of(rows) == set(list(known)[5:]) and len(test) == min(limit, 5)
-        assert "19 questions train; 5 of the pool do not" in said
+        assert "19 questions train, " in said and "; 5 of the pool do not" in said
     twins = [{**row, "id": "twin-" + row["id"]} for row in world.rows]
     rows, test, _ = data_of(pool_of(tmp_path / "twins.jsonl", world.rows + twins))
     assert rows and not {r["question"] for r in rows} & {q["question"] for q in test}
@@ -647,7 +647,7 @@ def test_other_questions_train(tmp_path, data_of):
         row["question"] = "Which of these statements is true?" if i < 10 else f"Which is {i}?"
         row["choices"] = {"A": f"one {i}", "B": f"two {i}"}
     rows, test, said = data_of(pool_of(tmp_path / "arc.jsonl", arc))
-    assert len(ids_of(rows)) == 16 and len(test) == 4 and "16 questions train; 4 of" in said
+    assert len(ids_of(rows)) == 16 and len(test) == 4 and "16 questions train, 4 test; 4 of" in said
 
 
 @pytest.mark.parametrize("mode, field", [("none", None), ("answer", "source_correct"),
