@@ -778,7 +778,7 @@ def load_data(args):
     test_texts = {text_of(row) for row in test}  # not ids: those of two files say nothing
     train = [row for row in rows if text_of(row) not in test_texts]
     n_pool, n_train = (len({row["id"] for row in some}) for some in (rows, train))
-    print(f"{n_train} questions train, {len(test)} test; {n_pool - n_train} of the pool do not train, "
+    print(f"{n_train} questions train, {len(test)} test; {n_pool - n_train} of the pool do not, "
           "since they stand in the test")
 
     styles = sorted({row["style"] for row in train})
