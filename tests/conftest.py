@@ -14,19 +14,16 @@ torch.set_num_threads(1)  # the same sums in every process
 
 
 def folder(variable, what):
-    path = os.environ.get(variable)
-    if not path:
+    if not os.environ.get(variable):
         pytest.skip(f"needs {what}: set {variable} to their folder")
-    return pathlib.Path(path)
+    return pathlib.Path(os.environ[variable])
 
 
 @pytest.fixture
 def data_dir():
-    """Folder with original/ and paths/: published data sets and real teacher paths."""
-    return folder("QRD_DATA", "real data")
+    return folder("QRD_DATA", "real data (original/ and paths/)")
 
 
 @pytest.fixture
 def models_dir():
-    """Folder with smollm2/, gemma3/ and minilm/: small pretrained models."""
-    return folder("QRD_MODELS", "real models")
+    return folder("QRD_MODELS", "real models (smollm2/, gemma3/ and minilm/)")

@@ -406,29 +406,6 @@ def test_gradients_of_a_step_are_those_of_one_graph_in_float64(monkeypatch, size
             assert x.grad is None or close(x.grad, y.grad, terms), name
 
 
-@pytest.mark.parametrize("reward, penalty", [("posterior", 0.5), ("sum", 0), ("loss", 0)])
-def test_the_router_learns_from_what_was_run_alone(reward, penalty):
-    """In float64. posterior: to choose as the student would, in probed questions; the others: the
-    derivative by a gate, cost less the mean, where the path ran."""
-    r, question = torch.Generator().manual_seed(3), torch.tensor([0, 0, 0, 1, 1])
-    nats = 30 * torch.rand(5, 1, generator=r, dtype=torch.float64) + 1
-    length = torch.randint(3, 40, (5, 1), generator=r)
-    logits = torch.randn(5, 1, generator=r, dtype=torch.float64, requires_grad=True)
-    alpha = torch.tensor([[1], [0], [1], [0], [0]], dtype=torch.float64, requires_grad=True)
-    routed, probed = alpha > 0.5, (question < 1) & (reward == "posterior")
-    loss = distill.router_loss(reward, logits, qr.path_weights(alpha, question),
-                               nats * (routed | probed[:, None]), routed, probed, length, question,
-                               penalty, [])
-    gradient, = torch.autograd.grad(loss, logits if reward == "posterior" else alpha)
-    cost, wanted = nats / length if reward == "loss" else nats, torch.zeros(5, 1).double()
-    if reward == "posterior":
-        own = -nats[:3] / (length[:3] / length[:3].double().mean()) ** penalty
-        wanted[:3] = logits[:3].detach().softmax(0) - own.softmax(0)
-    else:
-        wanted[[0, 2]] = (cost[[0, 2]] - cost[[0, 2]].mean()) / 2
-    assert torch.allclose(gradient, wanted, rtol=0, atol=1e-6)  # the lengths are float32
-
-
 # ---------------------------------------- LoRA is PEFT's
 def assert_lora_is_pefts(model, same, fan_in_fan_out=False):
     """Logits, gradients, what has a gradient: LoRA of ours on `model`, of PEFT's on `same`."""
