@@ -393,9 +393,9 @@ def collaborate(collab, states, paths, both, routed, nats):
         mine = [i for i in its if i in first]
         none = nats.new_zeros(0, collab.proj[s].in_features)  # of a student that got none of them
         z.append(torch.cat([none, *(its[i].float() for i in mine)]))
-        numbers = [torch.from_numpy(paths[i]["segments"][s] + first[i]) for i in mine]
-        numbers = torch.cat([torch.zeros(0, dtype=torch.long), *numbers])
-        segment.append(numbers.to(nats.device))
+        of_tokens = [torch.from_numpy(paths[i]["segments"][s] + first[i]) for i in mine]
+        of_tokens = torch.cat([torch.zeros(0, dtype=torch.long), *of_tokens])
+        segment.append(of_tokens.to(nats.device))
     path = torch.arange(len(both)).repeat_interleave(n_segments).to(nats.device)  # (N,) 0..C-1
     # Nats per segment can be compared across tokenizers, nats per token can't.
     per_segment = nats / n_segments[:, None].to(nats.device)
@@ -1050,9 +1050,11 @@ def write_decisions(out, rows, questions, lengths, p, drawn):
     on a path; all (all paths, S)."""
     paths = [{"label": row["label"], "tokens": lengths[i].tolist(), "probability": p[i].tolist(),
               "drawn": drawn[i].tolist(), "path": row["text"]} for i, row in enumerate(rows)]
-    write_jsonl(out / "decisions.jsonl", [
-        {"question": rows[numbers[0]]["question"], "paths": [paths[i] for i in numbers]}
-        for numbers in questions])
+    decisions = []
+    for numbers in questions:
+        its_paths = [paths[i] for i in numbers]
+        decisions.append({"question": rows[numbers[0]]["question"], "paths": its_paths})
+    write_jsonl(out / "decisions.jsonl", decisions)
     some = max(questions, key=len)  # the first of those that have most paths
     question = " ".join(rows[some[0]]["question"].split())[:200]
     print(f"\nwhat the router decided, for one: {question}")
