@@ -17,7 +17,6 @@ import os
 import random
 import tempfile
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +28,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
 
 import eval as tasks  # "eval" is a function of Python's
 import judge
@@ -58,7 +55,7 @@ PRINTED_HIDDEN = 256  # Eq 2: width of the paper's MLP
 # ---------------------------------------- flags: every ablation is one, README.md lists them
 def make_parser():
     """The flags. None: see DEFAULTS, DEMO, REAL and PRINTED_DEFAULTS."""
-    count, natural = within(int, 1), within(int, 0)
+    count = within(int, 1)
     share, weight = within(float, 0, 1), within(float, 0)
     p = argparse.ArgumentParser(usage="python distill.py [flags]",
                                 description=__doc__.split("\n\n")[0],
@@ -87,13 +84,12 @@ def make_parser():
                    help="longest prompt and path in tokens; others are left out (1024)")
     g = p.add_argument_group("students")
     g.add_argument("--students", nargs="+", metavar="MODEL", help="causal LMs (two tiny ones)")
-    g.add_argument("--freeze", nargs="+", type=natural, default=[], metavar="S",
-                   help="numbers of students that do not learn")
-    g.add_argument("--lora_rank", type=natural,
+    g.add_argument("--lora_rank", type=within(int, 0),
                    help="LoRA's rank, alpha is twice that; 0: train all weights (32; demo: 0)")
     g.add_argument("--quantize", choices=["nf4"], help="frozen base in 4 bit under LoRA (QLoRA)")
     g.add_argument("--lr", nargs="+", type=weight,
-                   help="learning rate: one, or one per student (2e-4; demo: 2e-3)")
+                   help="learning rate: one, or one per student; 0: it does not learn (2e-4; demo: "
+                        "2e-3)")
     g = p.add_argument_group("routing")
     g.add_argument("--route", default="learned",
                    choices=["learned", "all", "random", "short", "nll"],
@@ -135,8 +131,6 @@ def make_parser():
     g.add_argument("--eval_questions", metavar="FILE",
                    help="test set in any format of eval.py (a fifth of the pool's questions)")
     g.add_argument("--eval_limit", type=count, help="only the first N test questions (all)")
-    g.add_argument("--eval_every", type=count,
-                   help="steps between tests during training (only before and after)")
     g.add_argument("--eval_max_new_tokens", type=count,
                    help="longest answer in tokens (512; demo: 96)")
     return p
@@ -179,8 +173,6 @@ def check(args):
         stop("--lora_rank, --quantize: the demo's tiny students train in full; pass --students")
     if args.quantize and not args.lora_rank:
         stop("--quantize: a 4-bit base stays frozen, so it needs a --lora_rank above 0")
-    if max(args.freeze, default=0) >= n:
-        stop(f"--freeze {max(args.freeze)}: the students are numbered 0 to {n - 1}")
     if len(args.lr) not in (1, n):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -235,7 +227,7 @@ def main(argv=None):
         save_checkpoint(out, parts, gate_rng, run)
     wandb = start_wandb(args.wandb, out, args) if args.wandb else None
     for student in students:
-        student.model.train(not student.frozen)
+        student.model.train()
 
     bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
     for step in bar:
@@ -248,8 +240,10 @@ def main(argv=None):
 
         # Eq 2: the gates decide for the whole step before any student runs.
         logits = router(h[numbers])  # (P, S)
-        fixed_here = None if fixed is None else fixed[numbers]
-        alpha, p = decide(args.route, logits, fixed_here, question, gate, gate_rng)  # (P, S) each
+        if fixed is None:
+            alpha, p = gate(logits, question, gate_rng)  # (P, S): 0 or 1; the odds of 1
+        else:
+            alpha = fixed[numbers]
         routed = alpha.detach() > 0.5  # a student does not train on the other pairs
         weight = qr.path_weights(alpha, question, args.printed)  # (P, S) of the losses in Eq 9
 
@@ -273,8 +267,7 @@ def main(argv=None):
         norms = update(optimizer, router_optimizer, scaler, nats, step, out)
 
         # One line is logged, a checkpoint is written.
-        learns = torch.tensor([not student.frozen for student in students])
-        trained = (length * routed).sum(0) * learns  # (S,), response tokens
+        trained = (length * routed).sum(0)  # (S,), response tokens
         seconds = time.time() - began
         run["step"] = step + 1
         run["seconds"] += seconds
@@ -283,8 +276,6 @@ def main(argv=None):
         line = {"step": step + 1, **rates(paths, nats.cpu() / length, routed), **figures,
                 **flat("grad_norm", norms[:len(students)]), "router_grad_norm": norms[-1],
                 "tokens_per_s": round(trained.sum().item() / seconds, 1)}
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            line |= flat("accuracy", answer(students, test, args)[0]["accuracy"])
         log_step(line, out, bar, wandb)
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
             save_checkpoint(out, parts, gate_rng, run)
@@ -294,7 +285,7 @@ def main(argv=None):
         save_student(student, out / f"student_{s}")
     after, predictions = answer(students, test, args)
     write_jsonl(out / "predictions.jsonl", predictions)
-    _, p = decide(args.route, router(h), fixed, question_of, gate, gate_rng)  # (all paths, S)
+    p = gate(router(h), question_of, gate_rng)[1] if fixed is None else fixed  # (all paths, S)
     write_results(out, run, after, students, rows, p)
     write_decisions(out, rows, questions, lengths, p, run["drawn"])
     print(f"\n{out}/ holds all of this; to test the students again:\npython eval.py --students "
@@ -320,11 +311,9 @@ def step_paths(questions, step, batch_size, seed):
     epoch, k = divmod(step, math.ceil(len(questions) / batch_size))
     shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(questions), generator=shuffle)
-    numbers, question = [], []
-    for q, i in enumerate(order[k * batch_size:(k + 1) * batch_size]):
-        numbers += questions[i]
-        question += [q] * len(questions[i])
-    return torch.tensor(numbers), torch.tensor(question)
+    chosen = [questions[i] for i in order[k * batch_size:(k + 1) * batch_size]]
+    question = torch.arange(len(chosen)).repeat_interleave(torch.tensor([*map(len, chosen)]))
+    return torch.cat(chosen), question
 
 
 def micro_batches(question, size):
@@ -332,16 +321,6 @@ def micro_batches(question, size):
     step needs, not its results."""
     starts = range(0, int(question.max()) + 1, size)
     return [((question >= q) & (question < q + size)).nonzero().squeeze(1) for q in starts]
-
-
-def decide(route, logits, fixed, question, gate, gate_rng):
-    """Eq 2: which students train on which paths -> alpha (P, S), 0 or 1 with the gradient of the
-    gates; p (P, S), the gates' probabilities. logits (P, S); fixed (P, S): see fixed_route."""
-    if fixed is not None:
-        return fixed, fixed
-    if route == "random":  # the same gates, with the same odds for all paths
-        logits = torch.zeros_like(logits)
-    return gate(logits, question, gate_rng)
 
 
 def student_step(students, collab, paths, batches, routed, token_weight, scaler, mutual_weight):
@@ -358,12 +337,10 @@ def student_step(students, collab, paths, batches, routed, token_weight, scaler,
         states = []  # of each student: {number of a path: (T, D)}
         for s, student in enumerate(students):
             mine = batch[routed[batch, s]]
-            with torch.set_grad_enabled(not student.frozen):
-                mine_nats, mine_states = forward(student, s, [paths[i] for i in mine])
+            mine_nats, mine_states = forward(student, s, paths, mine.tolist())
             nats[mine, s] = mine_nats.detach()
-            states.append({int(mine[i]): state for i, state in mine_states.items()})
-            if not student.frozen:  # Eq 9: L_distill^(s)
-                loss = loss + (token_weight[mine, s].to(device) * mine_nats).sum()
+            states.append(mine_states)
+            loss = loss + (token_weight[mine, s].to(device) * mine_nats).sum()  # Eq 9: L_distill
         both = batch[shared[batch]]
         if len(both) and mutual_weight:
             l_mutual, l_competence, gamma = collaborate(collab, states, paths, both,
@@ -410,7 +387,7 @@ def probe(students, paths, batches, wanted):
     for batch in batches:
         for s, student in enumerate(students):
             rest = batch[wanted[batch, s]]
-            nats[rest, s], _ = forward(student, s, [paths[i] for i in rest])
+            nats[rest, s], _ = forward(student, s, paths, rest.tolist())
     return nats
 
 
@@ -488,13 +465,13 @@ def update(optimizer, router_optimizer, scaler, nats, step, out):
 
 
 # ---------------------------------------- forward: one student over the paths that it got
-def forward(student, s, rows):
-    """Run student number s over its rows -> nats (rows,), the summed loss of each, and {number of a
-    row: its states (T, D) on the text tokens}."""
-    texts = [(row["prompts"][s], row["responses"][s]) for row in rows]
+def forward(student, s, paths, mine):
+    """Run student number s over its paths, the numbers `mine` -> nats (mine,), the summed loss of
+    each, and {number: its states (T, D) on the text tokens}."""
+    texts = [(paths[i]["prompts"][s], paths[i]["responses"][s]) for i in mine]
     lengths = [len(prompt) + len(response) - 1 for prompt, response in texts]
     device = student.model.device
-    nats = torch.zeros(len(rows), device=device)
+    nats = torch.zeros(len(mine), device=device)
     states, order = [], []
     for batch in batches_of(lengths, max_tokens=1024 if device.type == "cpu" else 4096):
         states.append(predicting_states(student, [texts[i] for i in batch]))
@@ -509,7 +486,7 @@ def forward(student, s, rows):
     nats = nats.index_add(0, row_of.to(device), nll)
     # Left out is the state that predicts a response's first token: it has read none of its text.
     # The others have read one more of the text's own tokens each; the end token is never read.
-    return nats, {i: its[1:] for i, its in zip(order, states.split(sizes))}
+    return nats, {mine[i]: its[1:] for i, its in zip(order, states.split(sizes))}
 
 
 def batches_of(lengths, max_tokens):
@@ -556,46 +533,42 @@ def response_nll(student, states, target):
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2's
     if factor != 1:
         states = states * factor
-    bias = head.bias if head.bias is None or factor == 1 else head.bias * factor
-    return ChunkedNLL.apply(states, head.weight, bias, target, softcap)
+    return ChunkedNLL.apply(states, head.weight, target, softcap)
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """-log p(target) at each position: states (N, D), weight (V, D), bias (V) or None, target (N,)
-    -> (N,) float32, nats. A 262k-token vocabulary's logits would need gigabytes, so a chunk of them
+    """-log p(target) at each position: states (N, D), weight (V, D), target (N,) -> (N,)
+    float32, nats. A 262k-token vocabulary's logits would need gigabytes, so a chunk of them
     lives at a time, and gives the states' gradient at once: a frozen head runs once."""
 
     @staticmethod
-    def forward(ctx, states, weight, bias, target, softcap):
+    def forward(ctx, states, weight, target, softcap):
         nll = states.new_empty(len(states), dtype=torch.float32)
         dstates = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for rows, of_rows, dlogits in nll_chunks(states, weight, bias, target, softcap):
+        for rows, of_rows, dlogits in nll_chunks(states, weight, target, softcap):
             nll[rows] = of_rows
             if dstates is not None:
                 dstates[rows] = (dlogits.T @ weight).to(dstates.dtype)
-        ctx.save_for_backward(states, weight, bias, target, dstates)
+        ctx.save_for_backward(states, weight, target, dstates)
         ctx.softcap = softcap
         return nll
 
     @staticmethod
     def backward(ctx, g):
-        states, weight, bias, target, dstates = ctx.saved_tensors
-        dweight = dbias = None
+        states, weight, target, dstates = ctx.saved_tensors
+        dweight = None
         if dstates is not None:
             dstates = dstates * g[:, None].to(dstates.dtype)
         # A trained head needs each position's weight g, known only now: the logits again.
         if ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight)
-            dbias = None if bias is None else torch.zeros_like(bias)
-            for rows, _, dlogits in nll_chunks(states, weight, bias, target, ctx.softcap):
+            for rows, _, dlogits in nll_chunks(states, weight, target, ctx.softcap):
                 dlogits.mul_(g[rows])
                 dweight.addmm_(dlogits, states[rows].to(weight.dtype))
-                if dbias is not None:
-                    dbias += dlogits.sum(1)
-        return dstates, dweight, dbias, None, None
+        return dstates, dweight, None, None
 
 
-def nll_chunks(states, weight, bias, target, softcap):
+def nll_chunks(states, weight, target, softcap):
     """Yield (slice, nll (n,), d nll / d logits (V, n) in the weight's type) of n positions at a
     time, whose logits take 256 MiB. Vocabulary first, a fifth faster on a CPU; in the same memory
     for all chunks, since fresh memory costs it as much as the arithmetic."""
@@ -608,8 +581,6 @@ def nll_chunks(states, weight, bias, target, softcap):
         dlogits, logits = low[:used].view(len(weight), -1), exact[:used].view(len(weight), -1)
         torch.mm(weight, states[rows].to(weight.dtype).T, out=dlogits)
         logits.copy_(dlogits)
-        if bias is not None:
-            logits.add_(bias[:, None])
         if softcap:
             logits.div_(softcap).tanh_()
             slope = 1 - logits.square()
@@ -636,12 +607,11 @@ class Student:
     source: str  # name or folder
     end: int  # the token that ends a response
     lr: float
-    frozen: bool
     max_len: int  # tokens of prompt and path
 
 
 def load_students(args, device, amp_dtype):
-    """The students in memory, each with LoRA, frozen or as a whole, and tried."""
+    """The students in memory, each with LoRA or as a whole, and tried."""
     if args.students:
         loaded = [load_base(name, args, device, amp_dtype) for name in args.students]
     else:
@@ -652,16 +622,15 @@ def load_students(args, device, amp_dtype):
     for i, (model, tokenizer) in enumerate(loaded):
         if args.lora_rank:
             add_lora(model, args.lora_rank, 2 * args.lora_rank)
-        if i in args.freeze:
-            model.requires_grad_(False)
         if args.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         blocks = torch.compile(model.base_model, dynamic=True) if args.compile else model.base_model
         student = Student(model, blocks, tokenizer, amp_dtype,
                           source=args.students[i] if args.students else "demo",
                           end=tasks.end_token(tokenizer), lr=args.lr[i % len(args.lr)],
-                          frozen=i in args.freeze,
                           max_len=min(args.max_len, tasks.context_of(model)))
+        if not trainable(model):
+            stop(f"student {student.source}: no linear layer for LoRA; pass --lora_rank 0")
         check_student(student)
         students.append(student)
     return students
@@ -669,14 +638,11 @@ def load_students(args, device, amp_dtype):
 
 def load_base(name, args, device, amp_dtype):
     """-> model, tokenizer; a base that LoRA leaves frozen is in AMP's type or in 4 bit."""
-    if find_adapter_config_file(name):
+    if tasks.file_of(name, "adapter_config.json"):
         stop(f"--students {name}: this is a saved adapter; pass its base model, or merge it first")
-    frozen_in_half = args.lora_rank and (device.type == "cuda" or amp_dtype == torch.bfloat16)
-    dtype = (amp_dtype if frozen_in_half else None) or torch.float32
+    dtype = amp_dtype if args.lora_rank and amp_dtype else torch.float32
     if not args.quantize:
         return tasks.load_student(name, device, dtype)
-    if not (importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("accelerate")):
-        stop("--quantize nf4 needs two more packages: pip install bitsandbytes accelerate")
     # Linear layers in 4-bit NormalFloat, their scales in 8 bit (Dettmers et al., 2023, QLoRA): .516
     # bytes a weight. Embeddings, norms, output head and the products keep `dtype`.
     nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
@@ -690,18 +656,16 @@ def check_student(student):
     """stop() where the model does more between last hidden states and logits than response_nll
     knows of. The backward pass shows what can't be trained before the first test does."""
     ids = torch.tensor([[student.end, 1, 2, 3]], device=student.model.device)
-    row = {"prompts": [ids[0, :1].cpu()], "responses": [ids[0, 1:].cpu()]}
+    path = {"prompts": [ids[0, :1].cpu()], "responses": [ids[0, 1:].cpu()]}
     with torch.no_grad(), autocast(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
-    with torch.set_grad_enabled(not student.frozen), torch.random.fork_rng():
-        nats, _ = forward(student, 0, [row])
+    nats, _ = forward(student, 0, [path], [0])
     wanted = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
     if not torch.allclose(nats[0].detach(), wanted, rtol=0.05, atol=0.05):
         stop(f"student {student.source}: its output head changes the logits in a way that is not "
              "supported here")
-    if not student.frozen:
-        nats.sum().backward()
-        student.model.zero_grad()
+    nats.sum().backward()
+    student.model.zero_grad()
 
 
 # ---------------------------------------- LoRA (Hu et al., 2021), in PEFT's format on disk
@@ -710,10 +674,7 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        if isinstance(base, Conv1D):  # GPT-2's
-            d_in, d_out = base.weight.shape
-        else:  # not the shape of the weight, which is packed in 4 bit
-            d_in, d_out = base.in_features, base.out_features
+        d_in, d_out = base.in_features, base.out_features
         self.base, self.rank, self.alpha = base, rank, alpha
         device = base.weight.device
         self.A = nn.Parameter(torch.empty(rank, d_in, device=device))
@@ -733,7 +694,7 @@ def add_lora(model, rank, alpha):
     on subclasses, such as some routers of experts, which compute something else."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        is_linear = type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "Linear4bit"
+        is_linear = type(module) is nn.Linear or type(module).__name__ == "Linear4bit"
         if is_linear and module is not model.get_output_embeddings():
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, LoRA(module, rank, alpha))
@@ -750,8 +711,7 @@ def save_student(student, folder):
     some = next(iter(layers.values()))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank,
               "lora_alpha": some.alpha, "base_model_name_or_path": student.source,
-              "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-              "fan_in_fan_out": isinstance(some.base, Conv1D)}
+              "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     tensors = {}
     for name, layer in layers.items():
@@ -766,18 +726,18 @@ def load_data(args):
     The split is by question."""
     rows = graded_pool(args.paths, args.seed)
     if args.filter == "full":  # a judge reads right answers only
-        unread = sum(row["valid"] is None and judge.fate(row) == "kept" for row in rows)
+        unread = sum("valid" not in row and judge.fate(row) == "kept" for row in rows)
         if unread:
             print(f"{unread} right answers were read by no judge, so those with wrong steps stay")
-    if args.eval_questions is not None:
+    if args.eval_questions:
         test = tasks.read_questions(args.eval_questions)
-    elif args.paths is not None:
+    elif args.paths:
         test = held_out(rows, args.seed)  # before --styles: ablations share their test questions
     else:  # question sets of neighbouring seeds share no question
         test = judge.demo_questions(300, args.seed + 1)
     test_texts = {text_of(row) for row in test}  # not ids: those of two files say nothing
     train = [row for row in rows if text_of(row) not in test_texts]
-    n_pool, n_train = (len({row["id"] for row in some}) for some in (rows, train))
+    n_pool, n_train = (len({text_of(row) for row in some}) for some in (rows, train))
     print(f"{n_train} questions train, {len(test)} test; {n_pool - n_train} of the pool do not, "
           "since they stand in the test")
 
@@ -796,19 +756,14 @@ def load_data(args):
 
 def graded_pool(file, seed):
     """The rows of a pool, or of the demo; what nobody graded is graded here."""
-    if file is None:
-        rows = judge.demo_paths(judge.demo_questions(300, seed), seed)
-    else:
+    if file:
         rows = judge.read_pool(file)
-    known = {}
-    for row in rows:  # two pools in one file may share ids
-        if known.setdefault(row["id"], row["question"]) != row["question"]:
-            stop(f"{file}: the id {row['id']!r} belongs to two questions; give each its own")
-    raw = [row for row in rows if "correct" not in row]
-    judge.grade_paths(tqdm(raw, desc="grade paths", unit="path", leave=False, disable=not raw))
-    for row in raw:
-        row["valid"], verdict = judge.rule_judge(row) if row["task"] == "demo" else (None, None)
-        row["verdict"] = verdict and {"rule": verdict}
+        judge.grade_paths(tqdm(rows, "grade paths", unit="path", leave=False))
+        return rows
+    rows = judge.grade_paths(judge.demo_paths(judge.demo_questions(300, seed), seed))
+    for row in rows:
+        row["valid"], verdict = judge.rule_judge(row)
+        row["verdict"] = {"rule": verdict}
     return rows
 
 
@@ -819,14 +774,14 @@ def text_of(row):
 
 def held_out(rows, seed):
     """Test questions from the pool itself: a fifth of them."""
-    ids = sorted({row["id"] for row in rows})
-    random.Random(seed).shuffle(ids)
-    chosen = set(ids[:max(1, round(0.2 * len(ids)))])
     # Not `prompt`: the test has the plain one.
-    fields = {"id", "task", "question", "choices", "answer", "level"}
-    test = {row["id"]: {field: row[field] for field in sorted(row.keys() & fields)}
-            for row in rows if row["id"] in chosen}
-    return list(test.values())
+    fields = {"id", "task", "question", "choices", "answer"}
+    questions = {}
+    for row in rows:
+        questions[text_of(row)] = {field: row[field] for field in sorted(row.keys() & fields)}
+    questions = sorted(questions.values(), key=lambda question: question["id"])
+    random.Random(seed).shuffle(questions)
+    return questions[:max(1, round(0.2 * len(questions)))]
 
 
 def encode(rows, students):
@@ -837,17 +792,14 @@ def encode(rows, students):
     on (open point 11). The student's end token ends a response and is trained (open point 10). """
     several = len({row["teacher"] for row in rows}) > 1
     encoded = []
-    known = [{} for _ in students]  # a student's prompts, which many paths share
     for row in tqdm(rows, desc="tokenise", leave=False):
         prompt, text = tasks.student_prompt(row), row["path"].strip()
         prompts, responses, offsets = [], [], []
-        for student, its_prompts in zip(students, known):
-            if prompt not in its_prompts:
-                its_prompts[prompt] = torch.tensor(tasks.encode_prompt(student.tokenizer, prompt))
+        for student in students:
             # split_special_tokens: what looks like a special token in a path is text
             tokens = student.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False,
                                        split_special_tokens=True)
-            prompts.append(its_prompts[prompt])
+            prompts.append(torch.tensor(tasks.encode_prompt(student.tokenizer, prompt)))
             responses.append(torch.tensor([*tokens["input_ids"], student.end]))
             offsets.append(tokens["offset_mapping"])
         fits = all(len(p) + len(r) <= student.max_len
@@ -866,15 +818,12 @@ def encode(rows, students):
 
 
 def by_question(rows):
-    """-> for each question, in the pool's order, the numbers of its rows; for each row the number
-    of its question (all paths,)."""
-    numbers = defaultdict(list)
-    for number, row in enumerate(rows):
-        numbers[row["id"]].append(number)
-    question = torch.empty(len(rows), dtype=torch.long)
-    for q, paths in enumerate(numbers.values()):
-        question[paths] = q
-    return list(numbers.values()), question
+    """-> the numbers of each question's rows, a tensor each; the question of each row (all
+    paths,)."""
+    number_of = {}  # a new text gets the next number
+    question_of = torch.tensor([number_of.setdefault(text_of(row), len(number_of)) for row in rows])
+    sizes = question_of.bincount().tolist()
+    return question_of.argsort(stable=True).split(sizes), question_of
 
 
 # ---------------------------------------- Eq 1 for the whole pool
@@ -908,7 +857,6 @@ def encode_pairs(pairs, encoder, device):
     model = transformers.AutoModel.from_pretrained(encoder, dtype=torch.float32,
                                                    use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = min(512, tokenizer.model_max_length)
     starts = tqdm(range(0, len(pairs), 32), "embed paths", leave=False)
     return torch.cat([qr.encoder_embed(model, tokenizer, pairs[start:start + 32], limit)
@@ -929,12 +877,10 @@ def write_jsonl(file, rows):
 
 
 def hash_of(rows, test):
-    """A hash of what training hangs on beside the flags: the paths and their tokens, the test."""
-    digest = hashlib.sha256(json.dumps(test).encode())
-    for row in rows:
-        digest.update(json.dumps([row["id"], row["label"], row["text"]]).encode())
-        digest.update(torch.cat([*row["prompts"], *row["responses"]]).numpy().tobytes())
-    return digest.hexdigest()
+    """A hash of what training hangs on beside the flags: the paths' tokens and labels, the test."""
+    tokens = [[ids.tolist() for ids in row["prompts"] + row["responses"]] for row in rows]
+    labels = [row["label"] for row in rows]
+    return hashlib.sha256(json.dumps([tokens, labels, test]).encode()).hexdigest()
 
 
 def save_checkpoint(out, parts, gate_rng, run):
@@ -992,14 +938,21 @@ def flat(name, values):
     return {f"{name}/{i}": float(value) for i, value in enumerate(values)}
 
 
+def by_label(rows, x):
+    """{label: the mean (S,) of its paths' x}, x (rows, S)."""
+    means = {}
+    for label in sorted({row["label"] for row in rows}):
+        means[label] = x[[row["label"] == label for row in rows]].float().mean(0)
+    return means
+
+
 def rates(paths, per_token, routed):
     """Of one step's P paths, for each student: loss (nats per response token), share of the paths
     that it got, and the same of each label's. per_token (P, S): 0 where a path was not run."""
     line = flat("loss", per_token.sum(0) / routed.sum(0).clamp(min=1))
     line |= flat("rate", routed.float().mean(0))
-    for label in sorted({row["label"] for row in paths}):
-        has_label = torch.tensor([row["label"] == label for row in paths])  # (P,)
-        line |= flat(f"rate_style/{label}", routed[has_label].float().mean(0))
+    for label, rate in by_label(paths, routed).items():
+        line |= flat(f"rate_style/{label}", rate)
     return line
 
 
@@ -1008,16 +961,13 @@ def answer(students, test, args):
     """Greedy answers of all students to the test questions -> shares, predictions."""
     pairs = [(student.model, student.tokenizer) for student in students]
     with autocast(students[0]):
-        summary = tasks.evaluate(pairs, test, args.eval_max_new_tokens)
-    return summary, summary.pop("predictions")
+        return tasks.evaluate(pairs, test, args.eval_max_new_tokens)
 
 
 def write_results(out, run, after, students, rows, p):
     """results.json, and on the screen accuracy and who gets what: the mean of the gates'
     probabilities p (all paths, S)."""
-    rate = {}
-    for label in sorted({row["label"] for row in rows}):
-        rate[label] = p[[row["label"] == label for row in rows]].mean(0).tolist()
+    rate = {label: mean.tolist() for label, mean in by_label(rows, p).items()}
     before, tokens = run["before"], run["tokens"].tolist()
     results = {
         "students": [student.source for student in students], "before": before, "after": after,
@@ -1033,8 +983,6 @@ def write_results(out, run, after, students, rows, p):
         name = f"student {s} ({os.path.basename(student.source)})"
         shares = before["accuracy"], after["accuracy"], after["unparsed"], after["stopped"]
         print(f"{name:40}" + "".join(f"{100 * share[s]:10.1f}" for share in shares))
-    print(f"{'any student right':40}{100 * before['upper_bound']:10.1f}"
-          f"{100 * after['upper_bound']:10.1f}")
     names = "".join(f"{f'student {s}':>10}" for s in range(len(students)))
     title = "share of a style's paths, at the end"
     print(f"\n{title:40}{names}")

@@ -3,7 +3,7 @@
     python eval.py --students out/student_0 out/student_1 --questions test.jsonl
 
 A row is a flat dict {"id", "task", "question", "answer"} and, where there are any, "choices"
-{"A": text, ...}, "level" and "prompt", which a student sees instead of the question. """
+{"A": text, ...} and "prompt", which a student sees instead of the question. """
 import argparse
 import ast
 import contextlib
@@ -16,7 +16,7 @@ import re
 import sys
 import zlib
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.generation import GenerationConfig, StoppingCriteria
+from transformers.generation import GenerationConfig
 from transformers.utils import cached_file
 
 # Task -> its kind of answer; no more is needed for a new one.
@@ -155,7 +155,9 @@ def canonical_answer(kind, given, choices):
         return YESNO.get(str(given).strip().lower())
     if kind == "choice":
         by_text = {choice: letter for letter, choice in choices.items()}
-        letter = text.strip("()") if text.strip("()") in choices else by_text.get(text)
+        letter = text.strip("()")
+        if letter not in choices:
+            letter = by_text.get(text)
         return letter if len(choices) > 1 else None
     return text
 
@@ -186,7 +188,7 @@ def flatten(r, guess):
     """A published record as a flat row without id; `guess` is the task that its file's name has."""
     if "problem" in r:  # MATH
         last_box = in_braces(r.get("solution", "").rpartition("\\boxed")[2].lstrip())[0]
-        return {"task": "math", "question": r["problem"], "level": r.get("level"),
+        return {"task": "math", "question": r["problem"],
                 "answer": r.get("answer", last_box)}
     if "target_scores" in r:  # BIG-bench; it may list the right choice first, so we sort by texts
         scores = r["target_scores"]
@@ -213,7 +215,7 @@ def flatten(r, guess):
         task = guess or ("commonsense_qa" if "question_concept" in stem else "arc")
         return {"task": task, "question": stem["stem"], "answer": letters[r["answerKey"]],
                 "choices": choices["text"]}
-    row = {key: r.get(key) for key in ("task", "question", "answer", "choices", "level", "prompt")}
+    row = {key: r.get(key) for key in ("task", "question", "answer", "choices", "prompt")}
     if isinstance(r["answer"], bool):
         guess = guess or "strategyqa"
     elif "####" in str(r["answer"]):  # GSM8K
@@ -245,6 +247,7 @@ FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')
               " | replace('%d', '26') }}{% endmacro %}\n")
 
 
+@lru_cache(maxsize=1024)  # many paths share a prompt
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, in which control tokens' names are text: one user turn and what a chat
     template writes before any answer; without a template the text, its own BOS, never an EOS."""
@@ -615,21 +618,19 @@ def merge_adapter(model, config, weights):
     is_plain = config.get("init_lora_weights", True) in (True, False, None, "gaussian")
     ends = (".lora_A.weight", ".lora_B.weight")
     strange = [key for key in weights if not key.endswith(ends)]
-    if strange or not is_plain or config.get("alpha_pattern"):
+    if strange or not is_plain or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
         raise ValueError("only plain LoRA can be merged, see adapter_config.json")
-    for name in {key.removesuffix(ends[0]).removesuffix(ends[1]) for key in weights}:
+    for name in {key.rpartition(".lora_")[0] for key in weights}:
         A, B = (weights[name + end].float() for end in ends)  # (rank, in), (out, rank)
         scale = config["lora_alpha"] / len(A) ** (0.5 if config.get("use_rslora") else 1)
-        delta = scale * (B @ A)
         weight = model.get_submodule(name.removeprefix("base_model.model.")).weight
-        weight.data += (delta.T if config.get("fan_in_fan_out") else delta).to(weight)
+        weight.data += (scale * (B @ A)).to(weight)
 
 
 def logit_factor(config):
-    """What a family multiplies its logits with (Cohere, Falcon-H1; Granite and MiniCPM3 divide)."""
+    """What a family multiplies its logits with (Cohere, Falcon-H1; Granite divides)."""
     config = config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    factor = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
+    factor = 1 / (getattr(config, "logits_scaling", None) or 1.0)
     for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         factor *= getattr(config, key, None) or 1.0
     return factor
@@ -653,8 +654,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
         stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    ends = [end_token(tokenizer), tokenizer.eos_token_id, *own]
-    ends = [token for token in ends if token is not None]
+    ends = list({end_token(tokenizer), tokenizer.eos_token_id, *own} - {None})
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     size = batch_size or (64 if is_large(model) else 256)
     results = [None] * len(prompts)
@@ -670,24 +670,21 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
             ids = model.generate(
                 ids, attention_mask=mask, max_new_tokens=min(max_new_tokens, context + 1 - width),
                 eos_token_id=ends, pad_token_id=ends[0], **sampling,
-                stopping_criteria=[AnswerSaid(tokenizer, width, patterns)])
+                stopping_criteria=[partial(answer_said, tokenizer, width, patterns)])
             for i, tokens, pattern in zip(batch, ids[:, width:].tolist(), patterns):
                 results[i] = response(tokenizer, tokens, ends, pattern)
             bar.update(len(batch))
     return results
 
 
-class AnswerSaid(StoppingCriteria):
-    """Ends the responses of a batch in which their patterns match; looks every 16 tokens."""
-    def __init__(self, tokenizer, width, patterns):
-        self.tokenizer, self.width, self.patterns = tokenizer, width, patterns
-        self.said = [False] * len(patterns)
-
-    def __call__(self, ids, scores, **kwargs):
-        if (ids.shape[1] - self.width) % 16 == 0:
-            texts = self.tokenizer.batch_decode(ids[:, self.width:], skip_special_tokens=True)
-            self.said = [bool(said(*pair)) for pair in zip(self.patterns, texts)]
-        return torch.tensor(self.said, device=ids.device)
+def answer_said(tokenizer, width, patterns, ids, scores, **kwargs):
+    """A stopping criterion of `generate`: the responses of a batch, from column `width` of ids on,
+    in which their patterns match. Looks every 16 tokens."""
+    found = [False] * len(patterns)
+    if (ids.shape[1] - width) % 16 == 0:
+        texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+        found = [bool(said(*pair)) for pair in zip(patterns, texts)]
+    return torch.tensor(found, device=ids.device)
 
 
 def said(pattern, text):
@@ -705,7 +702,7 @@ def response(tokenizer, tokens, ends, pattern):
     return {"text": text, "tokens": len(tokens[:n + 1]), "stopped": n < len(tokens)}
 
 
-# ---------------------------------------------------------------- weights while answers are written
+# ---------------------------------------------------------------- device, weights while answering
 def usable_device(name):
     """The device that --device names, or the default; stop() where this machine has none such."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -730,68 +727,57 @@ def is_large(model):
 
 @contextlib.contextmanager
 def answering(model):
-    """Inside, distill.LoRA is merged, weights are bfloat16 where has_bfloat16 and the model is no
-    toy, generate's settings are the library's; afterwards all is as before, bit for bit."""
+    """Inside, distill.LoRA is merged (but not into 4-bit weights) and generate's settings are the
+    library's; afterwards all is as before, bit for bit."""
     was_training, settings = model.training, model.generation_config
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
-    weights = [*model.parameters()]
-    lora = [m for m in model.modules() if hasattr(m, "base") and hasattr(m, "A")]
-    dtype = torch.bfloat16 if is_large(model) and has_bfloat16(model.device) else model.dtype
-    autocast = torch.autocast(model.device.type, enabled=False)
-    if not all(weight.is_floating_point() for weight in weights):  # quantised: as in training
-        weights, lora, autocast = [], [], contextlib.nullcontext()
-    kept = [weight.data.cpu() for weight in weights]  # a GPU might have no room for both
-    try:
-        for module in lora:
-            delta = module.alpha / module.rank * (module.B.float() @ module.A.float())
-            is_linear = isinstance(module.base, torch.nn.Linear)  # GPT-2's Conv1D keeps (in, out)
-            weight = module.base.weight
-            weight.data = weight.data.float() + (delta if is_linear else delta.T)
-            module.forward = module.base.__call__
-        for weight in weights:
-            weight.data = weight.data.to(dtype)
-        with torch.no_grad(), autocast:
+    lora = [m for m in model.modules()
+            if hasattr(m, "base") and hasattr(m, "A") and m.base.weight.is_floating_point()]
+    kept = [module.base.weight.data.cpu() for module in lora]  # a GPU may have no room for both
+    with torch.no_grad():
+        try:
+            for module in lora:
+                delta = module.alpha / module.rank * (module.B @ module.A)
+                weight = module.base.weight
+                weight.data = (weight + delta).to(weight.dtype)
+                module.forward = module.base.__call__
             yield
-    finally:
-        for weight, data in zip(weights, kept):
-            weight.data = data.to(weight.device)
-        for module in lora:
-            vars(module).pop("forward", None)
-        model.train(was_training).generation_config = settings
+        finally:
+            for module, data in zip(lora, kept):
+                module.base.weight.data = data.to(module.base.weight.device)
+                del module.forward
+            model.train(was_training).generation_config = settings
 
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(students, rows, max_new_tokens, batch_size=None):
     """Students [(model, tokenizer), ...] on rows, greedily -> {"questions": how many fit contexts,
-    "accuracy", "unparsed", "stopped": shares of 1 per student, "upper_bound": share with any right
-    response, "predictions": [{"id", "question", "answer", "responses": [as of generate, with
-    "prediction" and "correct"]}]}."""
-    asked, prompts = [], []  # prompts: [question][student]
-    for row in rows:
-        ids = [encode_prompt(tokenizer, student_prompt(row)) for _, tokenizer in students]
-        if all(len(own) < context_of(model) for own, (model, _) in zip(ids, students)):
-            asked.append(row)
-            prompts.append(ids)
-    if left_out := len(rows) - len(asked):
-        tqdm.write(f"{left_out} of {len(rows)} questions are left out: longer than a context")
+    "accuracy", "unparsed", "stopped": shares of 1 per student}, [{"id", "question", "answer",
+    "responses": [as of generate, with "prediction" and "correct"]}]."""
+    def fits(row):
+        prompt = student_prompt(row)
+        return all(len(encode_prompt(tokenizer, prompt)) < context_of(model)
+                   for model, tokenizer in students)
+    asked = [row for row in rows if fits(row)]
+    if len(asked) < len(rows):
+        tqdm.write(f"{len(rows) - len(asked)} of {len(rows)} questions are left out: longer than "
+                   "a context")
     until = [ASKED[TASKS[row["task"]]] for row in asked]
     responses = []  # [student][question]
     for s, (model, tokenizer) in enumerate(students):
-        responses.append(generate(model, tokenizer, [ids[s] for ids in prompts], max_new_tokens,
-                                  batch_size, until=until, desc=f"student {s} answers"))
+        prompts = [encode_prompt(tokenizer, student_prompt(row)) for row in asked]
+        responses.append(generate(model, tokenizer, prompts, max_new_tokens, batch_size,
+                                  until=until, desc=f"student {s} answers"))
         for row, r in zip(asked, responses[s]):
             r["prediction"] = extract_answer(row["task"], r["text"], row.get("choices"))
             r["correct"] = grade(row["task"], r["prediction"], row["answer"])
-    answers = [*zip(*responses)]  # [question][student]
     predictions = [{"id": row["id"], "question": row["question"], "answer": row["answer"],
-                    "responses": given} for row, given in zip(asked, answers)]
+                    "responses": given} for row, given in zip(asked, zip(*responses))]
     n = max(len(asked), 1)
     return {"questions": len(asked),
             "accuracy": [sum(r["correct"] for r in own) / n for own in responses],
             "unparsed": [sum(r["prediction"] is None for r in own) / n for own in responses],
-            "stopped": [sum(r["stopped"] for r in own) / n for own in responses],
-            "upper_bound": sum(any(r["correct"] for r in given) for given in answers) / n,
-            "predictions": predictions}
+            "stopped": [sum(r["stopped"] for r in own) / n for own in responses]}, predictions
 
 
 # ---------------------------------------------------------------- the command
@@ -812,18 +798,18 @@ def main():
     if args.out and os.path.exists(args.out):
         stop(f"--out {args.out} is there already: choose another file")
     device = usable_device(args.device)
-    dtype = torch.bfloat16 if "cuda" in device and has_bfloat16(device) else torch.float32
+    dtype = "auto" if has_bfloat16(device) else torch.float32  # the one that it is saved in
     students = [load_student(name, device, dtype) for name in args.students]
-    results = evaluate(students, rows, args.max_new_tokens, args.batch_size)
+    results, predictions = evaluate(students, rows, args.max_new_tokens, args.batch_size)
     n, width = results["questions"], max(map(len, args.students))
     print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
     shares = zip(results["accuracy"], results["unparsed"], results["stopped"])
     for name, (accuracy, unparsed, stopped) in zip(args.students, shares):
         error = math.sqrt(accuracy * (1 - accuracy) / max(n, 1))  # binomial
         print(f"{name:{width}} {accuracy:8.1%} {error:6.1%} {unparsed:8.1%} {stopped:8.1%}")
-    print(f"{results['upper_bound']:.1%} are answered by any of them")
     if args.out:
-        Path(args.out).write_text(json.dumps({"args": vars(args), **results}, indent=1))
+        results |= {"args": vars(args), "predictions": predictions}
+        Path(args.out).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The path pool of QR-Distill: sample paths from teachers, grade them, judge them.
 
-    python judge.py --demo 400 --judge rule --out pool.jsonl       # the demo teacher, no network
     python judge.py --questions q.jsonl --task gsm8k --teacher MODEL@URL --out pool.jsonl
     python judge.py --paths pool.jsonl --judge MODEL@URL --out judged.jsonl
 
 A pool has one path a line: id, task, question, answer, style, teacher, path, and optionally
-choices, level, prompt, sample, reasoning, finish_reason, usage, refusal. Grading adds prediction
+choices, prompt, sample, reasoning, finish_reason, usage, refusal. Grading adds prediction
 and correct, judging valid and verdict. A model is MODEL@URL (an OpenAI-compatible chat endpoint) or
 a Hugging Face model. Repeat a command to go on with it. """
 import argparse
@@ -132,7 +131,7 @@ def demo_questions(n, seed):
             continue
         seen.add(question)
         rows.append({"id": f"demo-{seed}-{len(rows):05d}", "task": "demo", "question": question,
-                     "answer": str(solution[-1][3]), "level": len(solution), "template": k,
+                     "answer": str(solution[-1][3]), "template": k,
                      "numbers": numbers})
         k = rng.randrange(len(TEMPLATES))  # only now: those that are hard to fill are as frequent
     return rows
@@ -190,7 +189,7 @@ def demo_paths(questions, seed):
                 small = all(0 < r < 200 for *_, r in solution)
                 if right == slip and small and (slip or _sane(solution[:at] + solution[at + 1:])):
                     break
-            kept = {k: question[k] for k in ("id", "task", "question", "answer", "level")}
+            kept = {k: question[k] for k in ("id", "task", "question", "answer")}
             rows.append({**kept, "style": style, "teacher": "demo-teacher",
                          "path": _write(style, question["question"], solution),
                          "source_correct": kind != "wrong", "source_valid": kind == "clean"})
@@ -225,22 +224,18 @@ def demo_sentences(n, seed):
 
 # ------ the pool: rows as they come from a file
 def read_pool(path):
-    """All rows of a pool, checked and in canonical form (see tasks.clean_row): a graded row also
-    has valid and verdict. Stops with FILE:LINE on the first bad row."""
+    """All rows of a pool, checked and in canonical form (see tasks.clean_row). Stops with FILE:LINE
+    on the first bad row."""
     rows = []
     for where, row in tasks.numbered_rows(path):
         tasks.clean_row(row, where)
         tasks.require_text(row, ("style", "teacher"), where)
         if not isinstance(row.get("path"), str):  # it may be empty: recorded, never trains
             tasks.stop(f"{where}: field 'path' is missing or not a string")
-        truths = {"correct", "valid"} & row.keys()
-        for key in truths:
+        for key in {"correct", "valid"} & row.keys():
             if row[key] not in (0, 1):  # 1.0 is pandas' true
                 tasks.stop(f"{where}: field {key!r} is neither true nor false")
             row[key] = bool(row[key])
-        if truths:  # one that was judged elsewhere may lack its grade
-            row = {"prediction": None, "valid": None, "verdict": None, **row}
-            grade_paths([row])
         rows.append(row)
     return rows
 
@@ -263,9 +258,6 @@ STATEMENT = re.compile(r"(\d+) ([-+*/]) (\d+)\s+[=#]\s+(\d+)|(\d+)")  # or a lon
 def rule_judge(row):
     """The demo's judge: (valid, verdict). Valid: every statement 'a + b = c' holds, every number
     comes from the question or an earlier statement, the last number is a result."""
-    if row["task"] != "demo":
-        tasks.stop(f"the rule judge knows the demo's arithmetic, not task {row['task']!r}: "
-                   "pass --judge MODEL@URL or a model's name")
     known, results, last = set(re.findall(r"\d+", row["question"])), set(), None
     for a, op, b, result, last in STATEMENT.findall(row["path"]):
         if not {a, b, last} <= known | {""}:
@@ -305,7 +297,7 @@ def fate(row, mode="full"):
     if not row["path"].strip():
         return "empty"
     if mode != "none" and not row["correct"]:
-        return "unparsed" if row["prediction"] is None else "wrong"
+        return "unparsed" if row.get("prediction") is None else "wrong"
     if mode == "full" and row.get("valid") is False:
         said = (row.get("verdict") or {}).values()
         return "invalid" if any(str(s).startswith("invalid") for s in said) else "no verdict"
@@ -454,14 +446,13 @@ def read_reply(text):
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         return "reply", {"path": path, "reasoning": reasoning or None,
                          "finish_reason": "refusal" if refusal else reason,
-                         "usage": usage_of(answer.get("usage"))}
+                         "usage": usage_of(answer.get("usage") or {})}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "lost", f"no reply of a chat endpoint: {text}"
 
 
 def usage_of(usage):
     """{prompt_tokens, completion_tokens} of a reply; what only the total counts is completion."""
-    usage = usage if isinstance(usage, dict) else {}
     prompt = usage.get("prompt_tokens") or 0
     total = usage.get("total_tokens") or prompt + (usage.get("completion_tokens") or 0)
     return {"prompt_tokens": prompt, "completion_tokens": total - prompt}
@@ -675,25 +666,19 @@ def judged_as(row, judge):
             "sample": f"{zlib.crc32(row['path'].encode()):08x}"}
 
 
-def add_verdicts(rows, judges, replies, accept):
-    """Add `verdict` {judge: what it said} and `valid` (at least `accept` judges say 'valid'; None
-    where the answer is not right) to graded rows, in place."""
+def add_verdicts(rows, judges, replies):
+    """Add to the graded rows whose answer is right, in place, `verdict` {judge: what it said} and
+    `valid`: all judges say 'valid'."""
     replies = {row_key(reply): reply for reply in replies}
-    for row in rows:
-        row["valid"] = row["verdict"] = None
-        if fate(row, "answer") != "kept":  # it is out already: no call
-            continue
+    for row in filter_pool(rows, "answer"):
         row["verdict"] = {}
         for judge in judges:
-            if judge == "rule":
-                _, said = rule_judge(row)
-            else:
-                reply = replies[row_key(judged_as(row, judge))]
-                said = parse_verdict(reply)
-                if said != "valid":
-                    said += f": {reply['path'].strip()[-200:]}"
+            reply = replies[row_key(judged_as(row, judge))]
+            said = parse_verdict(reply)
+            if said != "valid":
+                said += f": {reply['path'].strip()[-200:]}"
             row["verdict"][judge] = said
-        row["valid"] = [*row["verdict"].values()].count("valid") >= accept
+        row["valid"] = {*row["verdict"].values()} == {"valid"}
 
 
 # ------ the command
@@ -713,22 +698,21 @@ def sample_paths(args):
 def judge_paths(args):
     """Grade and judge a pool into args.out, which is written whole at the end; the judges' replies
     are kept in OUT.replies.jsonl as they come, so that nothing is paid for twice."""
-    rows = read_pool(args.paths) if args.paths else demo_paths(demo_questions(args.demo, 0), 0)
-    if os.path.exists(args.out) and not all("verdict" in row for row in read_pool(args.out)):
+    log, names = args.out + ".replies.jsonl", [split_spec(spec)[0] for spec in args.judge]
+    if os.path.exists(args.out) and not any("prediction" in row for row in read_pool(args.out)):
         tasks.stop(f"{args.out} exists and is no judged pool: choose another --out")
+    rows = read_pool(args.paths)
     for row in rows:
         row.pop("correct", None)  # an answer may have been corrected since
     right = filter_pool(grade_paths(rows), "answer")
-    log, names = args.out + ".replies.jsonl", [split_spec(spec)[0] for spec in args.judge]
     calls = Calls(log, args.max_new_tokens, args.max_calls, args.max_tokens_total)
     for spec, name in zip(args.judge, names):
-        if name != "rule":
-            jobs = [(judged_as(row, name), judge_prompt(row)) for row in right]
-            ask_all(spec, jobs, calls, args, temperature=0.0)
+        jobs = [(judged_as(row, name), judge_prompt(row)) for row in right]
+        ask_all(spec, jobs, calls, args, temperature=0.0)
     if args.dry_run:
         return
     if names:
-        add_verdicts(rows, names, replies_in(log), args.accept or len(names))
+        add_verdicts(rows, names, replies_in(log))
     with open(args.out + ".part", "wb") as file:  # nobody sees half a pool
         for row in rows:
             append(file, row)
@@ -744,11 +728,9 @@ def flags():
     p.add_argument("--questions", help="sample paths for the questions of this file")
     p.add_argument("--task", choices=tasks.TASKS, help="of these questions (as the file says)")
     p.add_argument("--paths", help="grade and judge this pool")
-    p.add_argument("--demo", metavar="N", type=tasks.within(int, 1, 2000), help="or the demo's")
     p.add_argument("--out", required=True, help="pool to write, or to go on with")
     p.add_argument("--teacher", action="append", default=[], help="model to ask; repeatable")
-    p.add_argument("--judge", action="append", default=[], help="the same, or rule (the demo's)")
-    p.add_argument("--accept", type=positive, help="judges that must call a path valid (all)")
+    p.add_argument("--judge", action="append", default=[], help="the same; all must say valid")
     p.add_argument("--styles", metavar="STYLE", nargs="+", default=STYLES, choices=STYLES,
                    help=f"{', '.join(STYLES)} (all)")
     p.add_argument("--samples", type=positive, default=1, help="paths per teacher and style (1)")
@@ -770,8 +752,8 @@ def flags():
 def check(args):
     """stop() at flags that do not go together, before anything is computed or paid for."""
     specs = [split_spec(spec) for spec in args.teacher + args.judge]
-    if [args.paths, args.questions, args.demo].count(None) != 2:
-        tasks.stop("pass one of --questions FILE, --paths POOL and --demo N")
+    if bool(args.paths) == bool(args.questions):
+        tasks.stop("pass one of --questions FILE and --paths POOL")
     if bool(args.questions) != bool(args.teacher) or args.questions and args.judge:
         tasks.stop("--questions goes with --teacher; judge the pool afterwards with --paths")
     if len({name for name, _ in specs}) < len(specs):

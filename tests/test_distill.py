@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
 import distill
 import eval as tasks
@@ -50,11 +49,11 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
 KINDS = {  # of tiny students: a family, and what is special about it
     "llama": ("llama", {**GROUPED, "tie_word_embeddings": True}),
-    "gpt2": ("gpt2", {}),  # Conv1D, dropout
+    "gpt2": ("gpt2", {}),
     "neox": ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": False}),
+    "dropout": ("gpt_neox", {"attention_bias": False, "hidden_dropout": 0.1}),
     "gemma2": ("gemma2", {**GROUPED, "sliding_window": 8, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3_text", {**GROUPED, "sliding_window": 8}),
-    "phi": ("phi", {}),  # a bias in the head
     "cohere": ("cohere", {"num_key_value_heads": 1, "logit_scale": 0.0625}),
     "granite": ("granite", {"num_key_value_heads": 1, "logits_scaling": 8.0}),
 }
@@ -80,10 +79,12 @@ def world(tmp_path_factory):
     """A pool of 24 demo questions with six paths each, and the folders of five random students."""
     folder = tmp_path_factory.mktemp("world")
     rows = judge.demo_paths(judge.demo_questions(24, 0), 0)
+    for row in rows:
+        row["valid"] = judge.rule_judge(row)[0]
     corpus = [text for row in rows for text in (tasks.student_prompt(row), row["path"])]
     students = {}
     for name, kind, whole_words in (("words", "llama", True), ("pieces", "neox", False),
-                                    ("dropout", "gpt2", False), ("chat", "gemma3", True),
+                                    ("dropout", "dropout", False), ("chat", "gemma3", True),
                                     ("pad_is_eos", "llama", True)):
         tokenizer = distill.demo_tokenizer(corpus, whole_words)
         if name == "chat":
@@ -158,10 +159,10 @@ def refused(capsys, argv):
     return error
 
 
-def as_student(model, tokenizer=None, frozen=False):
+def as_student(model, tokenizer=None):
     """A student as a run holds it."""
     end = tasks.end_token(tokenizer) if tokenizer else 1
-    return distill.Student(model, model.base_model, tokenizer, None, "X", end, 1e-3, frozen, 10**6)
+    return distill.Student(model, model.base_model, tokenizer, None, "X", end, 1e-3, 10**6)
 
 
 def random_rows(lengths, students=1):
@@ -194,27 +195,26 @@ def close(x, exact, terms):
 
 
 # ---------------------------------------- the loss
-def exact_loss(states, weight, bias, target, g, softcap):
+def exact_loss(states, weight, target, g, softcap):
     """In float64: the losses, the gradients of g . losses, and the sizes of the sums that they are:
-    (loss, its size), (d states, size), (d weight, size), (d bias, size)."""
-    x, w, b = (None if t is None else t.detach().double().requires_grad_()
-               for t in (states, weight, bias))
-    logits = F.linear(x, w, b)
+    (loss, its size), (d states, size), (d weight, size)."""
+    x, w = (t.detach().double().requires_grad_() for t in (states, weight))
+    logits = x @ w.T
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     nll = F.cross_entropy(capped, target, reduction="none")
-    grads = torch.autograd.grad((g.double() * nll).sum(), (x, w) if b is None else (x, w, b))
+    grads = torch.autograd.grad((g.double() * nll).sum(), (x, w))
     # |d nll / d logits| is at most this, and so are the terms that are subtracted in it.
     p = capped.softmax(1).detach() + F.one_hot(target, len(w))
     gp = g.double().abs()[:, None] * p
-    sizes = [gp @ w.detach().abs(), gp.T @ x.detach().abs(), gp.sum(0)]
+    sizes = [gp @ w.detach().abs(), gp.T @ x.detach().abs()]
     return [(nll.detach(), 1 + nll.detach().abs()), *zip(grads, sizes)]
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("n, d, vocabulary, bias, softcap", [
-    (1, 5, 11, False, None), (15, 5, 11, True, None), (16, 5, 11, False, 3.0), (17, 5, 11, True, 3.0),
-    (32, 5, 11, False, None), (70, 64, 500, True, 30.0), (18, 2, 262_144, False, None)])
-def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softcap):
+@pytest.mark.parametrize("n, d, vocabulary, softcap", [
+    (1, 5, 11, None), (15, 5, 11, None), (16, 5, 11, 3.0), (17, 5, 11, 3.0), (32, 5, 11, None),
+    (70, 64, 500, 30.0), (18, 2, 262_144, None)])
+def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, softcap):
     """Gradients too, with the logits of 16 positions at a time. A float32 sum of k
     terms, in whatever order a processor takes them, is off by at most k parts in 2**24 of the sum
     of their sizes (Higham, 2002, section 4.2)."""
@@ -229,13 +229,11 @@ def test_loss_equals_float64(monkeypatch, trained, n, d, vocabulary, bias, softc
     monkeypatch.setattr(distill, "nll_chunks", chunks)
     r = torch.Generator().manual_seed(n)
     states, weight = torch.randn(n, d, generator=r), torch.randn(vocabulary, d, generator=r)
-    b = torch.randn(vocabulary, generator=r) if bias else None
     target, g = torch.randint(vocabulary, (n,), generator=r), torch.randn(n, generator=r)
-    exact = exact_loss(states, weight, b, target, g, softcap)
+    exact = exact_loss(states, weight, target, g, softcap)
     largest = (states.abs() @ weight.abs().T).max().item()  # of a logit's sum
     leaves = [states.requires_grad_(), weight.requires_grad_(trained)]
-    leaves += [b.requires_grad_(trained)] if bias else []
-    nll = distill.ChunkedNLL.apply(states, weight, b, target, softcap)
+    nll = distill.ChunkedNLL.apply(states, weight, target, softcap)
     nll.backward(g)
     assert max(seen) <= 16 and sum(seen) == n * (1 + trained)  # a trained head runs twice
     # Terms in a row: a logit, its softmax, the sum over the vocabulary, the sum over positions.
@@ -257,7 +255,7 @@ def test_forward_equals_the_model(monkeypatch, kind):
     model, rows = tiny_model(kind), random_rows(lengths)
     exact, weight = copy.deepcopy(model).double(), torch.linspace(0.5, 2, len(rows))
     distill.check_student(as_student(model))  # accepts it
-    nats, states = distill.forward(as_student(model), 0, rows)
+    nats, states = distill.forward(as_student(model), 0, rows, [*range(len(rows))])
     (weight * nats).sum().backward()
     terms = 200 * sum(n for _, n in lengths)  # a dozen products of 16 to 24 terms, by position
     for i, row in enumerate(rows):
@@ -268,9 +266,13 @@ def test_forward_equals_the_model(monkeypatch, kind):
         assert close(ours.grad, theirs.grad, terms), name
 
 
-def test_a_head_that_changes_the_logits_otherwise_is_refused(capsys):
+@pytest.mark.parametrize("what", ["factor", "bias"])
+def test_a_head_that_changes_the_logits_otherwise_is_refused(capsys, what):
     model = tiny_model("cohere")
-    model.config.logit_scale = 1.0  # the module keeps its own
+    if what == "factor":
+        model.config.logit_scale = 1.0  # the module keeps its own
+    else:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-5, 5, 60))
     with pytest.raises(SystemExit):
         distill.check_student(as_student(model))
     assert "output head" in capsys.readouterr().err
@@ -335,17 +337,15 @@ def test_a_route_is_every_the_shortest_the_likeliest_or_any_path_of_each_student
     _, question = distill.by_question(rows)
     lengths = torch.tensor([[len(response) for response in row["responses"]] for row in rows])
     fixed = distill.fixed_route(route, rows, question, lengths, students)
-    alpha, p = distill.decide(route, torch.randn(12, 2), fixed, question, qr.categorical_gate, None)
-    if route == "random":
-        assert fixed is None and torch.allclose(p, torch.full((12, 2), 1 / 6))
-    elif route == "all":
-        assert (alpha == 1).all()
+    assert (fixed is None) == (route == "random")  # which the router draws, untrained
+    if route == "all":
+        assert (fixed == 1).all()
     for s, q in ((0, 0), (0, 1), (1, 0), (1, 1)) if route in ("short", "nll") else ():
         cost = {i: float(lengths[i, s]) for i in range(12) if question[i] == q}
         if route == "nll":
             cost = {i: float(alone(students[s].model, rows[i], s)[0].detach()) / n
                     for i, n in cost.items()}
-        assert [i for i in cost if alpha[i, s]] == [min(cost, key=cost.get)]
+        assert [i for i in cost if fixed[i, s]] == [min(cost, key=cost.get)]
 
 
 ROUTED = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1], [0, 0, 0]]).bool()
@@ -371,28 +371,25 @@ def one_graph(exact, collab, rows, weight, mutual_weight):
     return loss, nats
 
 
-@pytest.mark.parametrize("size, printed, frozen", [
-    (3, (), None), (2, (), None), (1, (), None), (3, (), 1), (2, ("eq5", "eq6", "eq8"), None)])
-def test_gradients_of_a_step_are_those_of_one_graph_in_float64(monkeypatch, size, printed, frozen):
-    """Of any micro-batch size; a frozen student teaches and gets none; what is not routed does not
-    run; each segment of the ensemble is of one path."""
+@pytest.mark.parametrize("size, printed", [(3, ()), (2, ()), (1, ()), (2, ("eq5", "eq6", "eq8"))])
+def test_gradients_of_a_step_are_those_of_one_graph_in_float64(monkeypatch, size, printed):
+    """Of any micro-batch size; what is not routed does not run; each segment of the ensemble is of
+    one path."""
     rows, kinds = random_rows(LENGTHS, students=3), ("llama", "neox", "gemma3")
-    students = [as_student(tiny_model(kind), frozen=s == frozen) for s, kind in enumerate(kinds)]
+    students = [as_student(tiny_model(kind)) for kind in kinds]
     torch.manual_seed(0)
     collab = qr.Collaboration([16] * 3, 8, printed)
     torch.nn.init.normal_(collab.w)
-    if frozen is not None:
-        students[frozen].model.requires_grad_(False)
     exact = [copy.deepcopy(student.model).double() for student in students]
     exact_collab = copy.deepcopy(collab).double()
     ran, forward = [], distill.forward
-    monkeypatch.setattr(distill, "forward", lambda student, s, mine: (
-        ran.extend((id(row), s) for row in mine), forward(student, s, mine))[1])
+    monkeypatch.setattr(distill, "forward", lambda student, s, paths, mine: (
+        ran.extend((i, s) for i in mine), forward(student, s, paths, mine))[1])
     question, weight = torch.tensor([0, 0, 1, 1, 2, 2]), torch.rand(6, 3)
     batches = distill.micro_batches(question, size)
     nats, figures = distill.student_step(students, collab, rows, batches, ROUTED, weight,
                                          NO_SCALER, 0.7)
-    assert sorted(ran) == sorted((id(rows[i]), s) for i, s in ROUTED.nonzero().tolist())
+    assert sorted(ran) == sorted(map(tuple, ROUTED.nonzero().tolist()))
     loss, exact_nats = one_graph(exact, exact_collab, rows, weight.double(), 0.7)
     loss.backward()
     terms = 200 * sum(n for _, n in LENGTHS)
@@ -407,11 +404,10 @@ def test_gradients_of_a_step_are_those_of_one_graph_in_float64(monkeypatch, size
 
 
 # ---------------------------------------- LoRA is PEFT's
-def assert_lora_is_pefts(model, same, fan_in_fan_out=False):
+def assert_lora_is_pefts(model, same):
     """Logits, gradients, what has a gradient: LoRA of ours on `model`, of PEFT's on `same`."""
     theirs = peft.get_peft_model(same, peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM",
-        fan_in_fan_out=fan_in_fan_out)).eval()
+        r=4, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")).eval()
     distill.add_lora(model, 4, 6)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, distill.LoRA)}
     wrapped = {name.removeprefix("base_model.model."): m for name, m in theirs.named_modules()
@@ -434,12 +430,12 @@ def assert_lora_is_pefts(model, same, fan_in_fan_out=False):
         assert ours.grad.abs().max() > 0 and close(ours.grad, peft_weight.grad, 500)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma3", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "neox", "gemma3"])
 def test_lora_changes_nothing_at_birth_and_then_is_pefts(kind):
     model, newborn, ids = tiny_model(kind), tiny_model(kind), torch.arange(3, 20)[None]
     distill.add_lora(newborn, 4, 6)
     assert torch.equal(newborn(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert_lora_is_pefts(model, copy.deepcopy(model), kind == "gpt2")
+    assert_lora_is_pefts(model, copy.deepcopy(model))
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -471,7 +467,7 @@ def test_a_4_bit_base_keeps_its_head_and_its_adapters_are_pefts(world, name):
     args = SimpleNamespace(lora_rank=2, quantize="nf4")
     full = tasks.load_student(world.students[name])[0]
     model, same = (distill.load_base(world.students[name], args, CPU, None)[0] for _ in "ab")
-    linear = {name for name, m in full.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    linear = {name for name, m in full.named_modules() if isinstance(m, torch.nn.Linear)}
     packed = {name for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert packed == linear - {"lm_head"} and len(packed) >= 8
     assert torch.equal(model.get_output_embeddings().weight, full.get_output_embeddings().weight)
@@ -525,14 +521,14 @@ def test_all_as_printed_is_every_equation_and_the_flags_that_they_set(train):
 # ---------------------------------------- flags and bad input: one sentence, exit code 2
 BAD = [  # flags, and what the sentence must name; {...} are files of bad_files
     *((flags, flags.split()[0]) for flags in (
-        "--gate ajar", "--lr nan", "--lr -1", "--lr 1 2 3", "--freeze 2", "--freeze -1",
+        "--gate ajar", "--lr nan", "--lr -1", "--lr 1 2 3",
         "--lora_rank -1", "--batch_size 0", "--micro_batch_size 0", "--epochs 0", "--max_steps 0",
         "--max_steps inf", "--seed -1", "--mutual_weight -1", "--entropy_weight -1",
-        "--eval_limit 0", "--eval_every 0", "--eval_max_new_tokens 0", "--max_len 0",
+        "--eval_limit 0", "--eval_max_new_tokens 0", "--max_len 0",
         "--max_len 9", "--save_every 0", "--router_lr -1", "--probe 1.5", "--length_penalty 2",
         "--styles limerick", "--device nonsense", "--quantize nf4", "--reward most",
         "--as_printed eq4", "--filter some", "--wandb p", "--no_such_flag")),
-    ("--quantize nf4 --lora_rank 2", "pip install bitsandbytes accelerate"),
+    ("--students {gpt2} --lora_rank 2", "pass --lora_rank 0"),  # no linear layers but its own kind
     # Contradictions: a gate and what its router learns from.
     ("--as_printed eq2", "--reward sum or loss"), ("--as_printed eq9", "--gate binary"),
     ("--gate binary", "--reward sum or loss"), ("--probe 0", "--probe above 0"),
@@ -559,6 +555,9 @@ def bad_files(world, tmp_path_factory):
     adapter = json.dumps({"base_model_name_or_path": "words", "peft_type": "LORA"})
     (folder / "adapter" / "adapter_config.json").write_text(adapter)
     (folder / "broken" / "model.safetensors").write_text("torn")
+    files["gpt2"] = shutil.copytree(world.students["words"], str(folder / "gpt2"))
+    vocabulary = len(AutoTokenizer.from_pretrained(files["gpt2"]))
+    tiny_model("gpt2", vocabulary).save_pretrained(folder / "gpt2")
     return files
 
 
@@ -566,9 +565,8 @@ def bad_files(world, tmp_path_factory):
 def test_bad_input_is_one_sentence(world, bad_files, tmp_path, capsys, monkeypatch, flags, says):
     """Before a run folder is made. (The hub and packages that are missing are stand-ins.)"""
     monkeypatch.setattr(distill.importlib.util, "find_spec", lambda name: None)
-    look = distill.find_adapter_config_file
-    monkeypatch.setattr(distill, "find_adapter_config_file",
-                        lambda name: "file" if name == "me/adapter" else look(name))
+    look = tasks.file_of
+    monkeypatch.setattr(tasks, "file_of", lambda name, *file: name == "me/adapter" or look(name, *file))
     words = flags.format(**bad_files).split()
     error = refused(capsys, flags_of(world, tmp_path / "run", *words))
     assert says in error and not (tmp_path / "run").exists()
@@ -639,13 +637,13 @@ def test_all_but_a_fifth_of_the_questions_train_as_filtered(world, data_of, mode
 
 # ---------------------------------------- whole runs
 @pytest.mark.parametrize("students", [("words",), ("words", "pieces", "chat")])
-def test_one_and_three_students_train_end_to_end_and_a_frozen_one_stays(world, train, students):
-    freeze = ["--freeze", 1] if len(students) > 1 else []
-    run = train("--max_steps", 12, "--batch_size", 10, "--lr", 2e-2, *freeze, students=students)
-    first, last, tokens = run.log[0], run.log[-1], run.results["tokens_trained"]
+def test_one_and_three_students_train_end_to_end_and_at_rate_0_one_stays(world, train, students):
+    rates = [2e-2, 0, 2e-2][:len(students)]
+    run = train("--max_steps", 12, "--batch_size", 10, "--lr", *rates, students=students)
+    first, last = run.log[0], run.log[-1]
     for s, name in enumerate(students):
         before = load_file(pathlib.Path(world.students[name]) / "model.safetensors")
-        assert same_tensors(before, run.weights[f"student_{s}"]) == (s == 1) == (tokens[s] == 0)
+        assert same_tensors(before, run.weights[f"student_{s}"]) == (s == 1)
         assert s == 1 or last[f"loss/{s}"] < 0.8 * first[f"loss/{s}"]
         assert {f"rate/{s}", f"grad_norm/{s}", f"rate_style/program/{s}"} <= first.keys()
     assert ("mutual" in first) == ("gamma/0" in first) == (len(students) > 1)
@@ -694,7 +692,7 @@ def test_the_router_hears_of_every_path_of_a_probed_question(monkeypatch, train)
 
 
 def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
-    """--wandb gets every line of log.jsonl, flat, with --eval_every's tests, and may fail."""
+    """--wandb gets every line of log.jsonl, flat, and may fail."""
     lines = []
 
     def log(line, step):
@@ -704,9 +702,8 @@ def test_a_run_outlives_its_logging(monkeypatch, capsys, train):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
         __spec__="found", init=lambda **more: None, log=log))
-    run = train("--wandb", "p", "--eval_every", 3)
+    run = train("--wandb", "p")
     assert [line["step"] for line in lines] == [line["step"] for line in run.log] == [1, 2, 3]
-    assert [run.log[-1][f"accuracy/{s}"] for s in (0, 1)] == run.results["after"]["accuracy"]
     assert all(isinstance(x, (int, float)) for line in lines for x in line.values())
     said = capsys.readouterr()
     assert "RuntimeError: no network" in said.out + said.err
@@ -791,7 +788,7 @@ def test_a_killed_run_resumes_bit_for_bit(runs, tmp_path, moment, kind):
 def test_resume_is_refused(world, runs, tmp_path, capsys):
     """With other flags or data, and where there is no run; a new run is, where there is one."""
     out = shutil.copytree(runs["never", "float32"], tmp_path / "run")
-    for flags in (["--seed", 5], ["--max_steps=3"], ["--freeze", 0], ["--out_dir", "x"]):
+    for flags in (["--seed", 5], ["--max_steps=3"], ["--lr", 0], ["--out_dir", "x"]):
         assert "own flags" in refused(capsys, [f"--resume={out}", *flags])
     assert "args.json" in refused(capsys, ["--resume", tmp_path])
     assert f"--resume {out}" in refused(capsys, flags_of(world, out))
@@ -860,7 +857,7 @@ def test_the_demo_runs_to_its_table_and_its_cache_changes_nothing(tmp_path, monk
     flags = ["--max_steps", "2", "--eval_limit", "4", "--eval_max_new_tokens", "4"]
     distill.main(flags)
     printed = capsys.readouterr().out
-    for word in ("before", "any student", "share of a style", "drawn", *judge.STYLES):
+    for word in ("before", "share of a style", "drawn", *judge.STYLES):
         assert word in printed, word
     out, = (tmp_path / "out").iterdir()
     distill.main([*flags, "--out_dir", "again"])

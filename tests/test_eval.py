@@ -165,19 +165,15 @@ class LoRA(torch.nn.Module):  # as distill.py has it
         return self.base(x) + self.alpha / self.rank * x @ self.A.T @ self.B.T
 
 
-@pytest.mark.parametrize("vocabulary, dtype", [(64, torch.float32), (320_000, torch.bfloat16)], ids=["toy", "large"])
-def test_lora_is_merged_and_a_large_model_cast_for_the_while_and_put_back_bit_for_bit(monkeypatch, vocabulary, dtype):
-    monkeypatch.setattr(E, "has_bfloat16", lambda device: True)
-    model, ids = tiny(vocab_size=vocabulary), torch.tensor([[5, 9, 33]])
+def test_lora_is_merged_for_the_while_and_put_back_bit_for_bit():
+    model, ids = tiny(), torch.tensor([[5, 9, 33]])
     for layer in model.model.layers:
         layer.mlp.up_proj = LoRA(layer.mlp.up_proj, 2, 3)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     logits = model(ids).logits
     with pytest.raises(KeyError), E.answering(model):
         merged = model(ids).logits
-        assert {p.dtype for p in model.parameters()} == {merged.dtype} == {dtype}
-        error = (merged - logits).norm() / logits.norm()  # bfloat16 keeps 8 bits, a few layers lose some
-        assert error < (1e-5 if dtype == torch.float32 else 0.1)
+        assert 0 < (merged - logits).norm() / logits.norm() < 1e-5  # other sums of 32 float32 terms
         raise KeyError
     assert torch.equal(model(ids).logits, logits)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -263,10 +259,10 @@ CSQA = {"task": "commonsense_qa", **Q, "answer": "B", "choices": AB}
 ANLI = {"task": "anli", "question": "Premise: P\nHypothesis: H\nWhat is the hypothesis, given the premise?",
         "choices": E.ANLI}
 YES_NO = {"name": "strategyqa", "examples": [{"input": "Q?", "target_scores": {"Yes": 1, "No": 0}}]}
-BOXED = {"problem": "P", "level": "Level 3", "solution": "$\\boxed{9}$. So $x = \\boxed{1}$, $y = \\boxed{\\frac{1}{2}}$."}
+BOXED = {"problem": "P", "solution": "$\\boxed{9}$. So $x = \\boxed{1}$, $y = \\boxed{\\frac{1}{2}}$."}
 PUBLISHED = [  # file name, content, the row it stands for (without id)
     ("gsm8k.jsonl", {**Q, "answer": "9*2=<<9*2=18>>18\n#### 1,018"}, {"task": "gsm8k", **Q, "answer": "1,018"}),
-    ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}", "level": "Level 3"}),
+    ("math.jsonl", BOXED, {**MATH, "answer": "\\frac{1}{2}"}),
     ("math_500.jsonl", {"problem": "P", "solution": "It is $\\boxed{3}$. Hence the sum is 7.", "answer": "7"}, MATH),
     ("aime.jsonl", {"problem": "P", "solution": "", "answer": 7}, MATH),
     ("strategyqa_train.json", [{"qid": "q1", **Q, "answer": False}], {"task": "strategyqa", **Q, "answer": "no"}),
@@ -321,7 +317,7 @@ def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path, name, conte
 
 ARC = {"id": "q1", "task": "arc", "question": "What melts?", "choices": {"A": "ice", "B": "air"}, "answer": "A"}
 READ = [  # what a row says, what comes in
-    ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}), ({"level": 3}, {"level": 3}),
+    ({"id": 7.0}, {"id": "7"}), ({"id": "../x~1 "}, {"id": "../x~1 "}),
     ({"prompt": None}, {}), ({"choices": {"A": "ice", "B": "air", "C": None, "D": ""}}, {}), ({"answer": "(A)"}, {}),
     ({"choices": ["ice", None, "air"]}, {"choices": {"A": "ice", "C": "air"}}), ({"answer": "ice"}, {}),
     ({"choices": {"A": 0, "B": 2.0, "C": 2.5}}, {"choices": {"A": "0", "B": "2", "C": "2.5"}}),
@@ -379,11 +375,9 @@ def adapter_of(folder, base=None, **config):
     return model.eval()
 
 
-@pytest.mark.parametrize("family, config", [
-    ("LlamaConfig", {}), ("LlamaConfig", {"use_rslora": True}), ("LlamaConfig", {"rank_pattern": {"up_proj": 2}}),
-    ("GPT2Config", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True})])
-def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, family, config):
-    base, ids = tiny(family), torch.tensor([[5, 9, 33, 7]])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}}])
+def test_a_merged_adapter_gives_the_logits_of_peft(tmp_path, config):
+    base, ids = tiny(), torch.tensor([[5, 9, 33, 7]])
     reference = adapter_of(tmp_path, base, **config)
     model, _ = E.load_student(str(tmp_path / "adapter"))
     with torch.no_grad():
@@ -422,6 +416,7 @@ REFUSED = {  # what has happened to an adapter and its base, and what the senten
     "base left the hub": (edit(ADAPTER, base_model_name_or_path="x"), "adapter_config.json, x, is not there"),
     "pissa": (edit(ADAPTER, init_lora_weights="pissa"), "only plain LoRA"),
     "alphas": (edit(ADAPTER, alpha_pattern={"up_proj": 2}), "only plain LoRA"),
+    "GPT-2's layers": (edit(ADAPTER, fan_in_fan_out=True), "only plain LoRA"),
     "dora": (lambda d: adapter_of(d, use_dora=True), "only plain LoRA"),
     "4 bits": (edit("base/config.json", quantization_config=QUANTISED), "take the model that was quantised"),
     "missing": (weights(lambda w: w.pop(LAYER)), LAYER),
@@ -476,18 +471,18 @@ def test_the_figures_of_an_evaluation_are_shares_of_its_questions(monkeypatch):
     monkeypatch.setattr(E, "generate", generate)
     students = [(tiny(), word_tokenizer()), (tiny(), word_tokenizer())]
     students[0][0].name, students[1][0].name = texts
-    r = E.evaluate(students, ROWS, 10)
+    r, predictions = E.evaluate(students, ROWS, 10)
     assert r["accuracy"] == [2 / 3, 1 / 3] and r["unparsed"] == [0, 1 / 3] and r["stopped"] == [2 / 3, 1 / 3]
-    assert r["questions"] == 3 and r["upper_bound"] == 2 / 3
-    assert r["predictions"][1] == {"id": "1", "question": "Q?", "answer": "18", "responses": (
+    assert r["questions"] == 3
+    assert predictions[1] == {"id": "1", "question": "Q?", "answer": "18", "responses": (
         {"text": "#### 7", "tokens": 3, "stopped": False, "prediction": "7", "correct": False},
         {"text": "Hm", "tokens": 3, "stopped": False, "prediction": None, "correct": False})}
 
 
 def test_a_question_longer_than_a_context_is_left_out_and_counted(capsys):
     students = [(tiny(), word_tokenizer()), (tiny("GPT2Config"), word_tokenizer())]  # 2048 and 48 tokens
-    r = E.evaluate(students, [*ROWS, {**ROWS[0], "id": "long", "prompt": "w5 " * 48}], 5)
-    assert r["questions"] == 3 and [p["id"] for p in r["predictions"]] == ["0", "1", "2"]
+    r, predictions = E.evaluate(students, [*ROWS, {**ROWS[0], "id": "long", "prompt": "w5 " * 48}], 5)
+    assert r["questions"] == 3 and [p["id"] for p in predictions] == ["0", "1", "2"]
     assert "1 of 4 questions are left out" in capsys.readouterr().out
 
 
@@ -505,7 +500,7 @@ def test_the_command_prints_a_table_and_writes_all_answers(tmp_path, monkeypatch
     run_main(monkeypatch, "--students", student, student, "--questions", questions, "--limit", 4,
              "--max_new_tokens", 4, "--device", "cpu", "--out", out)
     said, results = capsys.readouterr().out, json.loads(out.read_text())
-    assert said.count(str(student)) == 2 and "4 questions" in said and "any of them" in said
+    assert said.count(str(student)) == 2 and "4 questions" in said
     assert results["questions"] == 4 and len(results["predictions"][3]["responses"]) == 2
 
 

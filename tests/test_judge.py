@@ -153,7 +153,7 @@ def demo_pool():
 def test_the_demos_draws_are_those_that_its_figures_were_made_with():
     drawn = [[asked, judge.demo_paths(asked, seed), judge.demo_sentences(60, seed)]
              for seed in (0, 3) for asked in [judge.demo_questions(60, seed)]]
-    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest() == "589cc8066c882debea973124acfac6f4947cfc9a66709a54d5a9c476b2123139"
+    assert hashlib.sha256(json.dumps(drawn).encode()).hexdigest() == "79c472fedec33bc94c9495396c88772db675554d5bbb094e5d93acf8658e0c2d"
 
 
 def test_no_question_of_the_demo_is_asked_twice():
@@ -204,9 +204,8 @@ POOL = [{**ROW, "id": "kept", "prediction": "2", "correct": True, "valid": True,
 @pytest.mark.parametrize("rewrite", [list, as_datasets])
 def test_a_pool_has_the_same_fates_whatever_wrote_it(tmp_path, rewrite):
     rows = judge.read_pool(write(tmp_path / "p.jsonl", rewrite(POOL)))
-    assert "correct" not in rows[3] and [row.get("valid") for row in rows] == [True, None, False, None, False]
+    assert [row.get("valid") for row in rows] == [True, None, False, None, False]
     assert [judge.fate(row) for row in judge.grade_paths(rows)] == ["kept", "wrong", "invalid", "kept", "no verdict"]
-    assert all({"prediction", "correct", "valid", "verdict"} <= row.keys() for row in rows if row["id"] != "fresh")
 
 
 @pytest.mark.parametrize("line, words", [
@@ -257,7 +256,7 @@ def test_a_reply_is_read_as_what_it_is(body, word, path, fate):
 def test_tokens_are_counted_as_the_server_says():
     usage = {"prompt_tokens": 7, "completion_tokens": None, "total_tokens": 90, "details": {}}
     assert judge.usage_of(usage) == {"prompt_tokens": 7, "completion_tokens": 83}
-    assert judge.usage_of(None) == judge.usage_of([usage]) == {"prompt_tokens": 0, "completion_tokens": 0}
+    assert judge.usage_of({}) == {"prompt_tokens": 0, "completion_tokens": 0}
 
 
 REASONS = [  # a message -> reasoning, path without it, path with it
@@ -572,16 +571,17 @@ def test_only_right_whole_paths_are_judged(tmp_path, server):
         out = read(tmp_path / "o.jsonl")
         assert [r["id"] for r in out] == [r["id"] for r in rows] and len(server.requests) == 6
         assert Counter(map(judge.fate, out)) == {"kept": 5, "invalid": 1, "no verdict": 2, "wrong": 1, "cut": 1, "empty": 1}
-    assert out[5]["verdict"] == {"j": "unparsed: Looks VALID to me"} and out[1]["valid"] is None is out[1]["verdict"]
+    assert out[5]["verdict"] == {"j": "unparsed: Looks VALID to me"} and not {"valid", "verdict"} & out[1].keys()
     assert {request["temperature"] for request in server.requests} == {0.0}
 
 
-@pytest.mark.parametrize("accept, valid", [(1, True), (2, True), (3, False)])
-def test_accept_says_how_many_judges_must_agree(accept, valid):
+@pytest.mark.parametrize("judges, valid", [("a", True), ("ac", True), ("b", False), ("abc", False)])
+def test_all_judges_must_agree(judges, valid):
     [row] = judge.grade_paths([dict(ROW)])
     replies = [{**judge.judged_as(row, name), "path": f"VERDICT: {said}"} for name, said in (("a", "VALID"), ("b", "INVALID"), ("c", "VALID"))]
-    judge.add_verdicts([row], "abc", replies, accept)
-    assert row["valid"] is valid and row["verdict"] == {"a": "valid", "b": "invalid: VERDICT: INVALID", "c": "valid"}
+    judge.add_verdicts([row], judges, replies)
+    said = {"a": "valid", "b": "invalid: VERDICT: INVALID", "c": "valid"}
+    assert row["valid"] is valid and row["verdict"] == {name: said[name] for name in judges}
 
 
 def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
@@ -590,13 +590,6 @@ def test_a_pool_is_graded_anew_and_keeps_its_verdicts(tmp_path):
     for _ in range(2):
         run("--paths", "p.jsonl", "--out", "o.jsonl", cwd=tmp_path)
         assert [(row["correct"], judge.fate(row)) for row in read(tmp_path / "o.jsonl")] == [(True, "invalid"), (False, "wrong")]
-
-
-def test_the_demos_command_annotates_every_row_and_may_be_repeated(tmp_path):
-    for flags in ((), ("--judge", "rule"), ("--judge", "rule")):
-        run("--demo", 20, *flags, "--out", "a.jsonl", cwd=tmp_path)
-        rows = judge.read_pool(tmp_path / "a.jsonl")
-        assert len(rows) == 120 and all((row["valid"] is None) == (not flags or not row["correct"]) for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------ a local model, the command
@@ -629,14 +622,13 @@ def test_a_local_model_samples_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ((), "--questions FILE"), (("--questions", "q.jsonl"), "--teacher"), (("--questions", "q.jsonl", "--paths", "q.jsonl"), "one of"),
-    (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 0), "--samples"), (("--demo", 3, "--judge", "rule", "--judge", "rule"), "one name"),
+    (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 0), "--samples"), (("--paths", "q.jsonl", "--judge", "j@http://a", "--judge", "j@http://b"), "one name"),
     (("--questions", "q.jsonl", "--teacher", "m@http://h", "--samples", 4, "--temperature", 0), "--temperature 0"),
-    (("--questions", "q.jsonl", "--teacher", "m@http://h", "--judge", "j@http://h"), "--paths"), (("--demo", 3, "--extra", "[1]"), "--extra"),
-    (("--demo", 3, "--extra", "{"), "--extra"), (("--demo", 3, "--judge", "x", "--extra", '{"a": 1}'), "--extra"),
-    (("--paths", "nowhere.jsonl"), "nowhere.jsonl"), (("--paths", "bad.jsonl"), "bad.jsonl:2"), (("--paths", "other.jsonl", "--judge", "rule"), "gsm8k")])
+    (("--questions", "q.jsonl", "--teacher", "m@http://h", "--judge", "j@http://h"), "--paths"), (("--paths", "q.jsonl", "--extra", "[1]"), "--extra"),
+    (("--paths", "q.jsonl", "--extra", "{"), "--extra"), (("--paths", "q.jsonl", "--judge", "x", "--extra", '{"a": 1}'), "--extra"),
+    (("--paths", "nowhere.jsonl"), "nowhere.jsonl"), (("--paths", "bad.jsonl"), "bad.jsonl:2")])
 def test_bad_flags_are_one_sentence(tmp_path, flags, words):
     questions(tmp_path / "q.jsonl", 1)
     write(tmp_path / "bad.jsonl", [ROW, "{"])
-    write(tmp_path / "other.jsonl", [ROW])
     err = run(*flags, "--out", "o.jsonl", cwd=tmp_path, code=2)[1]
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err

@@ -48,12 +48,14 @@ def canaries(rows, good, n, seed):
         yield {**row, "id": f"canary-{n + k}-{row['id']}", "canary": "good"}
 
 
-def verdicts(rows, flags):
-    """What judge.py says to the rows, with its further flags -> the rows with `valid`, `verdict`."""
+def verdicts(rows, name, flags):
+    """What judge.py says to the rows, with its further flags -> the rows with `verdict`."""
+    if name == "rule":
+        return [{**row, "verdict": {name: judge.rule_judge(row)[1]}} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         pool, out = Path(folder) / "canaries.jsonl", Path(folder) / "judged.jsonl"
         pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        judge.main(["--paths", str(pool), "--out", str(out), *flags])
+        judge.main(["--paths", str(pool), "--out", str(out), "--judge", name, *flags])
         return judge.read_pool(str(out))
 
 
@@ -72,7 +74,7 @@ def main():
                      if args.paths and row.get("source_correct") is not None)
     for (ours, theirs), n in sorted(agreed.items()):
         print(f"the answer check says {ours}, the pool's authors {theirs}: {n} paths")
-    judged = verdicts(list(canaries(rows, good, args.n, args.seed)), ["--judge", args.judge, *flags])
+    judged = verdicts(list(canaries(rows, good, args.n, args.seed)), args.judge, flags)
     for kind in ("wrong number", "told its verdict", "good"):
         verdicts_of = [row["verdict"].values() for row in judged if row["canary"] == kind]
         said = Counter(verdict.split(":")[0] for [verdict] in verdicts_of)

@@ -132,9 +132,8 @@ def run(flags, line, out):
             return f"{line['row']} failed, see {folder}.txt"
     results = json.loads((folder / "results.json").read_text(),
                          parse_float=lambda number: round(float(number), 4))
-    for key in ("accuracy", "upper_bound"):
-        line[key] = results["after"][key]
-        line.setdefault("before", {})[key] = results["before"][key]
+    line |= {"accuracy": results["after"]["accuracy"],
+             "before": {"accuracy": results["before"]["accuracy"]}}
     line |= {"questions": results["after"]["questions"], "tokens": results["tokens_trained"],
              "seconds": results["seconds"], "rate": results["selection_rate"],
              "versions": {**results["versions"], "commit": commit()}}

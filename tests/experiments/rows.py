@@ -47,8 +47,8 @@ TABLES = {
         Row("distilling step-by-step", PAST),
         Row("no filter", "--filter none"),
         Row("answer filter only", "--filter answer"),
-        Row("student 0 frozen", "--freeze 0", compared=(1,)),
-        Row("student 1 frozen", "--freeze 1", compared=(0,)),
+        Row("student 0 frozen", "--lr 0 2e-3", compared=(1,)),
+        Row("student 1 frozen", "--lr 2e-3 0", compared=(0,)),
     ],
     "ablation": [
         Row(FULL),

@@ -125,13 +125,13 @@ def section(setting, rows):
     """The table of one setting, and the sentences below it."""
     first = next(iter(next(iter(rows.values()))["steps"].values()))
     names = [f"student {s}" for s in range(len(first["accuracy"]))]
-    heads = ["", "seeds", *names, "any of them", "mean", "tokens", "gain", "equal tokens: mean", "tokens", "gain"]
+    heads = ["", "seeds", *names, "mean", "tokens", "gain", "equal tokens: mean", "tokens", "gain"]
     text = [f"### {setting}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     seeds = set()
     for name, budgets in with_extremes(rows).items():
         lines = list(budgets["steps"].values())
         references = rows[lines[0]["against"]]["steps"]
-        shares = [*zip(*(line["accuracy"] for line in lines)), [line["upper_bound"] for line in lines]]
+        shares = zip(*(line["accuracy"] for line in lines))
         scores = [text_of(interval([100 * x for x in values])) for values in shares]
         cells = [name, str(len(lines)), *scores, *cells_of(budgets["steps"], references),
                  *cells_of(budgets["tokens"], references)]
