@@ -38,7 +38,8 @@ WARMUP = 0.05  # share of the steps with a rising learning rate; then a cosine d
 WEIGHT_DECAY = 0.01  # AdamW's, of the students
 LOGITS = 2**26  # numbers of the logits that are held at a time: 256 MiB in float32
 CLIP = 1.0  # largest gradient norm of a student, the collaboration or the router
-ROUTER_BETAS, ROUTER_DECAY = (0.5, 0.95), 0.1  # AdamW's, of the router: it must turn round quickly
+ROUTER_BETAS = (0.5, 0.95)  # AdamW's, of the router: it must turn round quickly
+ROUTER_DECAY = 0.1
 
 # What nobody set. The demo's tiny students train in full and fast, those of --students with LoRA;
 # short paths, which the router prefers on the demo, ruin a student that can already reason.
@@ -56,7 +57,8 @@ PRINTED_HIDDEN = 256  # Eq 2: width of the paper's MLP
 def make_parser():
     """The flags. None: see DEFAULTS, DEMO, REAL and PRINTED_DEFAULTS."""
     count = within(int, 1)
-    share, weight = within(float, 0, 1), within(float, 0)
+    share = within(float, 0, 1)
+    weight = within(float, 0)
     p = argparse.ArgumentParser(usage="python distill.py [flags]",
                                 description=__doc__.split("\n\n")[0],
                                 epilog="Defaults in brackets. README.md has the ablations.")
@@ -177,7 +179,8 @@ def check(args):
         stop(f"--lr has {len(args.lr)} values for {n} students: pass one, or one per student")
     if args.wandb and not importlib.util.find_spec("wandb"):
         stop("--wandb needs one more package: pip install wandb")
-    one_path, learned = args.gate in qr.ONE_PATH, args.route == "learned"
+    one_path = args.gate in qr.ONE_PATH
+    learned = args.route == "learned"
     if learned and args.reward == "posterior" and not one_path:
         stop(f"--gate {args.gate}: --reward posterior is about the choice of one path of each "
              "question; pass --reward sum or loss, or --as_printed eq9, too")
@@ -210,7 +213,8 @@ def main(argv=None):
     collab = qr.Collaboration(dims, printed=args.printed).to(device)
     optimizer, router_optimizer = make_optimizers(students, collab, router, args.router_lr)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    gate, gate_rng = qr.GATES[args.gate], torch.Generator().manual_seed(args.seed)
+    gate = qr.GATES[args.gate]
+    gate_rng = torch.Generator().manual_seed(args.seed)
     steps = args.max_steps or args.epochs * math.ceil(len(questions) / args.batch_size)
 
     # Start, or go on where a killed run stopped.
@@ -232,10 +236,9 @@ def main(argv=None):
     bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
     for step in bar:
         began = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_scale(step, steps)
         numbers, question = step_paths(questions, step, args.batch_size, args.seed)  # (P,) each
-        paths, length = [rows[i] for i in numbers], lengths[numbers]  # length (P, S), tokens
+        paths = [rows[i] for i in numbers]
+        length = lengths[numbers]  # (P, S), tokens
         batches = micro_batches(question, args.micro_batch_size or args.batch_size)
 
         # Eq 2: the gates decide for the whole step before any student runs.
@@ -251,7 +254,8 @@ def main(argv=None):
         nats, figures = student_step(students, collab, paths, batches, routed,
                                      weight.detach() / length, scaler, args.mutual_weight)
 
-        # The router learns, of a few questions also about the paths that were not drawn.
+        # The router learns from the probed questions, whose other paths are run, too. By default
+        # (--reward posterior) the others teach it nothing.
         if args.route == "learned":
             probed = question < math.ceil(args.probe * (int(question.max()) + 1))  # (P,)
             known = nats + probe(students, paths, batches, probed[:, None] & ~routed)  # (P, S)
@@ -264,7 +268,7 @@ def main(argv=None):
             figures["entropy"] = entropy.item()
 
         # AdamW for all of them.
-        norms = update(optimizer, router_optimizer, scaler, nats, step, out)
+        norms = update(optimizer, router_optimizer, scaler, lr_scale(step, steps), nats, step, out)
 
         # One line is logged, a checkpoint is written.
         trained = (length * routed).sum(0)  # (S,), response tokens
@@ -331,7 +335,8 @@ def student_step(students, collab, paths, batches, routed, token_weight, scaler,
     device = students[0].model.device
     nats = torch.zeros(routed.shape, device=device)
     shared = routed.sum(1) > 1  # (P,), paths that several students got
-    mutual, gammas = [], []
+    mutual = []
+    gammas = []
     for batch in batches:  # (p,) numbers of paths
         loss = torch.zeros((), device=device)
         states = []  # of each student: {number of a path: (T, D)}
@@ -363,16 +368,20 @@ def collaborate(collab, states, paths, both, routed, nats):
     """Eq 5 to Eq 8 on the C paths, numbers `both`, that several students got -> L_mutual (C,),
     L_competence (C,), gamma (C, S). states: see student_step; routed, nats (C, S). """
     n_segments = torch.tensor([paths[i]["n_segments"] for i in both])  # (C,)
-    # Of two paths with 3 and 2 segments the first one's begin at 0, the second one's at 3.
+    # All segments are numbered in one row: after a path with 3 of them the next one's begin at 3.
     first = dict(zip(both.tolist(), (n_segments.cumsum(0) - n_segments).tolist()))
-    z, segment = [], []
-    for s, its in enumerate(states):
-        mine = [i for i in its if i in first]
-        none = nats.new_zeros(0, collab.proj[s].in_features)  # of a student that got none of them
-        z.append(torch.cat([none, *(its[i].float() for i in mine)]))
-        of_tokens = [torch.from_numpy(paths[i]["segments"][s] + first[i]) for i in mine]
-        of_tokens = torch.cat([torch.zeros(0, dtype=torch.long), *of_tokens])
-        segment.append(of_tokens.to(nats.device))
+    z = []
+    segment = []
+    for s, states_of in enumerate(states):
+        mine = [i for i in states_of if i in first]
+        # Begun with no token, for a student that got none of these paths.
+        tokens = [nats.new_zeros(0, collab.proj[s].in_features)]
+        numbers = [torch.zeros(0, dtype=torch.long)]
+        for i in mine:
+            tokens.append(states_of[i].float())
+            numbers.append(torch.from_numpy(paths[i]["segments"][s] + first[i]))
+        z.append(torch.cat(tokens))
+        segment.append(torch.cat(numbers).to(nats.device))
     path = torch.arange(len(both)).repeat_interleave(n_segments).to(nats.device)  # (N,) 0..C-1
     # Nats per segment can be compared across tokenizers, nats per token can't.
     per_segment = nats / n_segments[:, None].to(nats.device)
@@ -445,9 +454,12 @@ def lr_scale(step, steps):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def update(optimizer, router_optimizer, scaler, nats, step, out):
-    """A step of AdamW for all -> the norms of the gradients, before they are clipped, of the
-    students, the collaboration and the router. stop() before weights that are not finite."""
+def update(optimizer, router_optimizer, scaler, scale, nats, step, out):
+    """A step of AdamW for all, at `scale` times their peak rates -> the norms of the gradients,
+    before they are clipped, of the students, the collaboration and the router. stop() before
+    weights that are not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * scale
     scaler.unscale_(optimizer)
     norms = []
     for group in optimizer.param_groups + router_optimizer.param_groups:
@@ -472,7 +484,8 @@ def forward(student, s, paths, mine):
     lengths = [len(prompt) + len(response) - 1 for prompt, response in texts]
     device = student.model.device
     nats = torch.zeros(len(mine), device=device)
-    states, order = [], []
+    states = []
+    order = []
     for batch in batches_of(lengths, max_tokens=1024 if device.type == "cpu" else 4096):
         states.append(predicting_states(student, [texts[i] for i in batch]))
         order += batch
@@ -506,7 +519,8 @@ def predicting_states(student, texts):
     """The states (N, D) that predict the response tokens of texts (prompt, response), in order.
     Padded on the right, where a causal model's real tokens cannot look, so that no attention mask
     is needed. The last token is predicted, never read."""
-    ids, predicts = [], []
+    ids = []
+    predicts = []
     for prompt, response in texts:
         ids.append(torch.cat([prompt, response[:-1]]))
         # The prompt's last token predicts the response's first.
@@ -528,7 +542,8 @@ def autocast(student):
 def response_nll(student, states, target):
     """The next-token losses (N,) of Eq 9, in nats, from the states (N, D) that predict the tokens
     target (N,)."""
-    head, config = student.model.get_output_embeddings(), student.model.config.get_text_config()
+    head = student.model.get_output_embeddings()
+    config = student.model.config.get_text_config()
     factor = tasks.logit_factor(config)  # Cohere's, Granite's: 1 in most families
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2's
     if factor != 1:
@@ -578,7 +593,8 @@ def nll_chunks(states, weight, target, softcap):
     for start in range(0, len(states), size):
         rows = slice(start, min(start + size, len(states)))
         used = len(weight) * (rows.stop - start)
-        dlogits, logits = low[:used].view(len(weight), -1), exact[:used].view(len(weight), -1)
+        dlogits = low[:used].view(len(weight), -1)
+        logits = exact[:used].view(len(weight), -1)
         torch.mm(weight, states[rows].to(weight.dtype).T, out=dlogits)
         logits.copy_(dlogits)
         if softcap:
@@ -674,11 +690,11 @@ class LoRA(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        d_in, d_out = base.in_features, base.out_features
         self.base, self.rank, self.alpha = base, rank, alpha
         device = base.weight.device
-        self.A = nn.Parameter(torch.empty(rank, d_in, device=device))
-        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device))  # starts as the base alone
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        # Zero: LoRA starts as the base alone.
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
@@ -709,9 +725,13 @@ def save_student(student, folder):
         student.model.save_pretrained(folder)
         return
     some = next(iter(layers.values()))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": some.rank,
-              "lora_alpha": some.alpha, "base_model_name_or_path": student.source,
-              "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": some.rank,
+        "lora_alpha": some.alpha,
+        "base_model_name_or_path": student.source,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     tensors = {}
     for name, layer in layers.items():
@@ -793,8 +813,11 @@ def encode(rows, students):
     several = len({row["teacher"] for row in rows}) > 1
     encoded = []
     for row in tqdm(rows, desc="tokenise", leave=False):
-        prompt, text = tasks.student_prompt(row), row["path"].strip()
-        prompts, responses, offsets = [], [], []
+        prompt = tasks.student_prompt(row)
+        text = row["path"].strip()
+        prompts = []
+        responses = []
+        offsets = []
         for student in students:
             # split_special_tokens: what looks like a special token in a path is text
             tokens = student.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False,
@@ -968,11 +991,17 @@ def write_results(out, run, after, students, rows, p):
     """results.json, and on the screen accuracy and who gets what: the mean of the gates'
     probabilities p (all paths, S)."""
     rate = {label: mean.tolist() for label, mean in by_label(rows, p).items()}
-    before, tokens = run["before"], run["tokens"].tolist()
+    before = run["before"]
+    tokens = run["tokens"].tolist()
     results = {
-        "students": [student.source for student in students], "before": before, "after": after,
-        "selection_rate": rate, "tokens_trained": tokens, "seconds": round(run["seconds"], 1),
-        "steps": run["step"], "training_paths": len(rows),
+        "students": [student.source for student in students],
+        "before": before,
+        "after": after,
+        "selection_rate": rate,
+        "tokens_trained": tokens,
+        "seconds": round(run["seconds"], 1),
+        "steps": run["step"],
+        "training_paths": len(rows),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                      "device": str(students[0].model.device)}}
     (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -1040,13 +1069,21 @@ def make_demo_students(seed):
     """Two tiny students, a Llama with whole words and a GPT-NeoX with BPE pieces, 0.4M parameters
     each, "pretrained" on plain arithmetic: from scratch nothing is learned in minutes."""
     torch.manual_seed(seed)
-    sentences, questions = judge.demo_sentences(8000, seed), judge.demo_questions(200, seed)
+    sentences = judge.demo_sentences(8000, seed)
+    questions = judge.demo_questions(200, seed)
     corpus = sentences + [f" {n}" for n in range(200)]
     corpus += [tasks.student_prompt(question) for question in questions]
     corpus += [row["path"] for row in judge.demo_paths(questions, seed)]
-    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "max_position_embeddings": 512, "initializer_range": 0.05, "tie_word_embeddings": True,
-             "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 2}
+    shape = {
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
+        "pad_token_id": 1,
+        "bos_token_id": None,
+        "eos_token_id": 2}
     students = []
     for number, whole_words in enumerate((True, False)):
         tokenizer = demo_tokenizer(corpus, whole_words)

@@ -339,7 +339,8 @@ def extract_answer(task, text, choices=None):
     if not announced:
         return last_number(text) if kind == "number" else None
     last = announced[-1]
-    before, statement = text[:last.start()], text[last.end():]
+    before = text[:last.start()]
+    statement = text[last.end():]
     clause = CLAUSE_END.split(before)[-1] + last[0]
     if last["box"]:
         statement, after = in_braces(statement)
@@ -401,7 +402,8 @@ def last_number(text):
     if not numbers:
         return None
     last = numbers[-1]
-    before, after = text[:last.start()], text[last.end():]
+    before = text[:last.start()]
+    after = text[last.end():]
     several = re.search(r"\d(?: ?[A-Za-z]+,?)? (?:(?:or|to|and) )?$", before)  # 4 hours 30
     if several or DENIED.search(CLAUSE_END.split(before)[-1]) or UNREAD.match(after.lstrip()):
         return None
@@ -649,7 +651,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     (which counts, but is not in the text), after max_new_tokens, where the context does, or with
     the first match of `until`, a pattern for each prompt. batch_size: None is 64, of a toy 256."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest, context = max(map(len, prompts), default=0), context_of(model)
+    longest = max(map(len, prompts), default=0)
+    context = context_of(model)
     if longest >= context:
         stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
     own = model.generation_config.eos_token_id
@@ -715,7 +718,8 @@ def usable_device(name):
 
 def has_bfloat16(device="cpu"):
     """Whether the device multiplies bfloat16 itself; emulated it is a hundred times slower."""
-    kind, known = torch.device(device).type, torch.cpu.get_capabilities()
+    kind = torch.device(device).type
+    known = torch.cpu.get_capabilities()
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(False)
     return kind == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
@@ -729,7 +733,8 @@ def is_large(model):
 def answering(model):
     """Inside, distill.LoRA is merged (but not into 4-bit weights) and generate's settings are the
     library's; afterwards all is as before, bit for bit."""
-    was_training, settings = model.training, model.generation_config
+    was_training = model.training
+    settings = model.generation_config
     model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
     lora = [m for m in model.modules()
             if hasattr(m, "base") and hasattr(m, "A") and m.base.weight.is_floating_point()]

@@ -171,15 +171,22 @@ def demo_paths(questions, seed):
     8 % right after a wrong step; `source_correct` and `source_valid` (every step) tell which."""
     rows = []
     for question in questions:
-        steps, numbers = TEMPLATES[question["template"]][1], question["numbers"]
+        _, steps = TEMPLATES[question["template"]]
+        numbers = question["numbers"]
         for style in STYLES:
             rng = random.Random(f"paths {seed} {question['id']} {style}")
             hard_style = style in ("tree_of_thought", "fact_retrieval")
             weak = (question["template"] in (4, 6)) + hard_style
-            p_wrong, p_slip = (0.07, 0.22, 0.50)[weak], (0.03, 0.09, 0.16)[weak]
+            p_wrong = (0.07, 0.22, 0.50)[weak]
+            p_slip = (0.03, 0.09, 0.16)[weak]
             u = rng.random()
-            kind = "wrong" if u < p_wrong else "slip" if u < p_wrong + p_slip else "clean"
-            slip, solution = kind == "slip", _solve(steps, numbers)
+            kind = "clean"
+            if u < p_wrong:
+                kind = "wrong"
+            elif u < p_wrong + p_slip:
+                kind = "slip"
+            slip = kind == "slip"
+            solution = _solve(steps, numbers)
             while kind != "clean":
                 confuse = kind == "wrong" and rng.random() < 0.5
                 at = rng.randrange(len(solution) - slip)
@@ -199,7 +206,8 @@ def demo_paths(questions, seed):
 def demo_sentences(n, seed):
     """n texts of two clean arithmetic statements in the paths' words, about no question: the
     students' warm start."""
-    rng, out = random.Random(f"sentences {seed}"), []
+    rng = random.Random(f"sentences {seed}")
+    out = []
     while len(out) < n:
         text = []
         for _ in range(2):
@@ -264,7 +272,8 @@ def rule_judge(row):
             return False, "invalid: a number comes from nowhere"
         if op:
             x, y, z = int(a), int(b), int(result)
-            if x != y * z if op == "/" else OPS[op](x, y) != z:
+            holds = x == y * z if op == "/" else OPS[op](x, y) == z
+            if not holds:
                 return False, f"invalid: {a} {op} {b} = {result}"
             known.add(result)
             results.add(result)
@@ -612,7 +621,8 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
     if not todo or args.dry_run:
         return
     calls.answered, calls.keep = False, keep
-    todo, bar = iter(todo.values()), tqdm(total=len(todo), desc=name, unit="call")
+    bar = tqdm(total=len(todo), desc=name, unit="call")
+    todo = iter(todo.values())
     with open(calls.out, "ab") as calls.file, bar as calls.bar:
         if url:
             request = {"model": name, "temperature": temperature, "max_tokens": args.max_new_tokens}
@@ -698,7 +708,8 @@ def sample_paths(args):
 def judge_paths(args):
     """Grade and judge a pool into args.out, which is written whole at the end; the judges' replies
     are kept in OUT.replies.jsonl as they come, so that nothing is paid for twice."""
-    log, names = args.out + ".replies.jsonl", [split_spec(spec)[0] for spec in args.judge]
+    log = args.out + ".replies.jsonl"
+    names = [split_spec(spec)[0] for spec in args.judge]
     if os.path.exists(args.out) and not any("prediction" in row for row in read_pool(args.out)):
         tasks.stop(f"{args.out} exists and is no judged pool: choose another --out")
     rows = read_pool(args.paths)

@@ -835,8 +835,8 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_trained(tmp_path
         p.grad = torch.full((2,), math.nan if name == what else 1.0)
     nats = torch.full((3, 2), math.inf if what == "loss" else 1.0)
     with pytest.raises(SystemExit):
-        distill.update(torch.optim.AdamW([parts["student"]]), torch.optim.AdamW([parts["router"]]),
-                       NO_SCALER, nats, 6, tmp_path)
+        distill.update(torch.optim.AdamW([{"params": [parts["student"]], "peak": 1.0}]),
+                       torch.optim.AdamW([parts["router"]]), NO_SCALER, 1.0, nats, 6, tmp_path)
     assert "step 7: a loss or gradient is not finite" in capsys.readouterr().err
     assert all((p == 1).all() for p in parts.values())
 
