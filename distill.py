@@ -79,8 +79,8 @@ def make_parser():
     g = p.add_argument_group("data")
     g.add_argument("--paths", metavar="POOL", help="path pool of judge.py (the demo's)")
     g.add_argument("--filter", default="full", choices=["full", "answer", "none"],
-                   help="full: right answer and not judged invalid; answer: right answer; none: "
-                        "all that are whole (full)")
+                   help="full: right answer, and each judge that read it calls it valid; answer: "
+                        "right answer; none: all that are whole (full)")
     g.add_argument("--styles", nargs="+", help="train on these reasoning styles only (all)")
     g.add_argument("--max_len", type=count, default=1024,
                    help="longest prompt and path in tokens; others are left out (1024)")
@@ -118,8 +118,8 @@ def make_parser():
                    help="of --reward posterior: 0 compares log-probabilities of whole paths, so "
                         "that short ones win; 1 their means over tokens (1; demo: 0)")
     g.add_argument("--probe", type=share,
-                   help="share of a step's questions whose other paths are run forward, so that "
-                        "the router hears about what it did not choose (0.125)")
+                   help="share of a step's questions, rounded up, whose other paths are run "
+                        "forward, so that the router hears about what it did not choose (0.125)")
     g.add_argument("--entropy_weight", type=weight, default=0.01,
                    help="Eq 9: l1; no effect on the categorical gate, whose rates are equal (0.01)")
     g.add_argument("--mutual_weight", type=weight, default=0.1, help="Eq 9: l2 (0.1)")
@@ -159,7 +159,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    args.out_dir = args.out_dir or time.strftime(f"out/%Y%m%d-%H%M%S-seed{args.seed}")
+    args.out_dir = args.out_dir or time.strftime(f"out/%Y%m%d-%H%M%S-seed{args.seed}-{os.getpid()}")
     if args.students:  # absolute, since adapters name their base
         args.students = [os.path.abspath(x) if os.path.isdir(x) else x for x in args.students]
     return args
@@ -196,9 +196,9 @@ def main(argv=None):
     out, device, amp_dtype = set_up(args)
 
     # The pool: filtered, split by question, tokenised and embedded once.
-    kept, test, pool = load_data(args)
+    kept, test, unfiltered = load_data(args)
     print("\nquality filter (training questions)")
-    judge.filter_table(pool, args.filter)
+    judge.filter_table(unfiltered, args.filter)
     students = load_students(args, device, amp_dtype)
     rows = encode(kept, students)
     questions, question_of = by_question(rows)  # row numbers of each question; (all paths,)
@@ -259,12 +259,12 @@ def main(argv=None):
         if args.route == "learned":
             probed = question < math.ceil(args.probe * (int(question.max()) + 1))  # (P,)
             known = nats + probe(students, paths, batches, probed[:, None] & ~routed)  # (P, S)
-            loss = router_loss(args.reward, logits, weight, known.cpu(), routed, probed, length,
-                               question, args.length_penalty, args.printed)
+            l_router = router_loss(args.reward, logits, weight, known.cpu(), routed, probed, length,
+                                   question, args.length_penalty, args.printed)
             chosen = alpha if "eq3" in args.printed else p
             entropy = qr.balance_entropy(chosen, question, args.printed)  # Eq 3 and 4
             # departs (Eq 9): Eq 4 is maximised, so subtracted (open point 2).
-            (loss - args.entropy_weight * entropy).backward()
+            (l_router - args.entropy_weight * entropy).backward()
             figures["entropy"] = entropy.item()
 
         # AdamW for all of them.
@@ -455,9 +455,9 @@ def lr_scale(step, steps):
 
 
 def update(optimizer, router_optimizer, scaler, scale, nats, step, out):
-    """A step of AdamW for all, at `scale` times their peak rates -> the norms of the gradients,
-    before they are clipped, of the students, the collaboration and the router. stop() before
-    weights that are not finite."""
+    """A step of AdamW for all, at `scale` times the peak rates (the router's rate stays) -> the
+    norms of the gradients, before they are clipped, of the students, the collaboration and the
+    router. stop() before weights that are not finite."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * scale
     scaler.unscale_(optimizer)
@@ -481,12 +481,12 @@ def forward(student, s, paths, mine):
     """Run student number s over its paths, the numbers `mine` -> nats (mine,), the summed loss of
     each, and {number: its states (T, D) on the text tokens}."""
     texts = [(paths[i]["prompts"][s], paths[i]["responses"][s]) for i in mine]
-    lengths = [len(prompt) + len(response) - 1 for prompt, response in texts]
+    n_read = [len(prompt) + len(response) - 1 for prompt, response in texts]
     device = student.model.device
     nats = torch.zeros(len(mine), device=device)
     states = []
     order = []
-    for batch in batches_of(lengths, max_tokens=1024 if device.type == "cpu" else 4096):
+    for batch in batches_of(n_read, max_tokens=1024 if device.type == "cpu" else 4096):
         states.append(predicting_states(student, [texts[i] for i in batch]))
         order += batch
     if not order:
@@ -560,10 +560,10 @@ class ChunkedNLL(torch.autograd.Function):
     def forward(ctx, states, weight, target, softcap):
         nll = states.new_empty(len(states), dtype=torch.float32)
         dstates = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for rows, of_rows, dlogits in nll_chunks(states, weight, target, softcap):
-            nll[rows] = of_rows
+        for chunk, nll_chunk, dlogits in nll_chunks(states, weight, target, softcap):
+            nll[chunk] = nll_chunk
             if dstates is not None:
-                dstates[rows] = (dlogits.T @ weight).to(dstates.dtype)
+                dstates[chunk] = (dlogits.T @ weight).to(dstates.dtype)
         ctx.save_for_backward(states, weight, target, dstates)
         ctx.softcap = softcap
         return nll
@@ -577,9 +577,9 @@ class ChunkedNLL(torch.autograd.Function):
         # A trained head needs each position's weight g, known only now: the logits again.
         if ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight)
-            for rows, _, dlogits in nll_chunks(states, weight, target, ctx.softcap):
-                dlogits.mul_(g[rows])
-                dweight.addmm_(dlogits, states[rows].to(weight.dtype))
+            for chunk, _, dlogits in nll_chunks(states, weight, target, ctx.softcap):
+                dlogits.mul_(g[chunk])
+                dweight.addmm_(dlogits, states[chunk].to(weight.dtype))
         return dstates, dweight, None, None
 
 
@@ -591,25 +591,25 @@ def nll_chunks(states, weight, target, softcap):
     low = weight.new_empty(len(weight) * size)
     exact = low if low.dtype == torch.float32 else low.float()
     for start in range(0, len(states), size):
-        rows = slice(start, min(start + size, len(states)))
-        used = len(weight) * (rows.stop - start)
+        chunk = slice(start, min(start + size, len(states)))
+        used = len(weight) * (chunk.stop - start)
         dlogits = low[:used].view(len(weight), -1)
-        logits = exact[:used].view(len(weight), -1)
-        torch.mm(weight, states[rows].to(weight.dtype).T, out=dlogits)
+        logits = exact[:used].view(len(weight), -1)  # in float32 the same memory
+        torch.mm(weight, states[chunk].to(weight.dtype).T, out=dlogits)  # the logits, for now
         logits.copy_(dlogits)
         if softcap:
             logits.div_(softcap).tanh_()
             slope = 1 - logits.square()
             logits.mul_(softcap)
-        of_target = logits.gather(0, target[None, rows])  # (1, n)
+        of_target = logits.gather(0, target[None, chunk])  # (1, n)
         top = logits.amax(0)  # (n,)
         p = logits.sub_(top).exp_()
         total = p.sum(0)
-        p.div_(total).scatter_add_(0, target[None, rows], -torch.ones_like(of_target))
+        p.div_(total).scatter_add_(0, target[None, chunk], -torch.ones_like(of_target))
         if softcap:
             p.mul_(slope)
         dlogits.copy_(p)
-        yield rows, total.log() + top - of_target[0], dlogits
+        yield chunk, total.log() + top - of_target[0], dlogits
 
 
 # ---------------------------------------- students
@@ -768,7 +768,7 @@ def load_data(args):
     kept = judge.filter_pool(train, args.filter)
     if not kept:
         stop(f"no path is left to train on: of {len(train)} beside the {len(test)} test questions "
-             f"none passes --filter {args.filter}; judge.py --paths shows why")
+             f"none passes --filter {args.filter}; judge.py --paths POOL --out FILE shows why")
     if not args.students and any(row["task"] != "demo" for row in kept + test):
         stop("the demo's tiny students know no other task: pass --students for this pool")
     return kept, test[:args.eval_limit], train
@@ -1007,13 +1007,13 @@ def write_results(out, run, after, students, rows, p):
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
     title = f"% right of {after['questions']} test questions"
-    print(f"\n{title:40}{'before':>10}{'after':>10}{'unparsed':>10}{'stopped':>10}")
+    print(f"\n{title:40}{'before':>10}{'after':>10}{'no answer':>10}{'ended':>10}")
     for s, student in enumerate(students):
         name = f"student {s} ({os.path.basename(student.source)})"
         shares = before["accuracy"], after["accuracy"], after["unparsed"], after["stopped"]
         print(f"{name:40}" + "".join(f"{100 * share[s]:10.1f}" for share in shares))
     names = "".join(f"{f'student {s}':>10}" for s in range(len(students)))
-    title = "share of a style's paths, at the end"
+    title = "chance that a style's path is drawn"
     print(f"\n{title:40}{names}")
     for label, shares in rate.items():
         print(f"{label:40}" + "".join(f"{share:10.2f}" for share in shares))

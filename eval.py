@@ -433,7 +433,8 @@ def grade(task, prediction, answer):
         return same_math(spelled(prediction), spelled(answer))
     if TASKS[task] != "number":
         return prediction == answer
-    a, b = number_in(prediction), number_in(answer)
+    a = number_in(prediction)
+    b = number_in(answer)
     if a is None or b is None:
         return False
     a, b = Fraction(a), Fraction(b)
@@ -505,7 +506,8 @@ def same_math(a, b):
     tuples, intervals, matrices and equations part by part; "x=5" is 5."""
     if a == b or (a.isalpha() and len(a) > 2 and a.lower() == b.lower()):
         return a != ""
-    a_is, b_is = NAMED.fullmatch(a), NAMED.fullmatch(b)
+    a_is = NAMED.fullmatch(a)
+    b_is = NAMED.fullmatch(b)
     if bool(a_is) != bool(b_is):
         return same_math(a_is[1] if a_is else a, b_is[1] if b_is else b)
     (kind, parts), (kind_b, others) = parts_of(a), parts_of(b)
@@ -655,9 +657,10 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
     context = context_of(model)
     if longest >= context:
         stop(f"a prompt of {longest} tokens leaves no room in the model's context of {context}")
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    ends = list({end_token(tokenizer), tokenizer.eos_token_id, *own} - {None})
+    own_ends = model.generation_config.eos_token_id
+    if not isinstance(own_ends, list):
+        own_ends = [own_ends]
+    ends = list({end_token(tokenizer), tokenizer.eos_token_id, *own_ends} - {None})
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     size = batch_size or (64 if is_large(model) else 256)
     results = [None] * len(prompts)
@@ -666,7 +669,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size=None, tempera
             batch = order[start:start + size]
             ids = [torch.tensor(prompts[i], device=model.device) for i in batch]
             left = {"batch_first": True, "padding_side": "left"}
-            mask = pad_sequence([torch.ones_like(own) for own in ids], **left)
+            mask = pad_sequence([torch.ones_like(row) for row in ids], **left)
             ids = pad_sequence(ids, padding_value=ends[0], **left)  # (batch, width)
             width = ids.shape[1]
             patterns = [until[i] if until else None for i in batch]
@@ -735,7 +738,8 @@ def answering(model):
     library's; afterwards all is as before, bit for bit."""
     was_training = model.training
     settings = model.generation_config
-    model.eval().generation_config = GenerationConfig()  # some models' own penalise repetitions
+    model.eval()
+    model.generation_config = GenerationConfig()  # some models' own penalise repetitions
     lora = [m for m in model.modules()
             if hasattr(m, "base") and hasattr(m, "A") and m.base.weight.is_floating_point()]
     kept = [module.base.weight.data.cpu() for module in lora]  # a GPU may have no room for both
@@ -750,8 +754,9 @@ def answering(model):
         finally:
             for module, data in zip(lora, kept):
                 module.base.weight.data = data.to(module.base.weight.device)
-                del module.forward
-            model.train(was_training).generation_config = settings
+                vars(module).pop("forward", None)
+            model.train(was_training)
+            model.generation_config = settings
 
 
 # ---------------------------------------------------------------- evaluation
@@ -806,12 +811,13 @@ def main():
     dtype = "auto" if has_bfloat16(device) else torch.float32  # the one that it is saved in
     students = [load_student(name, device, dtype) for name in args.students]
     results, predictions = evaluate(students, rows, args.max_new_tokens, args.batch_size)
-    n, width = results["questions"], max(map(len, args.students))
-    print(f"\n{f'{n} questions':{width}} accuracy (s.e.) unparsed  stopped")
+    n = results["questions"]
+    width = max(map(len, args.students))
+    print(f"\n{f'{n} questions':{width}} accuracy (s.e.) no answer   ended")
     shares = zip(results["accuracy"], results["unparsed"], results["stopped"])
     for name, (accuracy, unparsed, stopped) in zip(args.students, shares):
         error = math.sqrt(accuracy * (1 - accuracy) / max(n, 1))  # binomial
-        print(f"{name:{width}} {accuracy:8.1%} {error:6.1%} {unparsed:8.1%} {stopped:8.1%}")
+        print(f"{name:{width}} {accuracy:8.1%} {error:6.1%} {unparsed:9.1%} {stopped:7.1%}")
     if args.out:
         results |= {"args": vars(args), "predictions": predictions}
         Path(args.out).write_text(json.dumps(results, indent=1))

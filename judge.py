@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import eval as tasks
 
-# The six styles as the teacher sees them, never the student; the demo's teacher knows these six.
+# The styles as the teacher sees them, never the student.
 PROMPTS = {
     "vanilla": "{question}\n\nSolve this and show your work briefly. {end}",
     "chain_of_thought": "{question}\n\nLet us think step by step: write one numbered step per "
@@ -46,6 +46,8 @@ PROMPTS = {
                       "reason from these facts only. {end}",
 }
 STYLES = tuple(PROMPTS)
+DEMO_STYLES = ("vanilla", "chain_of_thought", "tree_of_thought", "program", "backward",
+               "fact_retrieval")
 END = {"number": 'End with one line "The answer is N", where N is a number.',
        "math": 'End with one line "The answer is $\\boxed{X}$", where X is the result in LaTeX.',
        "yesno": 'End with one line "The answer is yes" or "The answer is no".',
@@ -98,7 +100,9 @@ SEEDS = 16  # a question's text decides which seed (modulo this) may ask it: see
 def _solve(steps, numbers, at=None, confuse=False, shift=0, recover=False):
     """Work the steps out: [(left, op, right, result)]. At step `at` take the confused operation or
     add `shift` to the result; with `recover` the later results are the true ones again."""
-    said, true, out = dict(numbers), dict(numbers), []
+    said = dict(numbers)
+    true = dict(numbers)
+    out = []
     for k, (step, name) in enumerate(zip(steps.split(", "), "xyz")):
         left, op, right = step.split()
         true[name] = OPS[op](true[left], true[right])
@@ -118,7 +122,9 @@ def _sane(solution):
 def demo_questions(n, seed):
     """n (up to some 2,000) arithmetic word problems, every answer in 1..199. The first do not
     depend on n; question sets of seeds that differ modulo SEEDS share no text."""
-    rng, seen, rows = random.Random(f"questions {seed}"), set(), []
+    rng = random.Random(f"questions {seed}")
+    seen = set()
+    rows = []
     k = rng.randrange(len(TEMPLATES))
     while len(rows) < n:
         text, steps = TEMPLATES[k]
@@ -173,7 +179,7 @@ def demo_paths(questions, seed):
     for question in questions:
         _, steps = TEMPLATES[question["template"]]
         numbers = question["numbers"]
-        for style in STYLES:
+        for style in DEMO_STYLES:
             rng = random.Random(f"paths {seed} {question['id']} {style}")
             hard_style = style in ("tree_of_thought", "fact_retrieval")
             weak = (question["template"] in (4, 6)) + hard_style
@@ -672,7 +678,7 @@ def parse_verdict(reply):
 def judged_as(row, judge):
     """The row so far of a judge's reply about this path: `sample` names the path, and `path` will
     be the judge's words."""
-    return {"id": row["id"], "style": "judge", "teacher": judge,
+    return {"id": row["id"], "question": row["question"], "style": "judge", "teacher": judge,
             "sample": f"{zlib.crc32(row['path'].encode()):08x}"}
 
 

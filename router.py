@@ -24,7 +24,7 @@ def hash_embed(texts, d=512):
     texts: P strings -> (P, d) float32 rows of unit length (zero for an empty text). The same on
     every machine. """
     h = torch.zeros(len(texts), d)
-    for row, text in zip(h.numpy(), texts):
+    for row, text in zip(h.numpy(), texts):  # what is added to a row is added to h
         words = re.findall(r"\d+|\w+|[^\w\s]|\n", text.lower())
         grams = words + [a + " " + b for a, b in itertools.pairwise(words)]
         # crc32 and not hash(): that one changes with every process
