@@ -557,6 +557,11 @@ def test_the_fence_holds_whatever_the_path_says(path):
     assert all(not line or line.startswith(("Question: ", "Step ")) for line in inside.split("\n"))
 
 
+def test_verdicts_on_two_questions_of_one_id_are_two():
+    keys = {judge.row_key(judge.judged_as({**ROW, "question": question}, "j")) for question in ("What is 1 + 1?", "What is 4 - 2?")}
+    assert len(keys) == 2
+
+
 def test_only_right_whole_paths_are_judged(tmp_path, server):
     rows = [{**ROW, "id": f"q{i}", "question": f"What is 1 + 1, time {i}?", "path": f"We add.\nTime {i}: 1 + 1 = 2\nThe answer is 2"} for i in range(9)]
     rows[0]["path"], rows[1]["path"], rows[2]["finish_reason"] = "", "I think that the answer is 3", "length"
