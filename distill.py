@@ -247,15 +247,15 @@ def main(argv=None):
             alpha, p = gate(logits, question, gate_rng)  # (P, S): 0 or 1; the odds of 1
         else:
             alpha = fixed[numbers]
-        routed = alpha.detach() > 0.5  # a student does not train on the other pairs
+        routed = alpha.detach() > 0.5  # student s trains on the paths of routed[:, s], on no other
         weight = qr.path_weights(alpha, question, args.printed)  # (P, S) of the losses in Eq 9
 
         # Eq 5 to Eq 9: each student learns from its paths, and on shared ones from the ensemble.
         nats, figures = student_step(students, collab, paths, batches, routed,
                                      weight.detach() / length, scaler, args.mutual_weight)
 
-        # The router learns from the probed questions, whose other paths are run, too. By default
-        # (--reward posterior) the others teach it nothing.
+        # The router learns from the probed questions, all of whose pairs are run. By default the
+        # other questions teach it nothing; the logit of a pair that was not run gets no gradient.
         if args.route == "learned":
             probed = question < math.ceil(args.probe * (int(question.max()) + 1))  # (P,)
             known = nats + probe(students, paths, batches, probed[:, None] & ~routed)  # (P, S)
@@ -1013,7 +1013,7 @@ def write_results(out, run, after, students, rows, p):
         shares = before["accuracy"], after["accuracy"], after["unparsed"], after["stopped"]
         print(f"{name:40}" + "".join(f"{100 * share[s]:10.1f}" for share in shares))
     names = "".join(f"{f'student {s}':>10}" for s in range(len(students)))
-    title = "chance that a style's path is drawn"
+    title = "a path's chance to be drawn, by style"
     print(f"\n{title:40}{names}")
     for label, shares in rate.items():
         print(f"{label:40}" + "".join(f"{share:10.2f}" for share in shares))

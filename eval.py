@@ -177,7 +177,8 @@ def read_questions(path, task=None):
         ids = [record[key] for key in ("id", "qid", "uid") if key in record]
         row["id"] = [*ids, f"{stem}-{i:05d}"][0]
         row = clean_row({**row, "task": task or row.get("task")}, where)
-        if question_of(questions.setdefault(row["id"], row)) != question_of(row):
+        first = questions.setdefault(row["id"], row)
+        if question_of(first) != question_of(row):
             stop(f"{where}: the id {row['id']!r} belongs to another question already")
     if not questions:
         stop(f"{path}: no questions in it")

@@ -857,7 +857,7 @@ def test_the_demo_runs_to_its_table_and_its_cache_changes_nothing(tmp_path, monk
     flags = ["--max_steps", "2", "--eval_limit", "4", "--eval_max_new_tokens", "4"]
     distill.main(flags)
     printed = capsys.readouterr().out
-    for word in ("before", "chance that a style", "drawn", *judge.STYLES):
+    for word in ("before", "a path's chance", "drawn", *judge.STYLES):
         assert word in printed, word
     out, = (tmp_path / "out").iterdir()
     distill.main([*flags, "--out_dir", "again"])
