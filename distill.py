@@ -160,8 +160,6 @@ def parse_args(argv=None):
             setattr(args, name, value)
     check(args)
     args.out_dir = args.out_dir or time.strftime(f"out/%Y%m%d-%H%M%S-seed{args.seed}-{os.getpid()}")
-    if args.students:  # absolute, since adapters name their base
-        args.students = [os.path.abspath(x) if os.path.isdir(x) else x for x in args.students]
     return args
 
 
@@ -231,7 +229,7 @@ def main(argv=None):
         save_checkpoint(out, parts, gate_rng, run)
     wandb = start_wandb(args.wandb, out, args) if args.wandb else None
     for student in students:
-        student.model.train()
+        student.model.train(student.lr > 0)
 
     bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
     for step in bar:
@@ -563,7 +561,7 @@ class ChunkedNLL(torch.autograd.Function):
         for chunk, nll_chunk, dlogits in nll_chunks(states, weight, target, softcap):
             nll[chunk] = nll_chunk
             if dstates is not None:
-                dstates[chunk] = (dlogits.T @ weight).to(dstates.dtype)
+                dstates[chunk] = dlogits.T @ weight
         ctx.save_for_backward(states, weight, target, dstates)
         ctx.softcap = softcap
         return nll
@@ -589,12 +587,12 @@ def nll_chunks(states, weight, target, softcap):
     for all chunks, since fresh memory costs it as much as the arithmetic."""
     size = min(len(states), max(16, LOGITS // len(weight)))
     low = weight.new_empty(len(weight) * size)
-    exact = low if low.dtype == torch.float32 else low.float()
+    exact = low.float()  # in float32 the same memory
     for start in range(0, len(states), size):
         chunk = slice(start, min(start + size, len(states)))
         used = len(weight) * (chunk.stop - start)
         dlogits = low[:used].view(len(weight), -1)
-        logits = exact[:used].view(len(weight), -1)  # in float32 the same memory
+        logits = exact[:used].view(len(weight), -1)
         torch.mm(weight, states[chunk].to(weight.dtype).T, out=dlogits)  # the logits, for now
         logits.copy_(dlogits)
         if softcap:
@@ -677,7 +675,8 @@ def check_student(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
     nats, _ = forward(student, 0, [path], [0])
     wanted = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-    if not torch.allclose(nats[0].detach(), wanted, rtol=0.05, atol=0.05):
+    has_bias = student.model.get_output_embeddings().bias is not None
+    if has_bias or not torch.allclose(nats[0].detach(), wanted, rtol=0.05, atol=0.05):
         stop(f"student {student.source}: its output head changes the logits in a way that is not "
              "supported here")
     nats.sum().backward()
@@ -724,13 +723,16 @@ def save_student(student, folder):
     if not layers:
         student.model.save_pretrained(folder)
         return
+    base = student.source
+    if os.path.isdir(base):
+        base = os.path.abspath(base)  # an adapter may be loaded from anywhere
     some = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": some.rank,
         "lora_alpha": some.alpha,
-        "base_model_name_or_path": student.source,
+        "base_model_name_or_path": base,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers})}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     tensors = {}
@@ -749,7 +751,7 @@ def load_data(args):
         unread = sum("valid" not in row and judge.fate(row) == "kept" for row in rows)
         if unread:
             print(f"{unread} right answers were read by no judge, so those with wrong steps stay")
-    if args.eval_questions:
+    if args.eval_questions is not None:
         test = tasks.read_questions(args.eval_questions)
     elif args.paths:
         test = held_out(rows, args.seed)  # before --styles: ablations share their test questions
@@ -758,6 +760,8 @@ def load_data(args):
     test_texts = {text_of(row) for row in test}  # not ids: those of two files say nothing
     train = [row for row in rows if text_of(row) not in test_texts]
     n_pool, n_train = (len({text_of(row) for row in some}) for some in (rows, train))
+    if len({row["id"] for row in rows}) < n_pool:  # as of two pools in one file
+        stop(f"{args.paths}: one id stands for two questions; give each its own")
     print(f"{n_train} questions train, {len(test)} test; {n_pool - n_train} of the pool do not, "
           "since they stand in the test")
 
@@ -776,9 +780,9 @@ def load_data(args):
 
 def graded_pool(file, seed):
     """The rows of a pool, or of the demo; what nobody graded is graded here."""
-    if file:
+    if file is not None:
         rows = judge.read_pool(file)
-        judge.grade_paths(tqdm(rows, "grade paths", unit="path", leave=False))
+        judge.grade_paths(tqdm(rows, "grade paths", leave=False))
         return rows
     rows = judge.grade_paths(judge.demo_paths(judge.demo_questions(300, seed), seed))
     for row in rows:
@@ -900,10 +904,12 @@ def write_jsonl(file, rows):
 
 
 def hash_of(rows, test):
-    """A hash of what training hangs on beside the flags: the paths' tokens and labels, the test."""
-    tokens = [[ids.tolist() for ids in row["prompts"] + row["responses"]] for row in rows]
-    labels = [row["label"] for row in rows]
-    return hashlib.sha256(json.dumps([tokens, labels, test]).encode()).hexdigest()
+    """A hash of what training hangs on beside the flags: the paths and their tokens, the test."""
+    digest = hashlib.sha256(json.dumps(test).encode())
+    for row in rows:
+        tokens = [ids.tolist() for ids in row["prompts"] + row["responses"]]
+        digest.update(json.dumps([row["label"], text_of(row), row["text"], tokens]).encode())
+    return digest.hexdigest()
 
 
 def save_checkpoint(out, parts, gate_rng, run):
@@ -1120,7 +1126,7 @@ def warm_start(model, tokenizer, sentences, label):
     ids = [torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
            for text in sentences]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in tqdm(range(400), desc=label, unit="step", leave=False):
+    for step in tqdm(range(400), desc=label, leave=False):
         batch = [ids[i] for i in torch.randint(len(ids), (32,)).tolist()]
         x = pad_sequence(batch, batch_first=True, padding_value=-100)
         optimizer.param_groups[0]["lr"] = 4e-3 * lr_scale(step, 400)

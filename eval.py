@@ -248,7 +248,7 @@ FIXED_DATE = ("{% macro strftime_now(format) %}{{ format | replace('%Y', '2024')
               " | replace('%d', '26') }}{% endmacro %}\n")
 
 
-@lru_cache(maxsize=1024)  # many paths share a prompt
+@lru_cache  # many paths share a prompt
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, in which control tokens' names are text: one user turn and what a chat
     template writes before any answer; without a template the text, its own BOS, never an EOS."""

@@ -305,7 +305,7 @@ def ending(row):
 
 def fate(row, mode="full"):
     """One of FATES: 'kept', or why a graded and judged row does not train. mode full = right answer
-    and judged valid (valid None, which nobody judged, passes), answer = right answer, none = no
+    and judged valid (what nobody judged passes), answer = right answer, none = no
     filter. Rows that are cut, refused or empty never train, in any mode."""
     if ending(row) != "whole":
         return ending(row)
@@ -597,9 +597,9 @@ async def ask_server(server, calls, todo, request, concurrency):
         await asyncio.gather(*(work() for _ in range(concurrency)))
 
 
-def ask_local(spec, calls, todo, device, temperature):
+def ask_local(spec, calls, todo, temperature):
     """Ask a local model every job of an iterator, a batch at a time."""
-    device = tasks.usable_device(device)
+    device = tasks.usable_device(None)
     dtype = torch.bfloat16 if tasks.has_bfloat16(device) else torch.float32
     model, tokenizer = tasks.load_student(spec, device, dtype)
     while batch := list(itertools.islice(todo, 64)):
@@ -627,7 +627,7 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
     if not todo or args.dry_run:
         return
     calls.answered, calls.keep = False, keep
-    bar = tqdm(total=len(todo), desc=name, unit="call")
+    bar = tqdm(total=len(todo), desc=name)
     todo = iter(todo.values())
     with open(calls.out, "ab") as calls.file, bar as calls.bar:
         if url:
@@ -636,7 +636,7 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
             server = Server(url, key, args.timeout)
             asyncio.run(ask_server(server, calls, todo, request | args.extra, args.concurrency))
         else:
-            ask_local(spec, calls, todo, args.device, temperature)
+            ask_local(spec, calls, todo, temperature)
         calls.finish()
 
 
@@ -716,7 +716,7 @@ def judge_paths(args):
     are kept in OUT.replies.jsonl as they come, so that nothing is paid for twice."""
     log = args.out + ".replies.jsonl"
     names = [split_spec(spec)[0] for spec in args.judge]
-    if os.path.exists(args.out) and not any("prediction" in row for row in read_pool(args.out)):
+    if os.path.exists(args.out) and not all("correct" in row for row in read_pool(args.out)):
         tasks.stop(f"{args.out} exists and is no judged pool: choose another --out")
     rows = read_pool(args.paths)
     for row in rows:
@@ -762,7 +762,6 @@ def flags():
     p.add_argument("--max_calls", type=positive, default=math.inf, help="to servers, in all (none)")
     p.add_argument("--max_tokens_total", type=positive, default=math.inf, help="of these (none)")
     p.add_argument("--dry_run", action="store_true", help="print calls and tokens, make none")
-    p.add_argument("--device", help="of a local model (cuda if there is one, else cpu)")
     return p
 
 

@@ -272,7 +272,7 @@ def test_a_head_that_changes_the_logits_otherwise_is_refused(capsys, what):
     if what == "factor":
         model.config.logit_scale = 1.0  # the module keeps its own
     else:
-        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-5, 5, 60))
+        model.lm_head.bias = torch.nn.Parameter(torch.full((60,), 1e-3))
     with pytest.raises(SystemExit):
         distill.check_student(as_student(model))
     assert "output head" in capsys.readouterr().err
@@ -535,7 +535,8 @@ BAD = [  # flags, and what the sentence must name; {...} are files of bad_files
     ("--as_printed all --gate categorical", "--gate categorical needs"),
     ("--resume nowhere", "leave all others out"),
     # Files and folders.
-    ("--paths no-pool", "no-pool"), ("--paths {torn}", "torn.jsonl:2"),
+    ("--paths no-pool", "no-pool"), ("--paths=", "cannot read"), ("--eval_questions=", "cannot read"),
+    ("--paths {clash}", "one id stands for two"), ("--paths {torn}", "torn.jsonl:2"),
     ("--paths {empty}", "no path is left"), ("--paths {wrong}", "no path is left"),
     ("--eval_questions no-test", "no-test"),
     ("--students {adapter}", "saved adapter"), ("--students me/adapter", "saved adapter"),
@@ -545,9 +546,10 @@ BAD = [  # flags, and what the sentence must name; {...} are files of bad_files
 @pytest.fixture(scope="module")
 def bad_files(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    files = {name: str(folder / f"{name}.jsonl") for name in ("torn", "empty", "wrong")}
+    files = {name: str(folder / f"{name}.jsonl") for name in ("torn", "empty", "wrong", "clash")}
     pool_of(folder / "wrong.jsonl", [row for row in world.rows if not row["source_correct"]])
     pool_of(folder / "torn.jsonl", world.rows[:1])
+    pool_of(folder / "clash.jsonl", [*world.rows, {**world.rows[0], "question": "2 + 2 ?"}])
     (folder / "torn.jsonl").open("a").write('{"id": "x", ')
     (folder / "empty.jsonl").write_text("\n")
     for name in ("adapter", "broken"):
@@ -640,6 +642,7 @@ def test_all_but_a_fifth_of_the_questions_train_as_filtered(world, data_of, mode
 def test_one_and_three_students_train_end_to_end_and_at_rate_0_one_stays(world, train, students):
     rates = [2e-2, 0, 2e-2][:len(students)]
     run = train("--max_steps", 12, "--batch_size", 10, "--lr", *rates, students=students)
+    assert [student.model.training for student in run.students] == [rate > 0 for rate in rates]
     first, last = run.log[0], run.log[-1]
     for s, name in enumerate(students):
         before = load_file(pathlib.Path(world.students[name]) / "model.safetensors")
@@ -661,6 +664,12 @@ def test_flags_about_speed_and_memory_change_no_result(monkeypatch, train, flag)
     assert len(compiled) == (flag == "--compile")
     for key in ("loss/0", "grad_norm/0", "rate/0"):
         assert plain.log[0][key] == pytest.approx(other.log[0][key], rel=1e-4), key
+
+
+def test_a_random_route_is_that_of_a_router_that_never_learns(train):
+    run = train("--route", "random", "--filter", "none")
+    assert not any(p.any() for p in run.router.parameters())
+    assert run.results["selection_rate"]["program"] == pytest.approx([1 / 6, 1 / 6])
 
 
 def test_what_the_router_decided_explains_the_rates(train):

@@ -417,6 +417,8 @@ def test_a_foreign_file_is_never_written_to(tmp_path, server, content):
     run(*sampling(tmp_path, server), cwd=tmp_path, code=2)
     run("--paths", pool, "--out", "p.jsonl", cwd=tmp_path, code=2)
     run("--paths", pool, "--out", pool, cwd=tmp_path, code=2)
+    both = write(tmp_path / "both.jsonl", [{**ROW, "prediction": "2", "correct": True}, ROW])  # the second one was sampled since
+    assert "no judged pool" in run("--paths", pool, "--out", both, cwd=tmp_path, code=2)[1]
     assert (tmp_path / "p.jsonl").read_text() == content and read(pool) == [ROW] and not server.requests
 
 
@@ -615,7 +617,7 @@ def tiny_model(folder):
 
 def test_a_local_model_samples_and_goes_on(tmp_path):
     args = ("--questions", questions(tmp_path / "q.jsonl", 3), "--teacher", tiny_model(tmp_path / "tiny"), "--styles", "vanilla", "--out", "p.jsonl",
-            "--max_new_tokens", 6, "--device", "cpu")
+            "--max_new_tokens", 6)
     for samples in (1, 2):
         run(*args, "--samples", samples, cwd=tmp_path)
         rows = read(tmp_path / "p.jsonl")

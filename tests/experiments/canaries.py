@@ -51,6 +51,7 @@ def canaries(rows, good, n, seed):
 def verdicts(rows, name, flags):
     """What judge.py says to the rows, with its further flags -> the rows with `verdict`."""
     if name == "rule":
+        assert all(row["task"] == "demo" for row in rows), "rule knows the demo alone: pass --judge"
         return [{**row, "verdict": {name: judge.rule_judge(row)[1]}} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         pool, out = Path(folder) / "canaries.jsonl", Path(folder) / "judged.jsonl"

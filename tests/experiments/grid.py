@@ -114,8 +114,7 @@ def curves(steps):
 
 def run(flags, line, out):
     """Make a run, whose text goes to a file -> its whole line, or what went wrong. A process makes one
-    run, since distill.encode may have changed. Where a style is
-    shuffled the rates of all styles over the steps are kept, too, in results/rates.jsonl."""
+    run, since distill.encode may have changed. Of a shuffled style results/rates.jsonl keeps the rates."""
     import distill  # here, so that only the workers load torch
 
     folder = out / hashlib.sha256(key_of(line).encode()).hexdigest()[:16]
@@ -193,8 +192,7 @@ def scaled_jobs(args, rows, lines):
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--table", choices=TABLES, required=True, help="which rows")
     p.add_argument("--rows", nargs="+", metavar="NAME", help="only these, and their references (all)")
     p.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 35)), help="(20 to 34)")
