@@ -231,7 +231,7 @@ def main(argv=None):
     for student in students:
         student.model.train(student.lr > 0)
 
-    bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps, unit="step")
+    bar = tqdm(range(run["step"], steps), "train", initial=run["step"], total=steps)
     for step in bar:
         began = time.time()
         numbers, question = step_paths(questions, step, args.batch_size, args.seed)  # (P,) each
@@ -766,8 +766,8 @@ def load_data(args):
           "since they stand in the test")
 
     styles = sorted({row["style"] for row in train})
-    if unknown := sorted(set(args.styles or []) - set(styles)):
-        stop(f"--styles {' '.join(unknown)}: the pool's styles are {', '.join(styles)}")
+    for unknown in set(args.styles or []) - set(styles):
+        stop(f"--styles {unknown}: the pool's styles are {', '.join(styles)}")
     train = [row for row in train if row["style"] in (args.styles or styles)]
     kept = judge.filter_pool(train, args.filter)
     if not kept:
@@ -1008,8 +1008,7 @@ def write_results(out, run, after, students, rows, p):
         "seconds": round(run["seconds"], 1),
         "steps": run["step"],
         "training_paths": len(rows),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
-                     "device": str(students[0].model.device)}}
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
     title = f"% right of {after['questions']} test questions"

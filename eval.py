@@ -809,8 +809,10 @@ def main():
     if args.out and os.path.exists(args.out):
         stop(f"--out {args.out} is there already: choose another file")
     device = usable_device(args.device)
-    dtype = "auto" if has_bfloat16(device) else torch.float32  # the one that it is saved in
-    students = [load_student(name, device, dtype) for name in args.students]
+    students = [load_student(name, device, "auto") for name in args.students]
+    for model, _ in students:  # a toy's answers would not be those of its run
+        faster = has_bfloat16(device) and is_large(model)
+        model.to(torch.bfloat16 if faster else torch.float32)
     results, predictions = evaluate(students, rows, args.max_new_tokens, args.batch_size)
     n = results["questions"]
     width = max(map(len, args.students))
