@@ -253,7 +253,7 @@ def main(argv=None):
                                      weight.detach() / length, scaler, args.mutual_weight)
 
         # The router learns from the probed questions, all of whose pairs are run. By default the
-        # other questions teach it nothing; the logit of a pair that was not run gets no gradient.
+        # others teach it nothing, so the logit of a pair that was not run gets no gradient.
         if args.route == "learned":
             probed = question < math.ceil(args.probe * (int(question.max()) + 1))  # (P,)
             known = nats + probe(students, paths, batches, probed[:, None] & ~routed)  # (P, S)

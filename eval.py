@@ -390,7 +390,7 @@ def number_in(text):
         return None
     value = text.rsplit("=", 1)[-1]
     m = NUMBER.match(value, LEAD.match(value).end())
-    others = {other[0] for other in NUMBER.finditer(value)}
+    others = list(NUMBER.finditer(value))
     if not m or len(others) > 1 or UNREAD.search(value):
         return None
     return m[0].replace(" ", "")

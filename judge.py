@@ -627,7 +627,7 @@ def ask_all(spec, jobs, calls, args, temperature, keep=False):
     if not todo or args.dry_run:
         return
     calls.answered, calls.keep = False, keep
-    bar = tqdm(total=len(todo), desc=name)
+    bar = tqdm(total=len(todo), desc=name, disable=False)  # its count says what is missing
     todo = iter(todo.values())
     with open(calls.out, "ab") as calls.file, bar as calls.bar:
         if url:

@@ -583,7 +583,7 @@ NO_NUMBER = {  # why: texts
     The answer is the square root of 16. | The answer is 1/0. | $3 \times 10^{3}$""",
     "has a scale that is not read": r"""
     The answer is 2.5 million people. | The answer is $10K. | The answer is 5 dozen. | The answer is 3 quarters. |
-    She has 5 million | The answer is 1.5e3 | The answer is 2 1/2 hours. | The answer is 1,5 | So he has 3 hundred""",
+    She has 5 million | The answer is 6 feet 6 inches. | The answer is 1.5e3 | The answer is 2 1/2 hours. | The answer is 1,5 | So he has 3 hundred""",
     "is a part of a box": r"""
     The answer is $-\boxed{3}$. | so 2\boxed{3} | \boxed{3}^2 | \boxed{3}\sqrt{2} | \boxed{3} / 2""",
 }
