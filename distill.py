@@ -587,7 +587,9 @@ def nll_chunks(states, weight, target, softcap):
     for all chunks, since fresh memory costs it as much as the arithmetic."""
     size = min(len(states), max(16, LOGITS // len(weight)))
     low = weight.new_empty(len(weight) * size)
-    exact = low.float()  # in float32 the same memory
+    exact = low
+    if weight.dtype != torch.float32:
+        exact = torch.empty_like(low, dtype=torch.float32)
     for start in range(0, len(states), size):
         chunk = slice(start, min(start + size, len(states)))
         used = len(weight) * (chunk.stop - start)
@@ -675,8 +677,8 @@ def check_student(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
     nats, _ = forward(student, 0, [path], [0])
     wanted = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-    has_bias = student.model.get_output_embeddings().bias is not None
-    if has_bias or not torch.allclose(nats[0].detach(), wanted, rtol=0.05, atol=0.05):
+    if student.model.get_output_embeddings().bias is not None or not torch.allclose(
+            nats[0], wanted, rtol=0.05, atol=0.05):
         stop(f"student {student.source}: its output head changes the logits in a way that is not "
              "supported here")
     nats.sum().backward()
@@ -1007,7 +1009,6 @@ def write_results(out, run, after, students, rows, p):
         "tokens_trained": tokens,
         "seconds": round(run["seconds"], 1),
         "steps": run["step"],
-        "training_paths": len(rows),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
