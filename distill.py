@@ -677,8 +677,8 @@ def check_student(student):
         logits = student.model(input_ids=ids).logits[0, :-1].float()
     nats, _ = forward(student, 0, [path], [0])
     wanted = F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-    if student.model.get_output_embeddings().bias is not None or not torch.allclose(
-            nats[0], wanted, rtol=0.05, atol=0.05):
+    has_bias = student.model.get_output_embeddings().bias is not None
+    if has_bias or not torch.allclose(nats[0], wanted, rtol=0.05, atol=0.05):
         stop(f"student {student.source}: its output head changes the logits in a way that is not "
              "supported here")
     nats.sum().backward()
@@ -761,7 +761,8 @@ def load_data(args):
         test = judge.demo_questions(300, args.seed + 1)
     test_texts = {text_of(row) for row in test}  # not ids: those of two files say nothing
     train = [row for row in rows if text_of(row) not in test_texts]
-    n_pool, n_train = (len({text_of(row) for row in some}) for some in (rows, train))
+    n_pool = len({text_of(row) for row in rows})
+    n_train = len({text_of(row) for row in train})
     if len({row["id"] for row in rows}) < n_pool:  # as of two pools in one file
         stop(f"{args.paths}: one id stands for two questions; give each its own")
     print(f"{n_train} questions train, {len(test)} test; {n_pool - n_train} of the pool do not, "
@@ -1008,7 +1009,6 @@ def write_results(out, run, after, students, rows, p):
         "selection_rate": rate,
         "tokens_trained": tokens,
         "seconds": round(run["seconds"], 1),
-        "steps": run["step"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
